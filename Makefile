@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# the CPU build of torch where it is offered, so that nobody without a GPU downloads CUDA
+TORCH  ?= torch==2.13.0
+
+help:             ## this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+demo: $(VENV)/demo        ## quantize a real BERT, check it, time it, save it, load it: one table, one report
+	$(BIN)/python -m qtk demo
+
+test: $(VENV)/dev         ## the test suite, no GPU needed
+	$(BIN)/python -m pytest
+
+fidelity: $(VENV)/dev     ## the slow tests: accuracy of real models
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev         ## format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy qtk kernels/qtk_kernels benchmarks
+
+bench: $(VENV)/dev        ## speed, into benchmarks/results/
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:            ## removes the virtual environment and everything built
+	rm -rf $(VENV) build dist *.egg-info demo-out
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+
+$(VENV)/demo: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[demo]"
+	touch $@
+
+$(VENV)/dev: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+.PHONY: help demo test fidelity lint bench clean
+.DEFAULT_GOAL := help

@@ -1,0 +1,199 @@
+"""transformers: `from_pretrained` and `save_pretrained` of quantized models, after `import qtk`."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers.quantizers import (
+    HfQuantizer, register_quantization_config, register_quantizer,
+)  # fmt: skip
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qtk import checkpoint
+from qtk.errors import CheckpointError, ModelError
+
+
+@register_quantization_config("qtk")
+class QtkConfig(QuantizationConfigMixin):
+    """What stands under `quantization_config` in a checkpoint's config.json."""
+
+    def __init__(self, **record: Any) -> None:
+        record.pop("quant_method", None)
+        self.quant_method: Any = "qtk"
+        self.record = checkpoint.Record.from_dict(record)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": "qtk", **self.record.to_dict()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+@register_quantizer("qtk")
+class QtkQuantizer(HfQuantizer):
+    """Builds the empty quantized modules before the weights are read, and readies them after."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: QtkConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.record = quantization_config.record
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        checkpoint.skeleton(model, self.record)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        checkpoint.finish(model)
+        attach(model, self.record)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class AtomicSave:
+    """`save_pretrained` of a quantized model: all the files appear at once, or none."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        target = Path(save_directory)
+        if target.is_file():
+            raise CheckpointError(f"{target} is a file; give a folder to save into")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            type(self.model).save_pretrained(self.model, work, **kwargs)
+            _swap(work, target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def attach(model: Any, record: checkpoint.Record) -> None:
+    """Tells transformers that the model is quantized, so that saving writes it as such."""
+    config = QtkConfig(**record.to_dict())
+    model.config.quantization_config = config
+    model.hf_quantizer = QtkQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = "qtk"
+    model.save_pretrained = AtomicSave(model)
+
+
+def record_of(model: Any) -> checkpoint.Record:
+    """How a quantized model was made.
+
+    Raises:
+        ModelError: it was not made by qtk.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, QtkConfig):
+        raise ModelError(f"{type(model).__name__} is not quantized by qtk; run qtk.quantize first")
+    return config.record
+
+
+def load_float(model: Any) -> Any:
+    """A model as it is, or one read from a folder or hub name as the class that it was saved from.
+
+    Raises:
+        ModelError: not a transformers model, or nothing that can be loaded.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return _read(str(model))
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ModelError(
+            f"a {type(model).__name__} is not a transformers model; give a model, a folder or a "
+            "hub name"
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise ModelError("the model's parameters are on the meta device: load its weights first")
+    return model
+
+
+def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Reads a model that `save_pretrained` of a quantized model wrote, and checks every tensor.
+
+    Args:
+        path: the folder.
+        kwargs: passed to the class's `from_pretrained`.
+
+    Returns:
+        The model, computing what the saved one did, bit for bit.
+
+    Raises:
+        CheckpointError: no such folder, not written by qtk, truncated, or with tensors that are
+            missing, unknown or of another shape.
+    """
+    folder = Path(path)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{folder} has no config.json: not a saved model")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{config_file} is not valid JSON ({error})") from None
+    if (config.get("quantization_config") or {}).get("quant_method") != "qtk":
+        raise CheckpointError(f"{folder} was not saved by qtk; qtk.quantize makes such a model")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} has no .safetensors file; qtk reads no other kind")
+    try:
+        model, info = _class(config).from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, **kwargs
+        )
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder} cannot be read, truncated perhaps: {error}") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit its own config: {error}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            names = sorted(map(str, info[what]))
+            raise CheckpointError(f"{folder}: {what.replace('_', ' ')}: {', '.join(names[:5])}")
+    return model
+
+
+def _swap(work: Path, target: Path) -> None:
+    """Puts a finished folder in the place of another, keeping files that it does not replace."""
+    if not target.exists():
+        os.replace(work, target)
+        return
+    for old in target.iterdir():
+        stale = old.name.endswith((".safetensors", ".safetensors.index.json"))
+        if not (work / old.name).exists() and not stale:
+            (shutil.copytree if old.is_dir() else shutil.copy2)(old, work / old.name)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    os.replace(target, aside)
+    os.replace(work, target)
+    shutil.rmtree(aside)
+
+
+def _read(path: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        return _class(config.to_dict()).from_pretrained(path, dtype="auto")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"cannot load {path!r}: {error}") from error
+
+
+def _class(config: dict[str, Any]) -> Any:
+    import transformers
+
+    names = config.get("architectures") or []
+    found = getattr(transformers, names[0], None) if names else None
+    return found or transformers.AutoModel
+
+

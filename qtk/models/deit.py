@@ -1,0 +1,24 @@
+"""DeiT: ViT's block, with a distillation token in the embeddings."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from qtk.models import Block, vit
+
+
+def blocks(model: nn.Module) -> Iterator[Block]:
+    return vit.blocks(model, base="deit")
+
+
+def tiny() -> tuple[nn.Module, dict[str, Any]]:
+    """A random model of this family that runs in milliseconds, and one batch for it."""
+    import torch
+    from transformers import DeiTConfig, DeiTForImageClassification
+
+    config = DeiTConfig(
+        num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64,
+        image_size=16, patch_size=4, num_labels=5,
+    )  # fmt: skip
+    return DeiTForImageClassification(config).eval(), {"pixel_values": torch.randn(2, 3, 16, 16)}

@@ -1,0 +1,399 @@
+"""The linear layer of a quantized model: integer codes, scales, and nothing in floating point.
+
+    x' = (x - input_shift) / input_channel_scale              (if it has a transform)
+    q  = codes of x'                                          static grid, or one scale a token
+    y  = dequantize(sum_k q_k weight_k) + bias
+
+The stored weight is what goes to disk: int8, packed int4, or dense bits for the other widths. Where
+a kernel wants another layout, the stored form is released and restored when it is asked for.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from qtk_kernels._dispatch import backend_of
+from qtk_kernels._int4 import pack_int4, unpack_int4
+from qtk_kernels.int4_linear import int4_linear, int4_linear_kernel_name, prepare_int4, restore_int4
+from qtk_kernels.int8_linear import (
+    fold_zero_point, int8_linear, int8_linear_kernel_name, prepare_int8, restore_int8,
+)  # fmt: skip
+from qtk_kernels.shift_scale_quantize import shift_scale_quantize
+from qtk_kernels.weight_only_linear import (
+    prepare_weight_only, weight_only_kernel_name, weight_only_linear,
+)  # fmt: skip
+from torch import Tensor, nn
+
+from qtk.numerics import expand_groups
+from qtk.pack import dense
+from qtk.scheme import Format, Scheme
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """How a linear's input becomes codes.
+
+    Attributes:
+        shift, channel_scale: [K] float32, or None for no transform.
+        scale, zero_point: scalars of a static grid, None for dynamic or float inputs.
+        clip: share of a token's maximum that a dynamic grid covers.
+    """
+
+    shift: Tensor | None = None
+    channel_scale: Tensor | None = None
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call needs, worked out once: folded vectors and the weight as its kernel reads it.
+
+    Attributes:
+        operand: the weight, in the kernel's layout.
+        multiplier, offset: [K] float32; q = round(x * multiplier + offset).
+        weight_scale: [N, G], times the input's step when that is static.
+        bias: [N] with the input's zero point folded in.
+        signed: codes are int8; else uint8, shifted by 2 ** (bits - 1).
+        x_zero_point: what a dynamic kernel subtracts from a code.
+        kernel: the name of what runs, for the summary.
+    """
+
+    backend: str
+    operand: Tensor
+    multiplier: Tensor | None
+    offset: Tensor | None
+    weight_scale: Tensor
+    bias: Tensor | None
+    signed: bool
+    x_zero_point: int
+    clip: float
+    kernel: str
+
+
+class QuantLinear(nn.Module):
+    """A linear layer on integers. N output channels, K input channels, G groups.
+
+    Buffers (`state_dict`):
+        weight: [N, ...] int8 or uint8, the stored codes.
+        weight_scale: [N, G] float32.
+        bias: [N] float32, optional.
+        input_shift, input_channel_scale: [K] float32, with a transform only.
+        input_scale: float32, input_zero_point: int32, scalars, for static activations.
+        input_clip: float32 scalar, for dynamic activations.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, scheme: Scheme, *, bias: bool = True,
+        transform: bool = False, backend: str = "auto", device: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        assert scheme.w is not None
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.transform, self.backend, self.w = transform, backend, scheme.w
+        N, K, a = out_features, in_features, scheme.a
+        groups = 1 if self.w.group_size is None else -(-K // self.w.group_size)
+        dtype, width = stored_shape(K, self.w.bits)
+
+        def buffer(name: str, present: bool, *shape: int, dtype: torch.dtype = torch.float32):
+            value = torch.zeros(shape, dtype=dtype, device=device) if present else None
+            self.register_buffer(name, value)
+
+        buffer("weight", True, N, width, dtype=dtype)
+        buffer("weight_scale", True, N, groups)
+        buffer("bias", bias, N)
+        buffer("input_shift", transform, K)
+        buffer("input_channel_scale", transform, K)
+        static = a is not None and a.granularity == "tensor"
+        buffer("input_scale", static)
+        buffer("input_zero_point", static, dtype=torch.int32)
+        buffer("input_clip", a is not None and not static)
+        self._plan: Plan | None = None
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, grid: InputGrid,
+        scheme: Scheme, backend: str = "auto",
+    ) -> "QuantLinear":  # fmt: skip
+        """A layer ready to run.
+
+        Args:
+            codes: [N, K] integers in the weight format's range.
+            weight_scale: [N, G].
+            bias: [N], with the shift's share already in it.
+            grid: how the input is quantized.
+            scheme: the formats of weight and input.
+            backend: "auto", "triton", "cpu" or "reference".
+        """
+        N, K = codes.shape
+        layer = cls(
+            K, N, scheme, bias=bias is not None, transform=grid.shift is not None,
+            backend=backend, device=codes.device,
+        )  # fmt: skip
+        layer.weight = store(codes.to(torch.int8), layer.w.bits)
+        layer.weight_scale = _own(weight_scale)
+        if bias is not None:
+            layer.bias = _own(bias)
+        if grid.shift is not None and grid.channel_scale is not None:
+            layer.input_shift = _own(grid.shift)
+            layer.input_channel_scale = _own(grid.channel_scale)
+        if grid.scale is not None and grid.zero_point is not None:
+            layer.input_scale = _own(grid.scale).reshape(())
+            layer.input_zero_point = _own(grid.zero_point).to(torch.int32).reshape(())
+        if layer.input_clip is not None:
+            layer.input_clip = torch.tensor(float(grid.clip), device=codes.device)
+        layer.prepare()
+        return layer
+
+    # --- computing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype. Gradients pass straight through the rounding."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _StraightThrough.apply(x, self)
+        return self.multiply(*self.quantize(x), out_dtype=x.dtype)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[..., K] -> codes [..., K] and their scale (None when static); floats stay floats."""
+        plan, a = self.plan, self.scheme.a
+        if a is None:
+            if plan.multiplier is not None:
+                x = (x.float() * plan.multiplier + plan.offset).to(x.dtype)
+            return x, None
+        return shift_scale_quantize(
+            x, plan.multiplier, plan.offset, bits=a.bits, granularity=a.granularity,
+            signed=plan.signed, clip=plan.clip, backend=plan.backend,
+        )  # fmt: skip
+
+    def multiply(
+        self, q: Tensor, scale: Tensor | None, out_dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """What `quantize` gave -> [..., N]."""
+        plan = self.plan
+        if self.scheme.a is None:
+            return weight_only_linear(
+                q, plan.operand, plan.weight_scale, plan.bias, bits=4 if self.is_int4 else 8,
+                in_features=self.in_features, group_size=self.w.group_size, backend=plan.backend,
+            )  # fmt: skip
+        return linear_of_codes(
+            q, scale, plan, self.is_int4, self.in_features, self.w.group_size, out_dtype
+        )
+
+    # --- the weight
+
+    @property
+    def is_int4(self) -> bool:
+        """Codes of four bits and less run in the packed int4 kernels, wider ones in int8's."""
+        return self.w.bits <= 4
+
+    @property
+    def plan(self) -> Plan:
+        if self._plan is None:
+            self.prepare()
+        assert self._plan is not None
+        return self._plan
+
+    @property
+    def kernel(self) -> str:
+        """The name of what really computes."""
+        return self.plan.kernel
+
+    def codes(self) -> Tensor:
+        """[N, K] int8."""
+        K = self.in_features
+        if self.weight is not None:
+            return load(self.weight, self.w.bits, K)
+        operand = self.plan.operand
+        return restore_codes(operand, self.is_int4, K)
+
+    def packed_int4(self) -> Tensor:
+        """The codes in the int4 kernels' layout, for widths of four bits and less."""
+        return self.weight if self.weight is not None and self.w.bits == 4 else pack_int4(self.codes())
+
+    def dequantized_weight(self) -> Tensor:
+        """[N, K] float32, the effective weight on the untransformed input. Made for the call."""
+        scale = expand_groups(self.weight_scale, self.in_features, self.w.group_size)
+        weight = self.codes().float() * scale
+        return weight if self.input_channel_scale is None else weight / self.input_channel_scale
+
+    def stored_weight(self) -> Tensor:
+        """The codes as they go to disk."""
+        return self.weight if self.weight is not None else store(self.codes(), self.w.bits)
+
+    def prepare(self) -> None:
+        """Builds the plan for the device that the layer is on."""
+        if self.weight is None:
+            self.unprepare()
+        if self.weight_scale.is_meta:
+            return
+        self._plan = make_plan(self, self.codes())
+        if self.scheme.a is not None and self._plan.operand is not self.weight:
+            self.weight = None  # the operand gives the codes back
+
+    def unprepare(self) -> None:
+        """Back to the stored form alone."""
+        if self.weight is None:
+            self.weight = self.stored_weight()
+        self._plan = None
+
+    # --- moving, copying, saving
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
+        prepared = self._plan is not None
+        self.unprepare()
+        for name, value in self._buffers.items():
+            if value is not None:  # scales stay float32 under .half() and .to(dtype)
+                moved = fn(value)
+                same = moved.dtype == value.dtype
+                self._buffers[name] = moved if same else value.to(moved.device)
+        if prepared:
+            self.prepare()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.stored_weight()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        prepared = self._plan is not None
+        self.unprepare()
+        super()._load_from_state_dict(*args, **kwargs)
+        if prepared:
+            self.prepare()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_buffers"] = {**self._buffers, "weight": self.stored_weight()}
+        state["_plan"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepare()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.scheme.name}"
+
+
+def _own(x: Tensor) -> Tensor:
+    """A float32 copy: linears that share an input must not share tensors, or saving merges them."""
+    return x.detach().float().clone().contiguous()
+
+
+def linear_of_codes(
+    q: Tensor, scale: Tensor | None, plan: Plan, is_int4: bool, in_features: int,
+    group_size: int | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Codes [..., K] times the plan's operand -> [..., N]."""
+    if is_int4:
+        return int4_linear(
+            q, plan.operand, plan.weight_scale, plan.bias, in_features=in_features, x_scale=scale,
+            x_zero_point=plan.x_zero_point, group_size=group_size, out_dtype=out_dtype,
+            backend=plan.backend,
+        )  # fmt: skip
+    return int8_linear(
+        q, plan.operand, plan.weight_scale, plan.bias, x_scale=scale,
+        x_zero_point=plan.x_zero_point, group_size=group_size, out_dtype=out_dtype,
+        backend=plan.backend,
+    )  # fmt: skip
+
+
+def make_plan(layer: QuantLinear, codes: Tensor) -> Plan:
+    """Folds step, zero point, shift and channel scale into the vectors that the kernels read."""
+    a, w, K = layer.scheme.a, layer.w, layer.in_features
+    backend = backend_of(layer.weight_scale, layer.backend)
+    multiplier, offset = affine(layer)
+    if a is None:
+        packed = pack_int4(codes) if layer.is_int4 else codes
+        operand = prepare_weight_only(packed, K, 4 if layer.is_int4 else 8, w.group_size, backend)
+        name = weight_only_kernel_name(
+            operand, bits=4 if layer.is_int4 else 8, group_size=w.group_size, backend=backend
+        )
+        return Plan(
+            backend, operand, multiplier, offset, layer.weight_scale, layer.bias,
+            signed=True, x_zero_point=0, clip=1.0, kernel=name,
+        )  # fmt: skip
+
+    signed = backend != "cpu"
+    lift = 0 if signed else 2 ** (a.bits - 1)  # signed code + lift = unsigned code
+    weight_scale, bias, x_zero_point, clip = layer.weight_scale, layer.bias, 0, 1.0
+    if a.granularity == "tensor":
+        step, zero_point = layer.input_scale, int(layer.input_zero_point) + lift
+        weight_scale = weight_scale * step
+        bias = fold_zero_point(
+            layer.bias, codes, layer.weight_scale, float(step), zero_point, w.group_size
+        )
+        one = torch.ones(K, device=codes.device)
+        multiplier = (one if multiplier is None else multiplier) / step
+        offset = (one * 0 if offset is None else offset / step) + zero_point
+    else:
+        x_zero_point, clip = lift, float(layer.input_clip)
+    if layer.is_int4:
+        operand = prepare_int4(layer.packed_int4(), K, backend)
+        name = int4_linear_kernel_name(backend)
+    else:
+        operand = prepare_int8(codes, backend)  # at 8 bits the stored weight itself
+        name = int8_linear_kernel_name(backend)
+    return Plan(
+        backend, operand, multiplier, offset, weight_scale, bias, signed, x_zero_point, clip, name
+    )
+
+
+def affine(layer: QuantLinear) -> tuple[Tensor | None, Tensor | None]:
+    """multiplier and offset [K] such that x' = x * multiplier + offset; None without transform."""
+    if layer.input_shift is None:
+        return None, None
+    return 1 / layer.input_channel_scale, -layer.input_shift / layer.input_channel_scale
+
+
+def restore_codes(operand: Tensor, is_int4: bool, K: int) -> Tensor:
+    """An integer kernel's operand -> codes [N, K] int8."""
+    return unpack_int4(restore_int4(operand, K), K) if is_int4 else restore_int8(operand)
+
+
+def stored_shape(K: int, bits: int) -> tuple[torch.dtype, int]:
+    """dtype and row length of `store`'s result."""
+    if bits == 8:
+        return torch.int8, K
+    return torch.uint8, -(-K // 128) * 64 if bits == 4 else -(-K * bits // 8)
+
+
+def store(codes: Tensor, bits: int) -> Tensor:
+    """[N, K] int8 codes -> as they go to disk."""
+    if bits == 8:
+        return codes
+    return pack_int4(codes) if bits == 4 else dense.pack(codes, bits)
+
+
+def load(stored: Tensor, bits: int, K: int) -> Tensor:
+    """Inverse of `store`."""
+    if bits == 8:
+        return stored
+    return unpack_int4(stored, K) if bits == 4 else dense.unpack(stored, bits, K)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Integers forward; backward as if nothing had been rounded, zero where a grid clips."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return layer.multiply(*layer.quantize(x), out_dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        grad = grads[0].float() @ layer.dequantized_weight()
+        if layer.input_scale is not None:
+            grad = grad * _inside(x.float(), layer, layer.scheme.a)
+        return grad.to(x.dtype), None
+
+
+def _inside(x: Tensor, layer: QuantLinear, fmt: Format) -> Tensor:
+    """True where the static grid does not clip x."""
+    if layer.input_shift is not None:
+        x = (x - layer.input_shift) / layer.input_channel_scale
+    q = torch.round(x / layer.input_scale) + layer.input_zero_point
+    return (q >= fmt.qmin) & (q <= fmt.qmax)

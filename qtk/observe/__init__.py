@@ -1,0 +1,221 @@
+"""Walk through a model block by block and see what every group of linears reads.
+
+The generator hands out one site at a time; the caller replaces the site's linears, and everything
+after it then sees the error that was made. Beside this quantized stream runs the float stream,
+so that a site knows both what its linears get and what they should have got.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtk.errors import CalibrationError
+from qtk.models import Block, Group
+
+Batch = dict[str, Any]
+
+MAX_TOKENS = 16384  # rows kept of one site for searches; extremes are taken over all tokens
+
+
+@dataclass
+class Site:
+    """What one group of linears reads. T sampled tokens, K input channels; padding excluded.
+
+    Attributes:
+        linears: the float modules by full name.
+        sequences: [B, T_b, K] quantized-stream inputs with their [B, T_b] masks, sampled.
+        float_rows: [T, K], the same tokens in the float model; empty when rows are imagined.
+        lo, hi: [batches, K] extremes of every channel over all tokens.
+    """
+
+    block: Block
+    group: Group
+    linears: dict[str, nn.Linear]
+    sequences: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    float_rows: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    lo: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    hi: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+
+    @property
+    def rows(self) -> Tensor:
+        """[T, K], the sampled tokens of the quantized stream."""
+        return torch.cat([x[mask] for x, mask in self.sequences])
+
+    @property
+    def has_data(self) -> bool:
+        return bool(self.sequences)
+
+    def weight(self) -> Tensor:
+        """[N_total, K] float32: the weights of all the site's linears, stacked."""
+        return torch.cat([linear.weight.detach().float() for linear in self.linears.values()])
+
+    def bias(self) -> Tensor:
+        """[N_total] float32, zeros where a linear has none."""
+        parts = [
+            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+            for linear in self.linears.values()
+        ]
+        return torch.cat([part.detach().float() for part in parts])
+
+
+@dataclass
+class _Call:
+    """One batch on its way through the blocks."""
+
+    hidden: Tensor  # [B, T, H], quantized stream
+    float_hidden: Tensor  # [B, T, H], float stream
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor  # [B, T] bool, False at padding
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what it was run for has been seen."""
+
+
+@torch.no_grad()
+def walk(
+    model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], max_tokens: int = MAX_TOKENS
+) -> Iterator[Site]:
+    """Yields every site of every block, in the order of computation.
+
+    The memory held is one block's inputs (twice), one float copy of the block, and at most
+    `max_tokens` rows of each of its sites.
+    """
+    calls = _first_calls(model, blocks[0], batches)
+    for block in blocks:
+        module = model.get_submodule(block.name)
+        seen = _run_float(copy.deepcopy(module), block, calls, max_tokens)
+        for group in block.groups:
+            yield _observe(model, module, block, group, calls, seen.pop(group.name), max_tokens)
+        for call in calls:
+            call.hidden = _run(module, call.hidden, call)
+
+
+def _first_calls(model: nn.Module, block: Block, batches: Sequence[Batch]) -> list[_Call]:
+    """Runs the model up to its first block and keeps what that block was called with."""
+    calls: list[_Call] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+        if not torch.isfinite(hidden).all():
+            raise CalibrationError(
+                f"batch {len(calls)} gives nan or inf at the input of {block.name}: "
+                "check the calibration data and the model's embeddings"
+            )
+        mask = batches[len(calls)].get("attention_mask")
+        if mask is None or tuple(mask.shape) != tuple(hidden.shape[:2]):
+            mask = torch.ones(hidden.shape[:2])
+        mask = mask.bool().to(hidden.device)
+        calls.append(_Call(hidden, hidden, tuple(rest), kwargs, mask))
+        raise _Stop
+
+    handle = model.get_submodule(block.name).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for batch in batches:
+            try:
+                extra = {"use_cache": False} if block.causal else {}
+                model(**batch, **extra)
+            except _Stop:
+                continue
+            raise CalibrationError(f"the model never reached {block.name} on a calibration batch")
+    finally:
+        handle.remove()
+    return calls
+
+
+def _run(module: nn.Module, hidden: Tensor, call: _Call) -> Tensor:
+    out = module(hidden, *call.args, **call.kwargs)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _run_float(
+    module: nn.Module, block: Block, calls: list[_Call], max_tokens: int
+) -> dict[str, Tensor]:
+    """Moves the float stream over the block; returns the float rows of each group."""
+    rows: dict[str, list[Tensor]] = {group.name: [] for group in block.groups}
+    handles = []
+    current: list[_Call] = []
+    for group in block.groups:
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], name: str = group.name) -> None:
+            mask = current[0].mask
+            if sum(map(len, rows[name])) < max_tokens:
+                rows[name].append(args[0].reshape(*mask.shape, -1)[mask].float())
+
+        linear = module.get_submodule(group.linears[0].removeprefix(f"{block.name}."))
+        handles.append(linear.register_forward_pre_hook(keep))
+    for call in calls:
+        current[:] = [call]
+        call.float_hidden = _run(module, call.float_hidden, call)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def _observe(
+    model: nn.Module, module: nn.Module, block: Block, group: Group, calls: list[_Call],
+    float_rows: Tensor, max_tokens: int,
+) -> Site:  # fmt: skip
+    """Runs the block on the quantized stream until the group's linears are reached."""
+    linears = {name: _float_linear(model, name) for name in group.linears}
+    site = Site(block, group, linears, float_rows=float_rows)
+    lo, hi, current, kept = [], [], [], 0
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal kept
+        mask = current[0].mask
+        x = args[0].reshape(*mask.shape, -1).float()
+        rows = x[mask]
+        lo.append(rows.amin(0))
+        hi.append(rows.amax(0))
+        if kept < max_tokens:
+            site.sequences.append((x, mask))
+            kept += len(rows)
+        raise _Stop
+
+    handle = linears[group.linears[0]].register_forward_pre_hook(stop)
+    try:
+        for call in calls:
+            current[:] = [call]
+            try:
+                _run(module, call.hidden, call)
+            except _Stop:
+                continue
+    finally:
+        handle.remove()
+    site.lo, site.hi = torch.stack(lo), torch.stack(hi)
+    return site
+
+
+def _float_linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear), name
+    return module
+
+
+def imagine(
+    model: nn.Module, blocks: Sequence[Block], seed: int = 0, tokens: int = 512
+) -> Iterator[Site]:
+    """The same sites without any data.
+
+    A LayerNorm's output channel j is centred on beta_j with spread |gamma_j|, so rows are drawn
+    from that; a site that reads no LayerNorm gets no rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for block in blocks:
+        for group in block.groups:
+            linears = {name: _float_linear(model, name) for name in group.linears}
+            site = Site(block, group, linears)
+            norm = model.get_submodule(group.norm) if group.norm else None
+            if isinstance(norm, nn.LayerNorm) and norm.weight is not None:
+                gamma, beta = norm.weight.detach().float(), norm.bias.detach().float()
+                noise = torch.randn(tokens, len(gamma), generator=generator).to(gamma.device)
+                rows = noise * gamma + beta
+                site.sequences = [(rows[None], torch.ones(1, tokens, dtype=torch.bool))]
+                site.lo, site.hi = rows.amin(0, keepdim=True), rows.amax(0, keepdim=True)
+            yield site

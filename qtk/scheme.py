@@ -1,0 +1,105 @@
+"""What to quantize to: how many bits, on which grid, sharing one scale over what."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qtk.errors import SchemeError
+
+WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8)
+ACTIVATION_BITS = (4, 5, 6, 7, 8)
+FLOAT = 16  # bits=16 stands for "left in floating point"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One integer grid.
+
+    Attributes:
+        bits: width of a code.
+        symmetric: the grid is [-qmax, qmax] around 0; otherwise all 2**bits codes and a zero point.
+        granularity: what shares a scale: "tensor", "channel" (a row of W), "token", "group".
+        group_size: length of a group along the input channels, for "group" only.
+    """
+
+    bits: int
+    symmetric: bool = True
+    granularity: str = "channel"
+    group_size: int | None = None
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def qmin(self) -> int:
+        return -self.qmax if self.symmetric else -self.qmax - 1
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one linear computes: the grid of its weight and of its input, None for floating point."""
+
+    w: Format | None
+    a: Format | None
+
+    @classmethod
+    def of(
+        cls, w: int, a: int, activations: str = "static", group_size: int | None = None
+    ) -> "Scheme":
+        """The scheme that `quantize(w=, a=, activations=, group_size=)` asks for.
+
+        Raises:
+            SchemeError: bits, group size or granularity out of range.
+        """
+        _check_bits("w", w, WEIGHT_BITS)
+        _check_bits("a", a, ACTIVATION_BITS)
+        if activations not in ("static", "token"):
+            raise SchemeError(f"activations={activations!r}: choose 'static' or 'token'")
+        if group_size is not None and not (isinstance(group_size, int) and group_size >= 1):
+            raise SchemeError(f"group_size={group_size!r}: give a positive integer, or None")
+        if w == FLOAT and a != FLOAT:
+            raise SchemeError(
+                f"w=16 with a={a}: there is no kernel for float weights and integer activations; "
+                "quantize the weights too (w=8), or leave both in floating point"
+            )
+        weight = Format(w, True, "channel" if group_size is None else "group", group_size)
+        tensor = activations == "static"
+        activation = Format(a, symmetric=not tensor, granularity="tensor" if tensor else "token")
+        return cls(None if w == FLOAT else weight, None if a == FLOAT else activation)
+
+    @property
+    def name(self) -> str:
+        """In words: W4A8, W4A16 g128, W8A8 token."""
+        if self.w is None:
+            return "float"
+        text = f"W{self.w.bits}A{self.a.bits if self.a else FLOAT}"
+        if self.w.group_size:
+            text += f" g{self.w.group_size}"
+        return text + (" token" if self.a and self.a.granularity == "token" else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Scheme":
+        """Inverse of `to_dict`.
+
+        Raises:
+            SchemeError: a field is missing, unknown or out of range.
+        """
+        try:
+            w, a = (Format(**data[key]) if data[key] else None for key in ("w", "a"))
+        except (KeyError, TypeError) as error:
+            raise SchemeError(f"not a scheme: {data!r} ({error})") from None
+        for name, fmt, allowed in (("w", w, WEIGHT_BITS), ("a", a, ACTIVATION_BITS)):
+            if fmt is not None:
+                _check_bits(name, fmt.bits, allowed)
+        return cls(w, a)
+
+
+def _check_bits(name: str, bits: object, allowed: tuple[int, ...]) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*allowed, FLOAT):
+        raise SchemeError(
+            f"{name}={bits!r}: choose {allowed[0]} to {allowed[-1]} bits, "
+            "or 16 for floating point"
+        )

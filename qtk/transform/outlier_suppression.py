@@ -1,0 +1,119 @@
+"""Outlier Suppression+, Wei et al. 2023, https://arxiv.org/abs/2304.09145.
+
+    shift_j = (max_t X_tj + min_t X_tj) / 2                               eq. 2
+    s_j     = max(1, max_t |X_tj - shift_j| / t)                          eq. 8
+
+with one threshold t a site, searched for the smallest error of what the site's linears compute:
+attention's output for q, k and v, the plain output otherwise (eq. 6 and 7). The paper treats the
+outputs of LayerNorms; here the context and the activation before the second MLP linear are
+treated too, because the fused quantizers make it free.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qtk.numerics import (
+    expand_groups, fake_quantize, fake_quantize_token, in_groups, scale_and_zero_point,
+)  # fmt: skip
+from qtk.observe import Site
+from qtk.scheme import Format, Scheme
+from qtk.transform import Transform
+
+CANDIDATES = 32  # thresholds tried, geometric from the full range downward
+SMALLEST = 0.02  # the last one, relative to the full range: LayerNorm outputs are often below 1
+TOKENS = 1024  # rows that the loss is measured on
+
+
+def find(site: Site, scheme: Scheme) -> Transform:
+    """shift [K] and channel_scale [K] of one site; (0, 1) where there is no data."""
+    weight = site.weight()
+    if not site.has_data:
+        return torch.zeros_like(weight[0]), torch.ones_like(weight[0])
+    lo, hi = site.lo.amin(0), site.hi.amax(0)
+    shift, reach = (hi + lo) / 2, (hi - lo) / 2  # [K]
+    if scheme.a is None or scheme.w is None:
+        return shift * 0, torch.ones_like(shift)
+
+    loss = _loss(site, weight, shift, scheme.w, scheme.a)
+    best, channel_scale = float("inf"), torch.ones_like(shift)
+    for k in range(CANDIDATES):
+        threshold = reach.max() * SMALLEST ** (k / (CANDIDATES - 1))
+        candidate = (reach / threshold.clamp(min=1e-8)).clamp(min=1.0)
+        error = loss(candidate)
+        if error < best:  # a tie keeps the larger threshold: less scaling
+            best, channel_scale = error, candidate
+    return shift, channel_scale
+
+
+def _loss(
+    site: Site, weight: Tensor, shift: Tensor, w: Format, a: Format
+) -> Callable[[Tensor], float]:
+    """The error of the site's output as a function of channel_scale."""
+    sequences = _sample(site)
+    outputs = _attention(site) if site.group.name == "qkv" else _plain
+    bias = site.bias() + weight @ shift
+    xs = [(x - shift, mask) for x, mask in sequences]
+    wanted = [outputs(x @ weight.T + bias, mask)[mask] for x, mask in xs]
+
+    def loss(channel_scale: Tensor) -> float:
+        w_hat = _fake_quantize_weight(weight * channel_scale, w)
+        scaled = [x / channel_scale for x, _ in xs]
+        error = 0.0
+        for x_hat, (_, mask), want in zip(_fake_quantize_inputs(scaled, xs, a), xs, wanted, strict=True):
+            got = outputs(x_hat @ w_hat.T + bias, mask)[mask]
+            error += float((got - want).square().sum())
+        return error
+
+    return loss
+
+
+def _sample(site: Site) -> list[tuple[Tensor, Tensor]]:
+    """Whole sequences of the site until TOKENS rows are reached."""
+    sample, rows = [], 0
+    for x, mask in site.sequences:
+        for i in range(len(x)):
+            if rows < TOKENS:
+                length = int(mask[i].nonzero().max()) + 1 if mask[i].any() else 0
+                sample.append((x[i : i + 1, :length], mask[i : i + 1, :length]))
+                rows += int(mask[i].sum())
+    return sample
+
+
+def _plain(y: Tensor, mask: Tensor) -> Tensor:
+    return y
+
+
+def _attention(site: Site) -> Callable[[Tensor, Tensor], Tensor]:
+    """softmax(q k^T / sqrt(D)) v of stacked q, k, v: what reaches the output projection."""
+    heads, causal = site.block.heads, site.block.causal
+
+    def attention(qkv: Tensor, mask: Tensor) -> Tensor:
+        B, T, _ = qkv.shape
+        q, k, v = qkv.view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
+        allowed = mask[:, None, None, :]
+        if causal:
+            allowed = allowed & torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return context.transpose(1, 2).reshape(B, T, -1)
+
+    return attention
+
+
+def _fake_quantize_inputs(
+    scaled: list[Tensor], xs: list[tuple[Tensor, Tensor]], fmt: Format
+) -> list[Tensor]:
+    """x' on its grid: min-max over the sample, or a row's own maximum for dynamic formats."""
+    if fmt.granularity == "token":
+        return [fake_quantize_token(x, fmt.bits) for x in scaled]
+    rows = torch.cat([x[mask] for x, (_, mask) in zip(scaled, xs, strict=True)])
+    scale, zero_point = scale_and_zero_point(rows.min(), rows.max(), fmt)
+    return [fake_quantize(x, scale, zero_point, fmt) for x in scaled]
+
+
+def _fake_quantize_weight(weight: Tensor, fmt: Format) -> Tensor:
+    groups = in_groups(weight, fmt.group_size)
+    scale, _ = scale_and_zero_point(groups.amin(-1), groups.amax(-1), fmt)
+    return fake_quantize(weight, expand_groups(scale, weight.shape[1], fmt.group_size), 0, fmt)
