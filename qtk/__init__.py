@@ -6,8 +6,13 @@ Importing this package also teaches transformers to load what qtk has saved.
 """
 
 from qtk.errors import (
-    BackendError, CalibrationError, CheckpointError, ModelError, QtkError, SchemeError,
-)  # fmt: skip
+    BackendError,
+    CalibrationError,
+    CheckpointError,
+    ModelError,
+    QtkError,
+    SchemeError,
+)
 from qtk.fidelity import Fidelity, evaluate
 from qtk.integrations.transformers import load
 from qtk.pipeline import quantize

@@ -1,7 +1,7 @@
 """Scales, codes and back, in plain PyTorch: the arithmetic that every part of qtk shares.
 
-    code = clamp(round(x / scale) + zero_point, qmin, qmax)         round half to even
-    x_hat = (code - zero_point) * scale
+code = clamp(round(x / scale) + zero_point, qmin, qmax)         round half to even
+x_hat = (code - zero_point) * scale
 """
 
 import torch

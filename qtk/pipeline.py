@@ -18,9 +18,13 @@ from qtk.integrations.transformers import attach, load_float
 from qtk.models import Block, describe
 from qtk.modules.linear import InputGrid, QuantLinear
 from qtk.numerics import (
-    expand_groups, fake_quantize, fake_quantize_token, scale_and_zero_point, sqnr,
-)  # fmt: skip
-from qtk.observe import Batch, Site, imagine, walk
+    expand_groups,
+    fake_quantize,
+    fake_quantize_token,
+    scale_and_zero_point,
+    sqnr,
+)
+from qtk.observe import Site, imagine, walk
 from qtk.observe.batches import prepare
 from qtk.recipes import Recipe
 from qtk.round import Problem

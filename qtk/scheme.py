@@ -100,6 +100,5 @@ class Scheme:
 def _check_bits(name: str, bits: object, allowed: tuple[int, ...]) -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*allowed, FLOAT):
         raise SchemeError(
-            f"{name}={bits!r}: choose {allowed[0]} to {allowed[-1]} bits, "
-            "or 16 for floating point"
+            f"{name}={bits!r}: choose {allowed[0]} to {allowed[-1]} bits, or 16 for floating point"
         )

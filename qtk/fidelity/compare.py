@@ -98,7 +98,12 @@ def evaluate(model: nn.Module, qmodel: nn.Module, data: Any, tokenizer: Any = No
 
 
 def compare(
-    want: Tensor, got: Tensor, *, is_logits: bool, labels: Tensor | None = None, causal: bool = False
+    want: Tensor,
+    got: Tensor,
+    *,
+    is_logits: bool,
+    labels: Tensor | None = None,
+    causal: bool = False,
 ) -> Fidelity:
     """The figures for [samples, features] of the float and of the quantized model."""
     want, got = want.double(), got.double()
@@ -152,9 +157,7 @@ def _outputs(
         yield y[keep], y_hat[keep], None if labels is None else labels[keep]
 
 
-def _metric(
-    want: Tensor, got: Tensor, labels: Tensor, causal: bool
-) -> tuple[str, float, float]:
+def _metric(want: Tensor, got: Tensor, labels: Tensor, causal: bool) -> tuple[str, float, float]:
     labels = labels.to(want.device)
     if causal:
         losses = [float(F.cross_entropy(y, labels).exp()) for y in (want, got)]

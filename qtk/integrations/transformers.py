@@ -10,8 +10,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from transformers.quantizers import (
-    HfQuantizer, register_quantization_config, register_quantizer,
-)  # fmt: skip
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtk import checkpoint
@@ -195,5 +197,3 @@ def _class(config: dict[str, Any]) -> Any:
     names = config.get("architectures") or []
     found = getattr(transformers, names[0], None) if names else None
     return found or transformers.AutoModel
-
-

@@ -56,7 +56,9 @@ class Block:
         """In the order of computation."""
         mlp_norm = f"{self.name}.{self.norm2 if self.pre_norm else self.norm1}"
         return (
-            Group("qkv", tuple(f"{self.name}.{n}" for n in (self.q, self.k, self.v)), self.input_norm),
+            Group(
+                "qkv", tuple(f"{self.name}.{n}" for n in (self.q, self.k, self.v)), self.input_norm
+            ),
             Group("out", (f"{self.name}.{self.out}",)),
             Group("fc1", (f"{self.name}.{self.fc1}",), mlp_norm),
             Group("fc2", (f"{self.name}.{self.fc2}",)),
@@ -96,7 +98,7 @@ def describe(model: nn.Module) -> tuple[Block, ...]:
 
 
 def prefix(model: nn.Module, base: str) -> str:
-    """"bert." when the encoder sits inside a model with a head, "" when it is the model."""
+    """ "bert." when the encoder sits inside a model with a head, "" when it is the model."""
     return f"{base}." if hasattr(model, base) else ""
 
 

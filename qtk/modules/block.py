@@ -22,15 +22,13 @@ from functools import cache
 from typing import Any
 
 import torch
-from qtk_kernels.gelu_quantize import activation_quantize
-from qtk_kernels.int4_linear import prepare_int4
-from qtk_kernels.int8_linear import prepare_int8
-from qtk_kernels.layer_norm_quantize import layer_norm_quantize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qtk.models import Block
-from qtk.modules.linear import Plan, QuantLinear, linear_of_codes
+from qtk.modules.linear import Plan, QuantLinear, linear_of_codes, prepare_operand
+from qtk_kernels.gelu_quantize import activation_quantize
+from qtk_kernels.layer_norm_quantize import layer_norm_quantize
 
 IGNORED = ("position_ids", "cache_position", "use_cache", "return_dict")  # change no number here
 
@@ -56,7 +54,9 @@ class Parts:
     """What the fused forward reads, worked out once."""
 
     qkv: Plan
-    linears: tuple[QuantLinear, QuantLinear, QuantLinear, QuantLinear]  # q (for q, k, v), out, fc1, fc2
+    linears: tuple[
+        QuantLinear, QuantLinear, QuantLinear, QuantLinear
+    ]  # q (for q, k, v), out, fc1, fc2
     norm1: Norm
     norm2: Norm
 
@@ -232,11 +232,8 @@ def _same_input(q: QuantLinear, k: QuantLinear, v: QuantLinear) -> bool:
 def _join(q: QuantLinear, k: QuantLinear, v: QuantLinear) -> Plan:
     """One plan whose output is [q, k, v], 3 * H wide."""
     linears, plan = (q, k, v), q.plan
-    if q.is_int4:
-        packed = torch.cat([linear.packed_int4() for linear in linears])
-        operand = prepare_int4(packed, q.in_features, plan.backend)
-    else:
-        operand = prepare_int8(torch.cat([linear.codes() for linear in linears]), plan.backend)
+    codes = torch.cat([linear.codes() for linear in linears])
+    operand, _ = prepare_operand(codes, q.is_int4, q.weight_scale.shape[1], plan.backend)
     biases = [
         linear.plan.weight_scale.new_zeros(linear.out_features)
         if linear.plan.bias is None

@@ -12,21 +12,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from qtk_kernels._dispatch import backend_of
-from qtk_kernels._int4 import pack_int4, unpack_int4
-from qtk_kernels.int4_linear import int4_linear, int4_linear_kernel_name, prepare_int4, restore_int4
-from qtk_kernels.int8_linear import (
-    fold_zero_point, int8_linear, int8_linear_kernel_name, prepare_int8, restore_int8,
-)  # fmt: skip
-from qtk_kernels.shift_scale_quantize import shift_scale_quantize
-from qtk_kernels.weight_only_linear import (
-    prepare_weight_only, weight_only_kernel_name, weight_only_linear,
-)  # fmt: skip
 from torch import Tensor, nn
 
 from qtk.numerics import expand_groups
 from qtk.pack import dense
 from qtk.scheme import Format, Scheme
+from qtk_kernels._dispatch import backend_of
+from qtk_kernels._int4 import pack_int4, unpack_int4
+from qtk_kernels.int4_linear import (
+    int4_linear,
+    int4_linear_kernel_name,
+    prepare_int4,
+    restore_int4,
+)
+from qtk_kernels.int8_linear import (
+    fold_zero_point,
+    int8_linear,
+    int8_linear_kernel_name,
+    prepare_int8,
+    restore_int8,
+)
+from qtk_kernels.shift_scale_quantize import shift_scale_quantize
+from qtk_kernels.weight_only_linear import (
+    prepare_weight_only,
+    weight_only_kernel_name,
+    weight_only_linear,
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class QuantLinear(nn.Module):
     """A linear layer on integers. N output channels, K input channels, G groups.
 
     Buffers (`state_dict`):
-        weight: [N, ...] int8 or uint8, the stored codes.
+        weight: [N, width, 1] int8 or uint8, the stored codes.
         weight_scale: [N, G] float32.
         bias: [N] float32, optional.
         input_shift, input_channel_scale: [K] float32, with a transform only.
@@ -100,7 +111,7 @@ class QuantLinear(nn.Module):
             value = torch.zeros(shape, dtype=dtype, device=device) if present else None
             self.register_buffer(name, value)
 
-        buffer("weight", True, N, width, dtype=dtype)
+        buffer("weight", True, N, *width, dtype=dtype)
         buffer("weight_scale", True, N, groups)
         buffer("bias", bias, N)
         buffer("input_shift", transform, K)
@@ -207,10 +218,6 @@ class QuantLinear(nn.Module):
         operand = self.plan.operand
         return restore_codes(operand, self.is_int4, K)
 
-    def packed_int4(self) -> Tensor:
-        """The codes in the int4 kernels' layout, for widths of four bits and less."""
-        return self.weight if self.weight is not None and self.w.bits == 4 else pack_int4(self.codes())
-
     def dequantized_weight(self) -> Tensor:
         """[N, K] float32, the effective weight on the untransformed input. Made for the call."""
         scale = expand_groups(self.weight_scale, self.in_features, self.w.group_size)
@@ -228,7 +235,7 @@ class QuantLinear(nn.Module):
         if self.weight_scale.is_meta:
             return
         self._plan = make_plan(self, self.codes())
-        if self.scheme.a is not None and self._plan.operand is not self.weight:
+        if self.scheme.a is not None:
             self.weight = None  # the operand gives the codes back
 
     def unprepare(self) -> None:
@@ -306,10 +313,9 @@ def make_plan(layer: QuantLinear, codes: Tensor) -> Plan:
     multiplier, offset = affine(layer)
     if a is None:
         packed = pack_int4(codes) if layer.is_int4 else codes
-        operand = prepare_weight_only(packed, K, 4 if layer.is_int4 else 8, w.group_size, backend)
-        name = weight_only_kernel_name(
-            operand, bits=4 if layer.is_int4 else 8, group_size=w.group_size, backend=backend
-        )
+        width = 4 if layer.is_int4 else 8
+        operand = prepare_weight_only(packed, bits=width, in_features=K, backend=backend)
+        name = weight_only_kernel_name(operand, bits=width, backend=backend)
         return Plan(
             backend, operand, multiplier, offset, layer.weight_scale, layer.bias,
             signed=True, x_zero_point=0, clip=1.0, kernel=name,
@@ -321,23 +327,29 @@ def make_plan(layer: QuantLinear, codes: Tensor) -> Plan:
     if a.granularity == "tensor":
         step, zero_point = layer.input_scale, int(layer.input_zero_point) + lift
         weight_scale = weight_scale * step
-        bias = fold_zero_point(
-            layer.bias, codes, layer.weight_scale, float(step), zero_point, w.group_size
-        )
+        bias = fold_zero_point(layer.bias, codes, weight_scale, 1.0, zero_point, w.group_size)
         one = torch.ones(K, device=codes.device)
         multiplier = (one if multiplier is None else multiplier) / step
         offset = (one * 0 if offset is None else offset / step) + zero_point
     else:
         x_zero_point, clip = lift, float(layer.input_clip)
-    if layer.is_int4:
-        operand = prepare_int4(layer.packed_int4(), K, backend)
-        name = int4_linear_kernel_name(backend)
-    else:
-        operand = prepare_int8(codes, backend)  # at 8 bits the stored weight itself
-        name = int8_linear_kernel_name(backend)
+    operand, name = prepare_operand(codes, layer.is_int4, layer.weight_scale.shape[1], backend)
     return Plan(
         backend, operand, multiplier, offset, weight_scale, bias, signed, x_zero_point, clip, name
     )
+
+
+def prepare_operand(codes: Tensor, is_int4: bool, groups: int, backend: str) -> tuple[Tensor, str]:
+    """The codes in the layout of the kernel that will read them, and that kernel's name."""
+    K = codes.shape[1]
+    if backend == "cpu" and groups > 1:
+        operand = codes.contiguous()  # oneDNN has one scale a row: groups run in float32 chunks
+    elif is_int4:
+        operand = prepare_int4(pack_int4(codes), K, backend)
+    else:
+        operand = prepare_int8(codes, backend)
+    kernel_name = int4_linear_kernel_name if is_int4 else int8_linear_kernel_name
+    return operand, kernel_name(operand, groups=groups, backend=backend)
 
 
 def affine(layer: QuantLinear) -> tuple[Tensor | None, Tensor | None]:
@@ -352,25 +364,30 @@ def restore_codes(operand: Tensor, is_int4: bool, K: int) -> Tensor:
     return unpack_int4(restore_int4(operand, K), K) if is_int4 else restore_int8(operand)
 
 
-def stored_shape(K: int, bits: int) -> tuple[torch.dtype, int]:
-    """dtype and row length of `store`'s result."""
+def stored_shape(K: int, bits: int) -> tuple[torch.dtype, tuple[int, int]]:
+    """dtype and shape of one row of `store`'s result."""
     if bits == 8:
-        return torch.int8, K
-    return torch.uint8, -(-K // 128) * 64 if bits == 4 else -(-K * bits // 8)
+        return torch.int8, (K, 1)
+    return torch.uint8, (-(-K // 128) * 64 if bits == 4 else -(-K * bits // 8), 1)
 
 
 def store(codes: Tensor, bits: int) -> Tensor:
-    """[N, K] int8 codes -> as they go to disk."""
+    """[N, K] int8 codes -> as they go to disk, [N, width, 1].
+
+    The last axis tells codes from floats: a loader that does not know qtk fails on the shape
+    instead of reading codes as weights.
+    """
     if bits == 8:
-        return codes
-    return pack_int4(codes) if bits == 4 else dense.pack(codes, bits)
+        return codes[..., None]
+    return (pack_int4(codes) if bits == 4 else dense.pack(codes, bits))[..., None]
 
 
 def load(stored: Tensor, bits: int, K: int) -> Tensor:
     """Inverse of `store`."""
+    rows = stored[..., 0]
     if bits == 8:
-        return stored
-    return unpack_int4(stored, K) if bits == 4 else dense.unpack(stored, bits, K)
+        return rows
+    return unpack_int4(rows, K) if bits == 4 else dense.unpack(rows, bits, K)
 
 
 class _StraightThrough(torch.autograd.Function):

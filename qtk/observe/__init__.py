@@ -79,7 +79,10 @@ class _Stop(Exception):
 
 @torch.no_grad()
 def walk(
-    model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], max_tokens: int = MAX_TOKENS
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batches: Sequence[Batch],
+    max_tokens: int = MAX_TOKENS,
 ) -> Iterator[Site]:
     """Yields every site of every block, in the order of computation.
 

@@ -7,9 +7,9 @@ from qtk.numerics import fake_quantize, scale_and_zero_point
 from qtk.ranges import Range
 from qtk.scheme import Format
 
-SHRINK = torch.linspace(1.0, 0.1, 46).tolist()
-ROUNDS = 2  # each round searches one end with the other fixed, then the other
-ROWS = 2048  # a search over all rows finds the same range
+COARSE = torch.linspace(1.0, 0.1, 16).tolist()  # shares of the full range tried first
+FINE = torch.linspace(-0.05, 0.05, 7).tolist()  # and then around the best of those
+ROWS = 1024  # a search over all rows finds the same range
 
 
 def find(batches: list[Tensor], fmt: Format, importance: Tensor) -> Range:
@@ -29,8 +29,10 @@ def search(batches: list[Tensor], fmt: Format, importance: Tensor) -> Range:
         squares = (fake_quantize(x, scale, zero_point, fmt) - x).square().sum(0)
         return float(squares @ importance)
 
-    lo, hi = full_lo, full_hi
-    for _ in range(ROUNDS):
-        hi = min((full_hi * c for c in SHRINK), key=lambda end: error(lo, end))
-        lo = min((full_lo * c for c in SHRINK), key=lambda end: error(end, hi))
-    return lo, hi
+    low, high = 1.0, 1.0  # shares of the two ends
+    for centred, steps in ((False, COARSE), (True, FINE)):
+        tried = [high + step if centred else step for step in steps]
+        high = min(tried, key=lambda share: error(full_lo * low, full_hi * share))
+        tried = [low + step if centred else step for step in steps]
+        low = min(tried, key=lambda share: error(full_lo * share, full_hi * high))
+    return full_lo * low, full_hi * high

@@ -61,7 +61,9 @@ class Summary:
         head = ("layer", "scheme", "kernel", "fused", "kB", "of fp32", "SQNR dB")
         rows = [head, *(self._row(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(n) for c, n in zip(r, widths, strict=True)).rstrip() for r in rows]
+        lines = [
+            "  ".join(c.ljust(n) for c, n in zip(r, widths, strict=True)).rstrip() for r in rows
+        ]
         total = f"linears {self.bytes / 1e6:.2f} MB of {self.float_bytes / 1e6:.2f} MB in float32"
         total += f"; the rest {self.other_bytes / 1e6:.2f} MB"
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", total])

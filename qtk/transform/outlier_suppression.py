@@ -16,15 +16,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qtk.numerics import (
-    expand_groups, fake_quantize, fake_quantize_token, in_groups, scale_and_zero_point,
-)  # fmt: skip
+    expand_groups,
+    fake_quantize,
+    fake_quantize_token,
+    in_groups,
+    scale_and_zero_point,
+)
 from qtk.observe import Site
 from qtk.scheme import Format, Scheme
 from qtk.transform import Transform
 
-CANDIDATES = 32  # thresholds tried, geometric from the full range downward
+CANDIDATES = 24  # thresholds tried, geometric from the full range downward
 SMALLEST = 0.02  # the last one, relative to the full range: LayerNorm outputs are often below 1
-TOKENS = 1024  # rows that the loss is measured on
+TOKENS = 512  # rows that the loss is measured on
 
 
 def find(site: Site, scheme: Scheme) -> Transform:
@@ -62,7 +66,9 @@ def _loss(
         w_hat = _fake_quantize_weight(weight * channel_scale, w)
         scaled = [x / channel_scale for x, _ in xs]
         error = 0.0
-        for x_hat, (_, mask), want in zip(_fake_quantize_inputs(scaled, xs, a), xs, wanted, strict=True):
+        for x_hat, (_, mask), want in zip(
+            _fake_quantize_inputs(scaled, xs, a), xs, wanted, strict=True
+        ):
             got = outputs(x_hat @ w_hat.T + bias, mask)[mask]
             error += float((got - want).square().sum())
         return error

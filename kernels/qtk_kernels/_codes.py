@@ -1,0 +1,111 @@
+"""Float to codes: the output that every quantizing op shares, and its definition.
+
+granularity   scale                              codes
+"tensor"      none: step and zero point are      round(y) clamped to the whole grid,
+              already part of y                  [-2**(bits-1), 2**(bits-1) - 1] or [0, 2**bits - 1]
+"token"       max_k |y| * clip / qmax  [..., 1]  round(y / scale) clamped to [-qmax, qmax],
+group size    the same per group       [..., G]  plus 2**(bits-1) if unsigned
+
+with qmax = 2 ** (bits - 1) - 1 and rounding to nearest even. The dynamic grids are symmetric: the
+most negative code is never used. G = ceil(K / group_size); the last group may be short.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._int4 import pack_int4
+
+EPS = 1e-8  # smallest max |y|: a row of zeros quantizes to zeros, not to nan
+
+Granularity = str | int
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What codes to write; checks itself."""
+
+    bits: int
+    granularity: Granularity = "tensor"
+    signed: bool = True
+    packed: bool = False
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be 2 to 8, got {self.bits}")
+        if self.granularity not in ("tensor", "token") and not (
+            isinstance(self.granularity, int) and self.granularity > 0
+        ):
+            raise ValueError(
+                f"granularity must be 'tensor', 'token' or a group size, got {self.granularity!r}"
+            )
+        if self.packed and not (self.signed and self.bits <= 4):
+            raise ValueError(
+                f"packed codes are signed and at most 4 bits wide, "
+                f"got {self.bits} bits, {'signed' if self.signed else 'unsigned'}"
+            )
+        if not 0 < self.clip <= 1:
+            raise ValueError(f"clip must be in (0, 1], got {self.clip}")
+
+    @property
+    def static(self) -> bool:
+        return self.granularity == "tensor"
+
+    @property
+    def qmax(self) -> int:
+        """The largest code, before the offset of unsigned dynamic codes."""
+        return 2**self.bits - 1 if self.static and not self.signed else 2 ** (self.bits - 1) - 1
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code, before the offset of unsigned dynamic codes."""
+        if self.static:
+            return -(2 ** (self.bits - 1)) if self.signed else 0
+        return -self.qmax
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int8 if self.signed else torch.uint8
+
+    def group_size(self, K: int) -> int:
+        """Channels that share a scale."""
+        return self.granularity if isinstance(self.granularity, int) else max(K, 1)
+
+
+def quantize_ref(y: Tensor, codes: Codes) -> tuple[Tensor, Tensor | None]:
+    """The definition. Overwrites `y`.
+
+    Args:
+        y: [..., K], float32.
+        codes: what to write.
+
+    Returns:
+        q: [..., K], int8 or uint8, or [..., ceil(K / 128) * 64] if packed.
+        scale: None, or [..., 1] or [..., G], float32.
+    """
+    scale = None
+    if not codes.static:
+        K = y.shape[-1]
+        group_size = codes.group_size(K)
+        groups = F.pad(y, (0, -K % group_size)).unflatten(-1, (-1, group_size))  # [..., G, g]
+        limit = groups.abs().amax(-1).clamp_(min=EPS).mul_(codes.clip)  # [..., G]
+        y = (groups * (codes.qmax / limit).unsqueeze(-1)).flatten(-2)[..., :K]
+        scale = limit / codes.qmax
+    y = y.round_().clamp_(codes.qmin, codes.qmax)
+    if not codes.static and not codes.signed:
+        y = y.add_(2 ** (codes.bits - 1))
+    q = y.to(codes.dtype)
+    return (pack_int4(q) if codes.packed else q), scale
+
+
+def check_channels(x: Tensor, **vectors: Tensor | None) -> None:
+    """Raises unless every vector is None or [K]."""
+    K = x.shape[-1]
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != (K,):
+            raise ValueError(
+                f"{name} must be [{K}] for x {list(x.shape)}, got {list(vector.shape)}"
+            )

@@ -1,0 +1,69 @@
+"""Which implementation of an op runs. Decided here and nowhere else.
+
+triton     the hand-written kernel: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1
+cpu        the fastest PyTorch or oneDNN path on a CPU
+reference  the definition of the op: exact, slow, on any device, and what the tests compare with
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "cpu", "reference")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# a plain global, not a ContextVar: torch.compile can trace a read of it
+_forced: str | None = os.environ.get("QTK_BACKEND")
+
+
+def backend_of(x: Tensor, backend: str | None = None) -> str:
+    """The backend for an op on `x`.
+
+    An explicit `backend` wins, then what `use_backend` or QTK_BACKEND forces, then the device
+    decides. None and "auto" leave the choice open. A backend that cannot run on `x` raises.
+    """
+    name = _forced if backend is None or backend == "auto" else backend
+    if name is None or name == "auto":
+        return "triton" if x.is_cuda else "cpu"
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}, expected one of {BACKENDS}")
+    if name == "cpu" and x.is_cuda:
+        raise ValueError(f"backend 'cpu' needs a CPU tensor, got one on {x.device}")
+    if name == "triton" and not x.is_cuda and not INTERPRETED:
+        raise ValueError(
+            f"backend 'triton' needs a CUDA tensor, got one on {x.device}; "
+            "set TRITON_INTERPRET=1 before the first import to run it on a CPU"
+        )
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend inside a `with` block; "auto" lets the device decide."""
+    global _forced
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}, expected 'auto' or one of {BACKENDS}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Makes the device of `x` current, for a launch on a second GPU."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@cache
+def cpu_has_int8() -> bool:
+    """Whether this CPU multiplies bytes (AVX512-VNNI or AMX); QTK_CPU_INT8=0 says no."""
+    if os.environ.get("QTK_CPU_INT8") == "0":
+        return False
+    probes = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("vnni", "amx_tile"))
+    return any(probe() for probe in probes if probe is not None)
