@@ -21,6 +21,7 @@ class Layer:
     scheme: Scheme
     bias: bool
     transform: bool
+    rotation: bool = False
     sqnr: float | None = None  # dB of its output on the calibration data, when there was any
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def skeleton(model: nn.Module, record: Record) -> None:
             )
         empty = QuantLinear(
             linear.in_features, linear.out_features, layer.scheme, bias=layer.bias,
-            transform=layer.transform, backend=record.backend, device=linear.weight.device,
+            transform=layer.transform, rotation=layer.rotation, backend=record.backend, device=linear.weight.device,
         )  # fmt: skip
         model.set_submodule(full, empty)
 

@@ -5,6 +5,7 @@ import fnmatch
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,13 @@ from qtk.errors import SchemeError
 from qtk.integrations.transformers import attach, load_float
 from qtk.models import Block, describe
 from qtk.modules.linear import InputGrid, QuantLinear
-from qtk.numerics import (
-    expand_groups,
-    fake_quantize,
-    fake_quantize_token,
-    scale_and_zero_point,
-    sqnr,
-)
+from qtk.numerics import expand_groups, scale_and_zero_point, sqnr
 from qtk.observe import Site, imagine, walk
 from qtk.observe.batches import prepare
 from qtk.recipes import Recipe
 from qtk.round import Problem
 from qtk.scheme import Format, Scheme
+from qtk.transform import Change
 
 logger = logging.getLogger("qtk")
 
@@ -101,13 +97,13 @@ def quantize(
     sites = imagine(model, blocks, seed) if batches is None else walk(model, blocks, batches)
     with torch.no_grad(), _progress(sites, 4 * len(blocks), progress) as bar:
         for site in bar:
-            for scheme, names in by_scheme(site, schemes):
+            for scheme, part in by_scheme(site, schemes):
                 if scheme.w is None:
                     continue
-                for name, linear, quality in quantize_site(site, names, scheme, recipe, backend):
+                for name, linear, quality in quantize_site(part, scheme, recipe, backend):
                     model.set_submodule(name, linear)
                     layers[checkpoint.base_name(model, name)] = checkpoint.Layer(
-                        scheme, linear.bias is not None, linear.transform, quality
+                        scheme, linear.bias is not None, linear.transform, linear.rotation, quality
                     )
     if not layers:
         raise SchemeError("nothing is left to quantize: w=16, or skip matches every linear")
@@ -121,53 +117,60 @@ def quantize(
 
 
 def quantize_site(
-    site: Site, names: list[str], scheme: Scheme, recipe: Recipe, backend: str
+    site: Site, scheme: Scheme, recipe: Recipe, backend: str
 ) -> Iterator[tuple[str, QuantLinear, float | None]]:
     """The linears of one site, quantized, with the SQNR (dB) of what each computes."""
-    part = Site(
-        site.block, site.group, {n: site.linears[n] for n in names}, site.sequences,
-        site.float_rows, site.lo, site.hi,
-    )  # fmt: skip
-    weight = part.weight()  # [N of all linears, K]
-    find = load("transform", recipe.method).find if recipe.method else _identity
-    shift, channel_scale = find(part, scheme)
-    changed = bool((shift != 0).any() or (channel_scale != 1).any())
-    rows = (part.rows - shift) / channel_scale if part.has_data else None  # [T, K]
-    grid, inputs = input_grid(part, rows, shift, channel_scale, weight, scheme.a, recipe)
-    if not changed:
-        grid = InputGrid(scale=grid.scale, zero_point=grid.zero_point, clip=grid.clip)
+    change = _change(site, scheme, recipe)
+    grid = input_grid(site, change, scheme.a, recipe)
+    inputs = grid.fake_quantize(site.rows) if site.has_data else None  # [T, K]
+    for name, linear in site.linears.items():
+        wanted = site.float_rows @ linear.weight.float().T if len(site.float_rows) else None
+        yield name, *quantize_linear(linear, change, grid, inputs, wanted, scheme, recipe, backend)
 
+
+def quantize_linear(
+    linear: nn.Linear, change: Change, grid: InputGrid, inputs: Tensor | None,
+    wanted: Tensor | None, scheme: Scheme, recipe: Recipe, backend: str,
+) -> tuple[QuantLinear, float | None]:  # fmt: skip
+    """Rounds one weight and corrects its bias.
+
+    Args:
+        inputs: [T, K], what the layer will read, on its grid.
+        wanted: [T, N], what the float model computes there, without the bias.
+    """
     assert scheme.w is not None
-    for name, linear in part.linears.items():
-        w = linear.weight.float()
-        wanted = part.float_rows @ w.T if len(part.float_rows) else None
-        problem = Problem(w * channel_scale, scheme.w, inputs, wanted)
-        codes, w_scale = load("round", recipe.rounding).find(problem)
-        w_hat = codes * expand_groups(w_scale, w.shape[1], scheme.w.group_size)
-        bias = _bias(linear, w @ shift if changed else None)
-        quality = None
-        if inputs is not None and wanted is not None:
-            bias, quality = _correct(linear, wanted, inputs @ w_hat.T)
-        layer = QuantLinear.from_codes(codes, w_scale, bias, grid, scheme, backend)
-        yield name, layer, quality
+    weight = linear.weight.float()
+    problem = Problem(change.weight(weight), scheme.w, inputs, wanted)
+    codes, scale = load("round", recipe.rounding).find(problem)
+    bias = None if linear.bias is None else linear.bias.float()
+    quality = None
+    if inputs is not None and wanted is not None:
+        w_hat = codes * expand_groups(scale, weight.shape[1], scheme.w.group_size)
+        got = inputs @ w_hat.T
+        correction = (wanted - got).mean(0)  # makes the mean output what the float model's is
+        quality = sqnr(wanted, got + correction)
+        bias = correction if bias is None else bias + correction
+    elif bool((change.shift != 0).any()):
+        extra = weight @ change.shift
+        bias = extra if bias is None else bias + extra
+    return QuantLinear.from_codes(codes, scale, bias, grid, scheme, backend), quality
 
 
-def input_grid(
-    site: Site, rows: Tensor | None, shift: Tensor, channel_scale: Tensor, weight: Tensor,
-    fmt: Format | None, recipe: Recipe,
-) -> tuple[InputGrid, Tensor | None]:  # fmt: skip
-    """How the site's input is quantized, and the rows on that grid."""
-    if fmt is None or rows is None:
-        return InputGrid(shift, channel_scale), rows
+def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -> InputGrid:
+    """How the site's input is quantized."""
+    plain = bool((change.shift == 0).all() and (change.channel_scale == 1).all())
+    vectors = (None, None) if plain else (change.shift, change.channel_scale)
+    grid = InputGrid(fmt, *vectors, change.rotation)
+    if fmt is None or not site.has_data:
+        return grid
+    importance = change.weight(site.weight()).square().sum(0)  # [K]
+    batches = [change.inputs(x[mask]) for x, mask in site.sequences]
+    rule = load("ranges", recipe.range_rule(site.group.norm is not None, change.rotation))
     if fmt.granularity == "token":
-        return InputGrid(shift, channel_scale), fake_quantize_token(rows, fmt.bits)
-    importance = (weight * channel_scale).square().sum(0)  # [K]
-    batches = [(x[mask] - shift) / channel_scale for x, mask in site.sequences]
-    rule = recipe.range_rule(site.group.norm is not None)
-    lo, hi = load("ranges", rule).find(batches, fmt, importance)
-    scale, zero_point = scale_and_zero_point(lo, hi, fmt)
-    grid = InputGrid(shift, channel_scale, scale, zero_point)
-    return grid, fake_quantize(rows, scale, zero_point, fmt)
+        clip = rule.find_clip(batches, fmt, importance) if hasattr(rule, "find_clip") else 1.0
+        return replace(grid, clip=clip)
+    scale, zero_point = scale_and_zero_point(*rule.find(batches, fmt, importance), fmt)
+    return replace(grid, scale=scale, zero_point=zero_point)
 
 
 def assign(
@@ -197,28 +200,17 @@ def assign(
     return {name: scheme(name) for name in names}
 
 
-def by_scheme(site: Site, schemes: dict[str, Scheme]) -> Iterator[tuple[Scheme, list[str]]]:
-    """The site's linears, those with the same scheme together."""
+def by_scheme(site: Site, schemes: dict[str, Scheme]) -> Iterator[tuple[Scheme, Site]]:
+    """The site in parts, those of its linears together that have the same scheme."""
     for scheme in dict.fromkeys(schemes[name] for name in site.linears):
-        yield scheme, [name for name in site.linears if schemes[name] == scheme]
+        same = {n: linear for n, linear in site.linears.items() if schemes[n] == scheme}
+        yield scheme, replace(site, linears=same)
 
 
-def _identity(site: Site, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    one = torch.ones_like(next(iter(site.linears.values())).weight[0], dtype=torch.float32)
-    return one * 0, one
-
-
-def _bias(linear: nn.Linear, extra: Tensor | None) -> Tensor | None:
-    if linear.bias is None:
-        return extra
-    return linear.bias.float() if extra is None else linear.bias.float() + extra
-
-
-def _correct(linear: nn.Linear, wanted: Tensor, got: Tensor) -> tuple[Tensor, float]:
-    """The bias that makes the mean output what the float model's is, and the SQNR with it."""
-    bias = (wanted - got).mean(0)
-    quality = sqnr(wanted, got + bias)
-    return bias if linear.bias is None else bias + linear.bias.float(), quality
+def _change(site: Site, scheme: Scheme, recipe: Recipe) -> Change:
+    if recipe.method is None:
+        return Change.none(site.weight().shape[1], site.weight().device)
+    return load("transform", recipe.method).find(site, scheme)
 
 
 def _only_float(name: str, value: str) -> None:

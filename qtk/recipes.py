@@ -37,15 +37,16 @@ class Recipe:
         _check("ranges", ranges, ["auto", *available("ranges")])
         return cls(chosen, rounding, ranges)
 
-    def range_rule(self, reads_norm: bool) -> str:
+    def range_rule(self, reads_norm: bool, rotated: bool) -> str:
         """The file in qtk/ranges for one site.
 
         "auto" keeps the whole range of a LayerNorm's output, whose extremes sit on the [CLS] token
-        and matter, and clips the context and the activation, whose extremes do not.
+        and matter, and clips the context and the activation, whose extremes do not, and everything
+        that was rotated.
         """
         if self.ranges != "auto":
             return self.ranges
-        return "minmax" if reads_norm else "weighted_mse"
+        return "minmax" if reads_norm and not rotated else "weighted_mse"
 
 
 def _check(what: str, name: str, allowed: list[str], shown: list[str] | None = None) -> None:

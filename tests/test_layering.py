@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LOW = {"qtk.errors", "qtk.discover", "qtk.scheme", "qtk.numerics", "qtk.models"}
+LOW = {"qtk.hadamard", "qtk.errors", "qtk.discover", "qtk.scheme", "qtk.numerics", "qtk.models"}
 CORE = LOW | {"qtk.observe", "qtk.transform", "qtk.ranges", "qtk.round", "qtk.pack", "qtk.modules"}
 ALLOWED = {
     "qtk_kernels": {"qtk_kernels"},
@@ -15,6 +15,7 @@ ALLOWED = {
     "qtk.discover": {"qtk.errors"},
     "qtk.scheme": {"qtk.errors"},
     "qtk.numerics": {"qtk.scheme"},
+    "qtk.hadamard": set(),
     "qtk.pack": set(),
     "qtk.models": {"qtk.discover", "qtk.errors", "qtk.models"},
     "qtk.observe": {"qtk.errors", "qtk.models", "qtk.observe"},

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._int4 import pack_int4
+from ._int4 import pack_int4, packed_width
+from ._launch import row_launch
 
 EPS = 1e-8  # smallest max |y|: a row of zeros quantizes to zeros, not to nan
 
@@ -74,6 +75,30 @@ class Codes:
         """Channels that share a scale."""
         return self.granularity if isinstance(self.granularity, int) else max(K, 1)
 
+    def empty(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Uninitialized codes and scale for x [..., K]."""
+        K = x.shape[-1]
+        width = packed_width(K) if self.packed else K
+        dtype = torch.uint8 if self.packed else self.dtype
+        q = torch.empty((*x.shape[:-1], width), dtype=dtype, device=x.device)
+        if self.static:
+            return q, None
+        G = -(-K // self.group_size(K))
+        return q, torch.empty((*x.shape[:-1], G), dtype=torch.float32, device=x.device)
+
+    def launch(self, M: int, K: int) -> dict:
+        """The parameters of a row kernel that writes these codes."""
+        group = self.group_size(K)
+        if group < K and group & (group - 1):
+            raise ValueError(f"backend 'triton' needs a group size of a power of two, got {group}")
+        tile = row_launch(M, K, at_least=max(group if group < K else 1, 128 if self.packed else 1))
+        return {
+            "GROUP": 0 if self.static else group if group < K else tile["BLOCK_K"],
+            "QMIN": self.qmin, "QMAX": self.qmax,
+            "SHIFT": 0 if self.static or self.signed else 2 ** (self.bits - 1),
+            "PACKED": self.packed, **tile,
+        }  # fmt: skip
+
 
 def quantize_ref(y: Tensor, codes: Codes) -> tuple[Tensor, Tensor | None]:
     """The definition. Overwrites `y`.
@@ -92,13 +117,20 @@ def quantize_ref(y: Tensor, codes: Codes) -> tuple[Tensor, Tensor | None]:
         group_size = codes.group_size(K)
         groups = F.pad(y, (0, -K % group_size)).unflatten(-1, (-1, group_size))  # [..., G, g]
         limit = groups.abs().amax(-1).clamp_(min=EPS).mul_(codes.clip)  # [..., G]
-        y = (groups * (codes.qmax / limit).unsqueeze(-1)).flatten(-2)[..., :K]
-        scale = limit / codes.qmax
+        qmax = limit.new_full((), codes.qmax)  # a tensor, because number / tensor is no division
+        y = (groups * (qmax / limit).unsqueeze(-1)).flatten(-2)[..., :K]
+        scale = limit / qmax
     y = y.round_().clamp_(codes.qmin, codes.qmax)
     if not codes.static and not codes.signed:
         y = y.add_(2 ** (codes.bits - 1))
     q = y.to(codes.dtype)
     return (pack_int4(q) if codes.packed else q), scale
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., K] as [M, K] with contiguous rows, copied only if it has to be."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def check_channels(x: Tensor, **vectors: Tensor | None) -> None:
@@ -109,3 +141,23 @@ def check_channels(x: Tensor, **vectors: Tensor | None) -> None:
             raise ValueError(
                 f"{name} must be [{K}] for x {list(x.shape)}, got {list(vector.shape)}"
             )
+
+
+def group_size_of(K: int, G: int, group_size: int | None) -> int:
+    """Channels in each of G groups; raises unless `group_size` cuts K channels into G."""
+    if G == 1:
+        return max(K, 1)
+    if group_size is None or -(-K // group_size) != G:
+        raise ValueError(
+            f"scales with {G} groups over {K} channels need group_size with "
+            f"ceil({K} / group_size) = {G}, got {group_size}"
+        )
+    return group_size
+
+
+def scale_strides(scale: Tensor | None) -> tuple[int, int]:
+    """Steps from row to row and from group to group; 0 from a single group to the next."""
+    if scale is None:
+        return 0, 0
+    G = scale.shape[-1]
+    return G, int(G > 1)

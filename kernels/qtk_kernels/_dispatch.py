@@ -8,10 +8,11 @@ reference  the definition of the op: exact, slow, on any device, and what the te
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from ._lang import triton
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -29,11 +30,13 @@ def backend_of(x: Tensor, backend: str | None = None) -> str:
     """
     name = _forced if backend is None or backend == "auto" else backend
     if name is None or name == "auto":
-        return "triton" if x.is_cuda else "cpu"
+        name = "triton" if x.is_cuda else "cpu"
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}, expected one of {BACKENDS}")
     if name == "cpu" and x.is_cuda:
         raise ValueError(f"backend 'cpu' needs a CPU tensor, got one on {x.device}")
+    if name == "triton" and triton is None:
+        raise ValueError("backend 'triton' needs the package triton, which is not installed")
     if name == "triton" and not x.is_cuda and not INTERPRETED:
         raise ValueError(
             f"backend 'triton' needs a CUDA tensor, got one on {x.device}; "
@@ -60,7 +63,7 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-@cache
+@torch.compiler.assume_constant_result
 def cpu_has_int8() -> bool:
     """Whether this CPU multiplies bytes (AVX512-VNNI or AMX); QTK_CPU_INT8=0 says no."""
     if os.environ.get("QTK_CPU_INT8") == "0":

@@ -5,7 +5,7 @@
 
 Behind the first linear layer of an MLP: the only pass over its output.
 
-M tokens, K channels.
+M tokens, K channels. The kernel is that of `shift_scale_quantize.py` with the activation in front.
 """
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from ._activation import activate, check_activation
 from ._codes import Codes, Granularity, check_channels, quantize_ref
 from ._dispatch import backend_of
+from .shift_scale_quantize import launch_shift_scale_quantize
 
 
 def activation_quantize_ref(
@@ -60,5 +61,6 @@ def activation_quantize(
     check_channels(x, multiplier=multiplier, offset=offset)
     check_activation(activation)
     codes = Codes(bits, granularity, signed, packed, clip)
-    backend_of(x, backend)
+    if backend_of(x, backend) == "triton" and x.numel():
+        return launch_shift_scale_quantize(x, multiplier, offset, activation, codes)
     return activation_quantize_ref(x, multiplier, offset, activation, codes)

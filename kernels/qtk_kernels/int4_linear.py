@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ._activation import activate, check_activation
-from ._dispatch import backend_of, cpu_has_int8
+from ._codes import group_size_of, rows_of, scale_strides
+from ._dispatch import backend_of, cpu_has_int8, on_device
 from ._int4 import pack_int4, packed_width, unpack_int4
+from ._lang import along_m, along_n, dot_int8, jit, scaled, store_linear, tile_of, tl
+from ._launch import cdiv, dot_width, gemm_launch
 from .int8_linear import int8_linear, int8_linear_ref, prepare_int8, restore_int8
 
 
@@ -26,8 +29,10 @@ def prepare_int4(w_packed: Tensor, K: int, backend: str | None = None) -> Tensor
         operand: w_packed itself for Triton; on a CPU the operand of `prepare_int8`, because no CPU
             multiplies nibbles.
     """
-    if w_packed.dtype != torch.uint8 or w_packed.ndim != 2 or (
-        w_packed.shape[1] != packed_width(K)
+    if (
+        w_packed.dtype != torch.uint8
+        or w_packed.ndim != 2
+        or (w_packed.shape[1] != packed_width(K))
     ):
         raise ValueError(
             f"{K} channels need uint8 [N, {packed_width(K)}], "
@@ -48,11 +53,137 @@ def int4_linear_kernel_name(operand: Tensor, *, groups: int = 1, backend: str | 
     name = backend_of(operand, backend)
     if name == "cpu":
         onednn = operand.is_mkldnn and groups == 1
-        return "onednn.qlinear_pointwise (unpacked)" if onednn else (
-            "float32 chunks, unpacked" if cpu_has_int8() else
-            "float32 chunks, unpacked (no int8 instructions)"
+        return (
+            "onednn.qlinear_pointwise (unpacked)"
+            if onednn
+            else (
+                "float32 chunks, unpacked"
+                if cpu_has_int8()
+                else "float32 chunks, unpacked (no int8 instructions)"
+            )
         )
     return "triton int4_linear" if name == "triton" else "reference"
+
+
+@jit
+def _low(byte):
+    # 16 times the code: in the upper half of the byte a nibble needs no sign extension
+    return (byte << 4).to(tl.int8, bitcast=True)
+
+
+@jit
+def _high(byte):
+    return (byte & 0xF0).to(tl.int8, bitcast=True)
+
+
+@jit
+def _int4_linear_kernel(
+    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr,
+    M, N, K, x_zero_point, out_step, out_zero_point,
+    stride_xm, stride_wn, stride_xsm, stride_xsg, stride_wsn, stride_wsg,
+    GROUP: tl.constexpr, X_PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr,
+    GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    SHIFT: tl.constexpr = 8 if X_PACKED else 4  # the factors of 16, undone on the exact integers
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_b = tl.arange(0, BYTES)
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_b[None, :]
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_b[None, :]
+    mask_m, mask_n = (offs_m < M)[:, None], (offs_n < N)[:, None]
+    x_scale_at = offs_m.to(tl.int64) * stride_xsm
+    w_scale_at = offs_n * stride_wsn
+    zeros = along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)
+    y = zeros.to(tl.float32)
+    p = zeros
+    low_sum = offs_n * 0
+    high_sum = offs_n * 0
+
+    for b in range(0, stride_wn, BYTES):  # rows of w are padded: no tail
+        k = b // 64 * 128 + b % 64  # channel of the first low nibble
+        w = tl.load(w_ptrs + b, mask=mask_n, other=0)  # [BLOCK_N, BYTES]
+        if X_PACKED:
+            x = tl.load(x_ptrs + b, mask=mask_m, other=0)  # [BLOCK_M, BYTES]
+            x_low, x_high = _low(x), _high(x)
+        else:
+            x_low = tl.load(x_ptrs + k, mask=mask_m & (offs_b < K - k)[None, :], other=0)
+            x_high = tl.load(x_ptrs + k + 64, mask=mask_m & (offs_b < K - k - 64)[None, :], other=0)
+        w_low, w_high = _low(w), _high(w)
+        if HAS_ZERO_POINT:
+            low_sum += tl.sum(w_low.to(tl.int32), axis=1)
+            high_sum += tl.sum(w_high.to(tl.int32), axis=1)
+        if GROUP == 0:
+            p = dot_int8(x_low, w_low, p, SWAP)
+            p = dot_int8(x_high, w_high, p, SWAP)
+        else:
+            low = dot_int8(x_low, w_low, zeros, SWAP)
+            if GROUP % 128 == 0:  # both halves lie in one group
+                low = dot_int8(x_high, w_high, low, SWAP)
+                low_sum += high_sum
+            if HAS_ZERO_POINT:
+                low -= x_zero_point * along_n(low_sum, SWAP)
+            g = k // GROUP
+            y += scaled(
+                low >> SHIFT, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
+                x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP,
+            )  # fmt: skip
+            if GROUP % 128 != 0:
+                high = dot_int8(x_high, w_high, zeros, SWAP)
+                if HAS_ZERO_POINT:
+                    high -= x_zero_point * along_n(high_sum, SWAP)
+                g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie behind the last group
+                y += scaled(
+                    high >> SHIFT, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
+                    x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP,
+                )  # fmt: skip
+            low_sum = offs_n * 0
+            high_sum = offs_n * 0
+
+    if GROUP == 0:
+        if HAS_ZERO_POINT:
+            p -= x_zero_point * along_n(low_sum + high_sum, SWAP)
+        y = scaled(
+            p >> SHIFT, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_scale_at, w_scale_at, SWAP
+        )
+    store_linear(
+        out_ptr, y, bias_ptr, offs_m, offs_n, M, N, out_step, out_zero_point,
+        SWAP, ACTIVATION, 0, 0,
+    )  # fmt: skip
+
+
+def _launch_int4_linear(
+    x_q: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    K: int,
+    x_packed: bool,
+    x_scale: Tensor | None,
+    x_zero_point: int,
+    size: int,
+    activation: str | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    if x_q.dtype == torch.uint8 and not x_packed:
+        # tensor cores multiply int8 by int8 only: flip the sign bit
+        x_q, x_zero_point = (x_q ^ 0x80).view(torch.int8), x_zero_point - 128
+    x_2d = rows_of(x_q)
+    M, N = x_2d.shape[0], w_packed.shape[0]
+    grouped = size < K
+    out = torch.empty((*x_q.shape[:-1], N), dtype=out_dtype, device=x_q.device)
+    tile = gemm_launch(M, N, computed_weights=True, computed_tokens=x_packed)
+    with on_device(x_q):
+        _int4_linear_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
+            x_2d, w_packed, None if x_scale is None else x_scale.contiguous(), w_scale, bias, out,
+            M, N, K, x_zero_point * (16 if x_packed else 1), 1.0, 0,
+            x_2d.stride(0), w_packed.stride(0), *scale_strides(x_scale), *scale_strides(w_scale),
+            GROUP=size if grouped else 0, X_PACKED=x_packed, HAS_ZERO_POINT=x_zero_point != 0,
+            ACTIVATION=activation or "", BYTES=min(dot_width(size), 64) if grouped else 64, **tile,
+            enable_fp_fusion=False,  # the epilogue then rounds as the reference does
+        )  # fmt: skip
+    return out
 
 
 def int4_linear(
@@ -93,6 +224,13 @@ def int4_linear(
     width = packed_width(K) if x_packed else K
     if x_q.shape[-1] != width:
         raise ValueError(f"x_q must be [..., {width}] for {K} channels, got {list(x_q.shape)}")
+    G = max(w_scale.shape[1], 1 if x_scale is None else x_scale.shape[-1])
+    size = group_size_of(K, G, group_size)
+    if name == "triton" and x_q.numel() and w_scale.shape[0]:
+        return _launch_int4_linear(
+            x_q, restore_int4(operand, K), w_scale.contiguous(), bias, K, x_packed,
+            x_scale, x_zero_point, size, activation, out_dtype,
+        )  # fmt: skip
     if x_packed:
         x_q = unpack_int4(x_q, K)
     if name == "cpu":

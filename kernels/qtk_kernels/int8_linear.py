@@ -10,15 +10,15 @@ point into bias by `fold_zero_point`.
 M tokens, K input channels, N output channels, G groups of group_size channels (1 unless given).
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from ._activation import activate, check_activation
-from ._dispatch import backend_of, cpu_has_int8
-
-EXACT_K = 512  # products of 8-bit codes that float32 adds exactly: 512 * 255 * 128 < 2**24
+from ._codes import group_size_of, rows_of, scale_strides
+from ._dispatch import backend_of, cpu_has_int8, on_device
+from ._int8_cpu import float32_chunks, is_onednn, onednn_linear, onednn_static
+from ._lang import along_m, along_n, dot_int8, jit, scaled, store_linear, tile_of, tl
+from ._launch import cdiv, dot_width, gemm_launch
 
 
 def fold_zero_point(
@@ -43,23 +43,11 @@ def fold_zero_point(
     Returns:
         bias: [N], float32.
     """
-    N, K = w_q.shape
-    G = w_scale.shape[1]
-    size = _group_size(K, G, group_size)
+    K, G = w_q.shape[1], w_scale.shape[1]
+    size = group_size_of(K, G, group_size)
     sums = torch.stack([group.sum(1, dtype=torch.int32) for group in w_q.split(size, 1)], 1)
     folded = -x_step * zero_point * (sums.double() * w_scale.double()).sum(1)
     return (folded if bias is None else bias.double() + folded).float()
-
-
-def _group_size(K: int, G: int, group_size: int | None) -> int:
-    if G == 1:
-        return max(K, 1)
-    if group_size is None or -(-K // group_size) != G:
-        raise ValueError(
-            f"scales with {G} groups over {K} channels need group_size with "
-            f"ceil({K} / group_size) = {G}, got {group_size}"
-        )
-    return group_size
 
 
 def requantize_ref(
@@ -86,7 +74,7 @@ def int8_linear_ref(
     """The definition of y: the integer part exact, then float32 in the order written."""
     K = x_q.shape[-1]
     G = max(w_scale.shape[1], 1 if x_scale is None else x_scale.shape[-1])
-    size = _group_size(K, G, group_size)
+    size = group_size_of(K, G, group_size)
     x, w = x_q.double() - x_zero_point, w_q.double()
     y = torch.zeros(*x_q.shape[:-1], w_q.shape[0], device=x_q.device)
     for g in range(G):
@@ -119,9 +107,7 @@ def restore_int8(operand: Tensor) -> Tensor:
     return operand.to_dense().T.contiguous() if operand.is_mkldnn else operand
 
 
-def int8_linear_kernel_name(
-    operand: Tensor, *, groups: int = 1, backend: str | None = None
-) -> str:
+def int8_linear_kernel_name(operand: Tensor, *, groups: int = 1, backend: str | None = None) -> str:
     """Which kernel `int8_linear` really runs for this operand."""
     name = backend_of(operand, backend)
     if name == "cpu":
@@ -130,60 +116,100 @@ def int8_linear_kernel_name(
     return "triton int8_linear" if name == "triton" else "reference"
 
 
-@cache
-def _no_zero_points(N: int) -> Tensor:
-    return torch.zeros(N, dtype=torch.int32)
+@jit
+def _int8_linear_kernel(
+    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr,
+    M, N, K, x_zero_point, out_step, out_zero_point,
+    stride_xm, stride_xsm, stride_xsg, stride_wsn, stride_wsg,
+    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, ACTIVATION: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    x_scale_at = offs_m.to(tl.int64) * stride_xsm
+    w_scale_at = offs_n * stride_wsn
+    # tokens down and output channels across, or the other way round
+    zeros = along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)
+    y = zeros.to(tl.float32)
+    p = zeros
+    w_sum = offs_n * 0
 
+    for k in range(0, K, BLOCK_K):
+        mask_k = (offs_k < K - k)[None, :]
+        x = tl.load(x_ptrs + k, mask=(offs_m < M)[:, None] & mask_k, other=0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_ptrs + k, mask=(offs_n < N)[:, None] & mask_k, other=0)  # [BLOCK_N, BLOCK_K]
+        if HAS_ZERO_POINT:
+            w_sum += tl.sum(w.to(tl.int32), axis=1)
+        if GROUP:
+            p = dot_int8(x, w, zeros, SWAP)
+            if HAS_ZERO_POINT:
+                p -= x_zero_point * along_n(w_sum, SWAP)
+                w_sum = offs_n * 0
+            g = k // GROUP
+            y += scaled(
+                p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
+                x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP,
+            )  # fmt: skip
+        else:
+            p = dot_int8(x, w, p, SWAP)
 
-def _onednn(
-    x_q: Tensor,
-    operand: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    x_zero_point: int,
-    activation: str | None = None,
-    out_step: float = 1.0,
-    out_zero_point: int = 0,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    if x_q.dtype == torch.int8:
-        # oneDNN has no fast kernel for signed sources without AMX: flip the sign bit
-        x_q, x_zero_point = x_q.view(torch.uint8) ^ 0x80, x_zero_point + 128
-    name = {None: "none", "gelu_tanh": "gelu"}.get(activation, activation)
-    algorithm = {"gelu": "none", "gelu_tanh": "tanh"}.get(activation or "", "")
-    N = operand.shape[1]
-    return torch.ops.onednn.qlinear_pointwise(
-        x_q, 1.0, x_zero_point, operand, w_scale.reshape(N), _no_zero_points(N), bias,
-        out_step, out_zero_point, out_dtype, name, [], algorithm,
+    if not GROUP:
+        if HAS_ZERO_POINT:
+            p -= x_zero_point * along_n(w_sum, SWAP)
+        y = scaled(
+            p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_scale_at, w_scale_at, SWAP
+        )  # fmt: skip
+    store_linear(
+        out_ptr, y, bias_ptr, offs_m, offs_n, M, N, out_step, out_zero_point,
+        SWAP, ACTIVATION, QMIN, QMAX,
     )  # fmt: skip
 
 
-def _chunks(
+def _launch_int8_linear(
     x_q: Tensor,
     w_q: Tensor,
     w_scale: Tensor,
+    bias: Tensor | None,
     x_scale: Tensor | None,
     x_zero_point: int,
     size: int,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    out_step: float | None,
+    out_zero_point: int,
+    out_signed: bool,
+    out_bits: int,
 ) -> Tensor:
-    """float32 matrix products over so few channels that every partial sum is exact."""
-    K = x_q.shape[-1]
-    x, w = x_q.float(), w_q.float()
-    if x_zero_point:
-        x -= x_zero_point
-    y = None
-    for g, start in enumerate(range(0, K, size)):
-        stop = min(start + size, K)
-        p = x[..., start : min(start + EXACT_K, stop)] @ w[:, start : min(start + EXACT_K, stop)].T
-        for k in range(start + EXACT_K, stop, EXACT_K):
-            end = min(k + EXACT_K, stop)
-            p = p.to(torch.int32) + (x[..., k:end] @ w[:, k:end].T).to(torch.int32)
-        p = p.float()
-        if x_scale is not None:
-            p *= x_scale[..., g % x_scale.shape[-1], None]
-        p *= w_scale[:, g % w_scale.shape[1]]
-        y = p if y is None else y + p
-    return torch.zeros(*x_q.shape[:-1], w_q.shape[0]) if y is None else y
+    if x_q.dtype == torch.uint8:
+        # tensor cores multiply int8 by int8 only: flip the sign bit
+        x_q, x_zero_point = (x_q ^ 0x80).view(torch.int8), x_zero_point - 128
+    x_2d = rows_of(x_q)
+    M, K = x_2d.shape
+    N = w_q.shape[0]
+    grouped = size < K
+    if out_step is not None:
+        out_dtype = torch.int8 if out_signed else torch.uint8
+    qmin = -(2 ** (out_bits - 1)) if out_signed else 0
+    out = torch.empty((*x_q.shape[:-1], N), dtype=out_dtype, device=x_q.device)
+    tile = gemm_launch(M, N, computed_weights=False)
+    with on_device(x_q):
+        _int8_linear_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
+            x_2d, w_q.contiguous(), None if x_scale is None else x_scale.contiguous(), w_scale,
+            bias, out, M, N, K, x_zero_point, out_step or 1.0, out_zero_point,
+            x_2d.stride(0), *scale_strides(x_scale), *scale_strides(w_scale),
+            GROUP=size if grouped else 0, HAS_ZERO_POINT=x_zero_point != 0,
+            ACTIVATION=activation or "",
+            QMIN=qmin if out_step else 0, QMAX=qmin + 2**out_bits - 1 if out_step else 0,
+            BLOCK_K=dot_width(size) if grouped else 128, **tile,
+            enable_fp_fusion=False,  # the epilogue then rounds as the reference does
+        )  # fmt: skip
+    return out
 
 
 def int8_linear(
@@ -225,8 +251,9 @@ def int8_linear(
     name = backend_of(x_q, backend)
     K, N = x_q.shape[-1], w_scale.shape[0]
     G = max(w_scale.shape[1], 1 if x_scale is None else x_scale.shape[-1])
-    size = _group_size(K, G, group_size)
-    want = (K, N) if operand.is_mkldnn else (N, K)
+    size = group_size_of(K, G, group_size)
+    onednn = name == "cpu" and is_onednn(operand)
+    want = (K, N) if onednn or operand.is_mkldnn else (N, K)
     if operand.shape != want:
         raise ValueError(
             f"operand must be {list(want)} for x_q {list(x_q.shape)} and w_scale "
@@ -234,16 +261,23 @@ def int8_linear(
         )
     if x_q.dtype not in (torch.int8, torch.uint8):
         raise ValueError(f"x_q must be int8 or uint8, got {x_q.dtype}")
-    if name == "cpu" and operand.is_mkldnn and G == 1 and x_scale is None:
-        return _onednn_static(
+    w_scale = w_scale.contiguous()
+    if name == "triton" and x_q.numel() and N:
+        return _launch_int8_linear(
+            x_q, restore_int8(operand), w_scale, bias, x_scale, x_zero_point, size,
+            activation, out_dtype, out_step, out_zero_point, out_signed, out_bits,
+        )  # fmt: skip
+    if onednn and G == 1 and x_scale is None:
+        return onednn_static(
             x_q, operand, w_scale, bias, x_zero_point, activation,
             out_dtype, out_step, out_zero_point, out_signed, out_bits,
         )  # fmt: skip
-    if name == "cpu" and operand.is_mkldnn and G == 1 and x_scale is not None:
-        y = _onednn(x_q, operand, w_scale, None, x_zero_point)
+    if onednn and G == 1 and x_scale is not None:
+        y = onednn_linear(x_q, operand, w_scale, None, x_zero_point)
         y = y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale)
     elif name == "cpu":
-        y = _chunks(x_q, restore_int8(operand), w_scale, x_scale, x_zero_point, size)
+        w_q = restore_int8(operand)
+        y = float32_chunks(x_q, w_q, w_scale, x_scale, x_zero_point, size)
         y = y if bias is None else y.add_(bias)
     else:
         y = int8_linear_ref(
@@ -254,28 +288,3 @@ def int8_linear(
     if out_step is not None:
         return requantize_ref(y, out_step, out_zero_point, out_signed, out_bits)
     return y.to(out_dtype)
-
-
-def _onednn_static(
-    x_q: Tensor,
-    operand: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    x_zero_point: int,
-    activation: str | None,
-    out_dtype: torch.dtype,
-    out_step: float | None,
-    out_zero_point: int,
-    out_signed: bool,
-    out_bits: int,
-) -> Tensor:
-    """Everything in oneDNN's epilogue; its saturation is that of 8 bits."""
-    if out_step is None:
-        y = _onednn(x_q, operand, w_scale, bias, x_zero_point, activation)
-        return y.to(out_dtype)
-    code_dtype = torch.int8 if out_signed else torch.uint8
-    q = _onednn(
-        x_q, operand, w_scale, bias, x_zero_point, activation, out_step, out_zero_point, code_dtype
-    )
-    qmin = -(2 ** (out_bits - 1)) if out_signed else 0
-    return q if out_bits == 8 else q.clamp_(qmin, qmin + 2**out_bits - 1)

@@ -13,11 +13,14 @@ residual stream: "norm" in post-norm models (BERT), "sum" in pre-norm models (OP
 M tokens, K channels.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._codes import Codes, Granularity, check_channels, quantize_ref
-from ._dispatch import backend_of
+from ._codes import Codes, Granularity, check_channels, quantize_ref, rows_of
+from ._dispatch import backend_of, on_device
+from ._lang import dynamic_divide, dynamic_limit, jit, round_codes, store_codes, store_scale, tl
+from ._launch import cdiv
 
 EMIT = ("norm", "sum")
 
@@ -46,6 +49,142 @@ def layer_norm_quantize_ref(
     if emit == "sum":
         emitted = h.to(x.dtype)
     q, scale = quantize_ref(F.layer_norm(h, K, weight.float(), bias.float(), eps), codes)
+    return q, scale, emitted
+
+
+@jit
+def _load_h(x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm, BLOCK_K: tl.constexpr):
+    offs_k = start + tl.arange(0, BLOCK_K)
+    mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+    x_at = offs_m[:, None] * stride_xm + offs_k[None, :]
+    h = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_K]
+    if residual_ptr is not None:
+        r_at = offs_m[:, None] * stride_rm + offs_k[None, :]
+        h = h + tl.load(residual_ptr + r_at, mask=mask, other=0.0).to(tl.float32)
+    return h
+
+
+@jit
+def _squares(h, mean, start, K, BLOCK_K: tl.constexpr):
+    """Sum of squared deviations, [ROWS, 1]; masked channels would add mean squared each."""
+    inside = (start + tl.arange(0, BLOCK_K) < K)[None, :]
+    d = tl.where(inside, h - mean, 0.0)
+    return tl.sum(d * d, axis=1)[:, None]
+
+
+@jit
+def _affine(xhat, weight_ptr, bias_ptr, start, K, BLOCK_K: tl.constexpr):
+    offs_k = start + tl.arange(0, BLOCK_K)
+    weight = tl.load(weight_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+    return xhat * weight[None, :] + bias[None, :]  # masked channels are 0
+
+
+@jit
+def _finish(
+    h, mean, rstd, limit,
+    weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
+    offs_m, start, M, K, G, width, clip,
+    GROUP: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SHIFT: tl.constexpr,
+    PACKED: tl.constexpr, WALK: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Writes everything there is to write about one tile."""
+    xhat = (h - mean) * rstd
+    if emitted_ptr is not None:
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+        emitted = h
+        if norm_weight_ptr is not None:
+            emitted = _affine(xhat, norm_weight_ptr, norm_bias_ptr, start, K, BLOCK_K)
+        tl.store(emitted_ptr + offs_m[:, None] * K + offs_k[None, :], emitted, mask=mask)
+    y = _affine(xhat, weight_ptr, bias_ptr, start, K, BLOCK_K)
+    if GROUP:
+        if not WALK:
+            limit = dynamic_limit(y, clip, ROWS, BLOCK_K, GROUP)
+            store_scale(
+                scale_ptr, limit, offs_m, M, G, start // GROUP, BLOCK_K // GROUP, QMAX
+            )  # fmt: skip
+        y = dynamic_divide(y, limit, ROWS, BLOCK_K, GROUP, QMAX)
+    codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
+    store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED)
+
+
+@jit
+def _layer_norm_quantize_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr,
+    q_ptr, scale_ptr, emitted_ptr,
+    M, K, G, width, stride_xm, stride_rm, eps, clip,
+    GROUP: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SHIFT: tl.constexpr,
+    PACKED: tl.constexpr, WALK: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    h = _load_h(x_ptr, residual_ptr, offs_m, 0, M, K, stride_xm, stride_rm, BLOCK_K)
+    total = tl.sum(h, axis=1)[:, None]  # [ROWS, 1]
+    for start in range(BLOCK_K, K, BLOCK_K):  # only of a row longer than a tile, here and below
+        h = _load_h(x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm, BLOCK_K)
+        total += tl.sum(h, axis=1)[:, None]
+    mean = total / K
+    if WALK:
+        h = _load_h(x_ptr, residual_ptr, offs_m, 0, M, K, stride_xm, stride_rm, BLOCK_K)
+    squares = _squares(h, mean, 0, K, BLOCK_K)
+    for start in range(BLOCK_K, K, BLOCK_K):
+        h = _load_h(x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm, BLOCK_K)
+        squares += _squares(h, mean, start, K, BLOCK_K)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(squares / K + eps))
+    limit = tl.zeros([ROWS, 1], tl.float32)
+    if WALK:
+        if GROUP == BLOCK_K:
+            for start in range(0, K, BLOCK_K):
+                h = _load_h(x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm, BLOCK_K)
+                y = _affine((h - mean) * rstd, weight_ptr, bias_ptr, start, K, BLOCK_K)
+                limit = tl.maximum(limit, dynamic_limit(y, clip, ROWS, BLOCK_K, BLOCK_K))
+            store_scale(scale_ptr, limit, offs_m, M, G, 0, 1, QMAX)
+        for start in range(0, K, BLOCK_K):
+            h = _load_h(x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm, BLOCK_K)
+            _finish(
+                h, mean, rstd, limit,
+                weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
+                offs_m, start, M, K, G, width, clip,
+                GROUP, QMIN, QMAX, SHIFT, PACKED, GROUP == BLOCK_K, ROWS, BLOCK_K,
+            )  # fmt: skip
+    else:
+        _finish(
+            h, mean, rstd, limit,
+            weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
+            offs_m, 0, M, K, G, width, clip,
+            GROUP, QMIN, QMAX, SHIFT, PACKED, False, ROWS, BLOCK_K,
+        )  # fmt: skip
+
+
+def _launch_layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    emit: str | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    codes: Codes,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    K = x.shape[-1]
+    x_2d = rows_of(x)
+    r_2d = None if residual is None else rows_of(residual)
+    norm: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    if emit == "norm" and norm_weight is not None and norm_bias is not None:
+        norm = (norm_weight.contiguous(), norm_bias.contiguous())
+    M = x_2d.shape[0]
+    q, scale = codes.empty(x)
+    emitted = None if emit is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tile = codes.launch(M, K)
+    with on_device(x):
+        _layer_norm_quantize_kernel[(cdiv(M, tile["ROWS"]),)](
+            x_2d, r_2d, weight.contiguous(), bias.contiguous(), *norm, q, scale, emitted,
+            M, K, 1 if scale is None else scale.shape[-1], q.shape[-1],
+            x_2d.stride(0), 0 if r_2d is None else r_2d.stride(0), eps, codes.clip,
+            WALK=tile["BLOCK_K"] < K, **tile,
+            enable_fp_fusion=False,  # as the reference: a product, then a sum
+        )  # fmt: skip
     return q, scale, emitted
 
 
@@ -88,15 +227,12 @@ def layer_norm_quantize(
     """
     check_channels(x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"residual must be {list(x.shape)} as x is, got {list(residual.shape)}"
-        )
+        raise ValueError(f"residual must be {list(x.shape)} as x is, got {list(residual.shape)}")
     if emit is not None and emit not in EMIT:
         raise ValueError(f"emit must be None or one of {EMIT}, got {emit!r}")
     if emit == "norm" and (norm_weight is None or norm_bias is None):
         raise ValueError("emit='norm' needs norm_weight and norm_bias, got None")
     codes = Codes(bits, granularity, signed, packed, clip)
-    backend_of(x, backend)
-    return layer_norm_quantize_ref(
-        x, weight, bias, eps, residual, emit, norm_weight, norm_bias, codes
-    )
+    triton = backend_of(x, backend) == "triton" and x.numel()
+    run = _launch_layer_norm_quantize if triton else layer_norm_quantize_ref
+    return run(x, weight, bias, eps, residual, emit, norm_weight, norm_bias, codes)

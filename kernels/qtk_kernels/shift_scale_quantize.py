@@ -11,8 +11,19 @@ caller passes multiplier = 1 / (s D) and offset = p - z / (s D).
 
 from torch import Tensor
 
-from ._codes import Codes, Granularity, check_channels, quantize_ref
-from ._dispatch import backend_of
+from ._codes import Codes, Granularity, check_channels, quantize_ref, rows_of
+from ._dispatch import backend_of, on_device
+from ._lang import (
+    activate_tile,
+    dynamic_divide,
+    dynamic_limit,
+    jit,
+    round_codes,
+    store_codes,
+    store_scale,
+    tl,
+)
+from ._launch import cdiv
 
 
 def shift_scale_quantize_ref(
@@ -23,6 +34,91 @@ def shift_scale_quantize_ref(
     if offset is not None:
         y += offset.float()
     return quantize_ref(y, codes)
+
+
+@jit
+def _load_y(
+    x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
+    BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    offs_k = start + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    mask = (offs_m < M)[:, None] & mask_k[None, :]
+    x_at = offs_m[:, None] * stride_xm + offs_k[None, :]
+    y = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_K]
+    y = activate_tile(y, ACTIVATION)
+    if multiplier_ptr is not None:
+        multiplier = tl.load(multiplier_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        y = y * multiplier[None, :]
+    if offset_ptr is not None:
+        offset = tl.load(offset_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        y = y + offset[None, :]
+    return y  # masked channels are 0: they cannot win a maximum, and pack as 0
+
+
+@jit
+def _shift_scale_quantize_kernel(
+    x_ptr, multiplier_ptr, offset_ptr, q_ptr, scale_ptr,
+    M, K, G, width, stride_xm, clip,
+    GROUP: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SHIFT: tl.constexpr,
+    PACKED: tl.constexpr, WALK: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if WALK:  # a token longer than a tile: once for its scale, once for its codes
+        limit = tl.zeros([ROWS, 1], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            y = _load_y(
+                x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
+                BLOCK_K, ACTIVATION,
+            )  # fmt: skip
+            limit = tl.maximum(limit, dynamic_limit(y, clip, ROWS, BLOCK_K, BLOCK_K))
+        store_scale(scale_ptr, limit, offs_m, M, G, 0, 1, QMAX)
+        for start in range(0, K, BLOCK_K):
+            y = _load_y(
+                x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
+                BLOCK_K, ACTIVATION,
+            )  # fmt: skip
+            y = dynamic_divide(y, limit, ROWS, BLOCK_K, BLOCK_K, QMAX)
+            codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
+            store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED)
+    else:
+        start = tl.program_id(1) * BLOCK_K
+        y = _load_y(
+            x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm, BLOCK_K, ACTIVATION
+        )
+        if GROUP:
+            limit = dynamic_limit(y, clip, ROWS, BLOCK_K, GROUP)
+            store_scale(
+                scale_ptr, limit, offs_m, M, G, start // GROUP, BLOCK_K // GROUP, QMAX
+            )  # fmt: skip
+            y = dynamic_divide(y, limit, ROWS, BLOCK_K, GROUP, QMAX)
+        codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
+        store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED)
+
+
+def launch_shift_scale_quantize(
+    x: Tensor, multiplier: Tensor | None, offset: Tensor | None, activation: str, codes: Codes
+) -> tuple[Tensor, Tensor | None]:
+    """Runs the kernel, with an activation function ("" for none) in front."""
+    K = x.shape[-1]
+    x_2d = rows_of(x)
+    M = x_2d.shape[0]
+    q, scale = codes.empty(x)
+    G = 1 if scale is None else scale.shape[-1]
+    tile = codes.launch(M, K)
+    walk = codes.granularity == "token" and tile["BLOCK_K"] < K
+    grid = (cdiv(M, tile["ROWS"]), 1 if walk else cdiv(K, tile["BLOCK_K"]))
+    with on_device(x):
+        _shift_scale_quantize_kernel[grid](
+            x_2d,
+            None if multiplier is None else multiplier.contiguous(),
+            None if offset is None else offset.contiguous(),
+            q, scale, M, K, G, q.shape[-1], x_2d.stride(0), codes.clip,
+            WALK=walk, ACTIVATION=activation, **tile,
+            enable_fp_fusion=False,  # an fma before the rounding would differ from the reference
+        )  # fmt: skip
+    return q, scale
 
 
 def shift_scale_quantize(
@@ -55,5 +151,6 @@ def shift_scale_quantize(
     """
     check_channels(x, multiplier=multiplier, offset=offset)
     codes = Codes(bits, granularity, signed, packed, clip)
-    backend_of(x, backend)
+    if backend_of(x, backend) == "triton" and x.numel():
+        return launch_shift_scale_quantize(x, multiplier, offset, "", codes)
     return shift_scale_quantize_ref(x, multiplier, offset, codes)

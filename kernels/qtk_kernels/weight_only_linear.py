@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import backend_of
+from ._codes import group_size_of, rows_of, scale_strides
+from ._dispatch import INTERPRETED, backend_of, on_device
 from ._int4 import packed_width, unpack_int4
+from ._lang import along_m, along_n, jit, store_linear, tile_of, tl
+from ._launch import cdiv, dot_width, gemm_launch
 
 
 def dequantize_ref(
@@ -20,7 +23,7 @@ def dequantize_ref(
 ) -> Tensor:
     """w_hat [N, K], float32."""
     K, G = w_q.shape[1], w_scale.shape[1]
-    size = group_size if G > 1 and group_size is not None else max(K, 1)
+    size = group_size_of(K, G, group_size)
     w = F.pad(w_q.float(), (0, G * size - K)).unflatten(1, (G, size))  # [N, G, g]
     if w_zero_point is not None:
         w -= w_zero_point.unsqueeze(-1)
@@ -74,6 +77,134 @@ def weight_only_kernel_name(
     return "triton weight_only_linear" if name == "triton" else "reference"
 
 
+@jit
+def _nibble_to_float(nibble, DTYPE: tl.constexpr):
+    """Two's-complement nibbles in 0 .. 15 to floats, by OR-ing them into a float's mantissa."""
+    code = (nibble ^ 8).to(tl.int16)  # code + 8
+    if DTYPE.is_fp16():
+        return (code | 0x6400).to(tl.float16, bitcast=True) - 1032.0  # 1024 + 8
+    elif DTYPE.is_bf16():
+        return (code | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0  # 128 + 8
+    else:
+        return code.to(tl.float32) - 8.0
+
+
+@jit
+def _byte_to_float(w, DTYPE: tl.constexpr):
+    """int8 to floats, by way of a float32 mantissa: bfloat16's is too short."""
+    code = (w ^ -128).to(tl.uint8, bitcast=True).to(tl.int32)  # code + 128
+    return ((code | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0).to(DTYPE)
+
+
+@jit
+def _dot(x, w, acc, SWAP: tl.constexpr):
+    if SWAP:
+        return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    else:
+        return tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+
+
+@jit
+def _add_group(
+    y, p, x_sum, zero_point_ptr, w_scale_ptr, at, offs_n, N, HAS_ZERO_POINT: tl.constexpr,
+    SWAP: tl.constexpr,
+):  # fmt: skip
+    """y + (p - zero_point * sum of x) * w_scale, which is exact where rounding w_hat is not."""
+    if HAS_ZERO_POINT:
+        zero_point = tl.load(zero_point_ptr + at, mask=offs_n < N, other=0.0)
+        p -= along_m(x_sum, SWAP) * along_n(zero_point, SWAP)
+    w_scale = tl.load(w_scale_ptr + at, mask=offs_n < N, other=0.0)
+    return y + p * along_n(w_scale, SWAP)
+
+
+@jit
+def _weight_only_linear_kernel(
+    x_ptr, w_ptr, w_scale_ptr, zero_point_ptr, bias_ptr, out_ptr,
+    M, N, K, stride_xm, stride_wn, stride_sn, stride_sg,
+    GROUP: tl.constexpr, PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_b = tl.arange(0, WIDTH)  # of bytes of w: one channel each, or two if PACKED
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_b[None, :]
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_b[None, :]
+    mask_m, mask_n = (offs_m < M)[:, None], (offs_n < N)[:, None]
+    scale_at = offs_n * stride_sn
+    zeros = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
+    y = zeros
+    p = zeros
+    x_sum = (offs_m * 0).to(tl.float32)
+
+    for b in range(0, stride_wn, WIDTH):
+        k = b // 64 * 128 + b % 64 if PACKED else b  # channel of the first byte's (low) code
+        mask_w = mask_n if PACKED else mask_n & (offs_b < K - b)[None, :]
+        w = tl.load(w_ptrs + b, mask=mask_w, other=0)  # [BLOCK_N, WIDTH]
+        mask_x = mask_m & (offs_b < K - k)[None, :]
+        x = tl.load(x_ptrs + k, mask=mask_x, other=0.0)  # [BLOCK_M, WIDTH]
+        if HAS_ZERO_POINT:
+            x_sum += tl.sum(x.to(tl.float32), axis=1)
+        w_low = _nibble_to_float(w & 15, DTYPE) if PACKED else _byte_to_float(w, DTYPE)
+        p = _dot(x.to(DTYPE), w_low, p, SWAP)
+        if GROUP and not (PACKED and GROUP % 128 == 0):
+            at = scale_at + k // GROUP * stride_sg
+            y = _add_group(
+                y, p, x_sum, zero_point_ptr, w_scale_ptr, at, offs_n, N, HAS_ZERO_POINT, SWAP
+            )
+            p = zeros
+            x_sum = (offs_m * 0).to(tl.float32)
+        if PACKED:
+            mask_x = mask_m & (offs_b < K - k - 64)[None, :]
+            x = tl.load(x_ptrs + k + 64, mask=mask_x, other=0.0)
+            if HAS_ZERO_POINT:
+                x_sum += tl.sum(x.to(tl.float32), axis=1)
+            p = _dot(x.to(DTYPE), _nibble_to_float(w >> 4, DTYPE), p, SWAP)
+            if GROUP:
+                # padding may lie behind the last group
+                at = scale_at + tl.minimum(k + 64, K - 1) // GROUP * stride_sg
+                y = _add_group(
+                    y, p, x_sum, zero_point_ptr, w_scale_ptr, at, offs_n, N, HAS_ZERO_POINT, SWAP
+                )
+                p = zeros
+                x_sum = (offs_m * 0).to(tl.float32)
+
+    if GROUP == 0:
+        y = _add_group(
+            y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at, offs_n, N, HAS_ZERO_POINT, SWAP
+        )
+    store_linear(out_ptr, y, bias_ptr, offs_m, offs_n, M, N, 1.0, 0, SWAP, "", 0, 0)
+
+
+def _launch_weight_only_linear(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    w_zero_point: Tensor | None,
+    packed: bool,
+    size: int,
+) -> Tensor:
+    x_2d = rows_of(x)
+    (M, K), N = x_2d.shape, w.shape[0]
+    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    tile = gemm_launch(M, N, computed_weights=True, wide=True)
+    grouped = size < K
+    width = min(dot_width(size), 64) if grouped else 64
+    # the interpreter multiplies bfloat16 wrongly
+    exact = x.dtype == torch.bfloat16 and INTERPRETED
+    dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, tl.float32)
+    with on_device(x):
+        _weight_only_linear_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
+            x_2d, w, w_scale, w_zero_point, bias, out,
+            M, N, K, x_2d.stride(0), w.stride(0), *scale_strides(w_scale),
+            GROUP=size if grouped else 0, PACKED=packed, HAS_ZERO_POINT=w_zero_point is not None,
+            DTYPE=tl.float32 if exact else dtype, WIDTH=width, **tile,
+        )  # fmt: skip
+    return out
+
+
 def weight_only_linear(
     x: Tensor,
     operand: Tensor,
@@ -105,11 +236,17 @@ def weight_only_linear(
     K, G = in_features, w_scale.shape[1]
     if x.shape[-1] != K:
         raise ValueError(f"x must be [..., {K}], got {list(x.shape)}")
-    if G > 1 and (group_size is None or -(-K // group_size) != G):
+    if w_zero_point is not None and w_zero_point.shape != w_scale.shape:
         raise ValueError(
-            f"scales with {G} groups over {K} channels need group_size with "
-            f"ceil({K} / group_size) = {G}, got {group_size}"
+            f"w_zero_point must be {list(w_scale.shape)} as w_scale is, "
+            f"got {list(w_zero_point.shape)}"
         )
+    size = group_size_of(K, G, group_size)
+    if name == "triton" and x.numel() and w_scale.shape[0]:
+        return _launch_weight_only_linear(
+            x, operand, w_scale.contiguous(), bias,
+            None if w_zero_point is None else w_zero_point.contiguous(), bits <= 4, size,
+        )  # fmt: skip
     w_q = unpack_int4(operand, K) if bits <= 4 else operand
     if name == "cpu":
         w = dequantize_ref(w_q, w_scale, w_zero_point, group_size).to(x.dtype)

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtk.hadamard import rotate
 from qtk.models import Block
 from qtk.modules.linear import Plan, QuantLinear, linear_of_codes, prepare_operand
+from qtk_kernels._activation import activate
 from qtk_kernels.gelu_quantize import activation_quantize
 from qtk_kernels.layer_norm_quantize import layer_norm_quantize
 
@@ -159,6 +161,8 @@ def _norm_quantize(
     plan, a = reader.plan, reader.scheme.a
     assert a is not None
     emits_norm = emit == "norm"
+    if reader.rotation:
+        return _norm_rotate_quantize(x, residual, norm, reader, emit)
     return layer_norm_quantize(
         x, norm.q_weight, norm.q_bias, norm.eps, residual=residual, emit=emit,
         norm_weight=norm.weight if emits_norm else None,
@@ -168,11 +172,25 @@ def _norm_quantize(
     )  # fmt: skip
 
 
+def _norm_rotate_quantize(
+    x: Tensor, residual: Tensor | None, norm: Norm, reader: QuantLinear, emit: str | None
+) -> tuple[Tensor, Tensor | None, Any]:
+    """A rotation needs the whole norm before it: not one kernel but three."""
+    h = x if residual is None else x + residual
+    y = F.layer_norm(h.float(), h.shape[-1:], norm.q_weight, norm.q_bias, norm.eps)
+    emitted = h
+    if emit == "norm":
+        emitted = F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return *reader.quantize_rotated(rotate(y)), emitted
+
+
 def _activation_quantize(
     h: Tensor, block: Block, reader: QuantLinear
 ) -> tuple[Tensor, Tensor | None]:
     plan, a = reader.plan, reader.scheme.a
     assert a is not None and block.activation is not None
+    if reader.rotation:
+        return reader.quantize(activate(h, block.activation))
     return activation_quantize(
         h, plan.multiplier, plan.offset, activation=block.activation, bits=a.bits,
         granularity=a.granularity, signed=plan.signed, clip=plan.clip, backend=plan.backend,
@@ -222,6 +240,9 @@ def _same_input(q: QuantLinear, k: QuantLinear, v: QuantLinear) -> bool:
 
     return all(
         q.scheme == other.scheme
+        and q.rotation == other.rotation
+        and equal(q.plan.before and q.plan.before[0], other.plan.before and other.plan.before[0])
+        and equal(q.plan.before and q.plan.before[1], other.plan.before and other.plan.before[1])
         and q.plan.clip == other.plan.clip
         and equal(q.plan.multiplier, other.plan.multiplier)
         and equal(q.plan.offset, other.plan.offset)
@@ -249,7 +270,10 @@ def _norm(norm: nn.Module, reader: QuantLinear) -> Norm:
     K, device = norm.normalized_shape[0], reader.weight_scale.device
     gamma = torch.ones(K, device=device) if norm.weight is None else norm.weight.detach().float()
     beta = torch.zeros(K, device=device) if norm.bias is None else norm.bias.detach().float()
-    multiplier, offset = reader.plan.multiplier, reader.plan.offset
+    plan = reader.plan
+    multiplier, offset = plan.multiplier, plan.offset
+    if reader.rotation:
+        multiplier, offset = plan.before or (None, None)
     q_weight = gamma if multiplier is None else gamma * multiplier
     q_bias = beta if multiplier is None else beta * multiplier + offset
     dtype = gamma.dtype if norm.weight is None else norm.weight.dtype

@@ -1,6 +1,7 @@
 """The linear layer of a quantized model: integer codes, scales, and nothing in floating point.
 
     x' = (x - input_shift) / input_channel_scale              (if it has a transform)
+    x' = x' R                                                 (if it has a rotation)
     q  = codes of x'                                          static grid, or one scale a token
     y  = dequantize(sum_k q_k weight_k) + bias
 
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtk.numerics import expand_groups
+from qtk.hadamard import rotate
+from qtk.numerics import dequantize, expand_groups, fake_quantize_token
 from qtk.pack import dense
 from qtk.scheme import Format, Scheme
 from qtk_kernels._dispatch import backend_of
@@ -39,22 +41,62 @@ from qtk_kernels.weight_only_linear import (
     weight_only_linear,
 )
 
+Affine = tuple[Tensor, Tensor]  # multiplier [K] and offset [K]
+
 
 @dataclass(frozen=True)
 class InputGrid:
     """How a linear's input becomes codes.
 
     Attributes:
-        shift, channel_scale: [K] float32, or None for no transform.
-        scale, zero_point: scalars of a static grid, None for dynamic or float inputs.
+        fmt: the grid, None for inputs that stay floating point.
+        shift, channel_scale: [K] float32, or None for no change of variable.
+        rotation: whether a Hadamard rotation follows it.
+        scale, zero_point: scalars of a static grid, None for others.
         clip: share of a token's maximum that a dynamic grid covers.
     """
 
+    fmt: Format | None
     shift: Tensor | None = None
     channel_scale: Tensor | None = None
+    rotation: bool = False
     scale: Tensor | None = None
     zero_point: Tensor | None = None
     clip: float = 1.0
+
+    def affines(self, lift: int = 0) -> tuple[Affine | None, Affine | None]:
+        """The maps before and behind the rotation; the second ends in units of codes.
+
+        Without a rotation there is only the second. `lift` is added to every code.
+        """
+        first = second = None
+        if self.shift is not None and self.channel_scale is not None:
+            first = (1 / self.channel_scale, -self.shift / self.channel_scale)
+        if self.scale is not None and self.zero_point is not None:
+            second = (1 / self.scale, self.zero_point.float() + lift)
+        if self.rotation or first is None:
+            return first, second
+        if second is None:
+            return None, first
+        return None, (first[0] * second[0], first[1] * second[0] + second[1])
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """[..., K] -> x' [..., K] float32, before rounding."""
+        if self.shift is not None and self.channel_scale is not None:
+            x = x.float() / self.channel_scale - self.shift / self.channel_scale
+        return rotate(x.float()) if self.rotation else x.float()
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """x' on its grid, float32, with the very rounding that the kernels do."""
+        if self.fmt is None:
+            return self.transformed(x)
+        if self.scale is None or self.zero_point is None:
+            return fake_quantize_token(self.transformed(x), self.fmt.bits, self.clip)
+        first, second = self.affines()
+        y = x.float() if first is None else x.float() * first[0] + first[1]
+        y = rotate(y) if self.rotation else y
+        q = torch.round(y if second is None else y * second[0] + second[1])
+        return dequantize(q.clamp(self.fmt.qmin, self.fmt.qmax), self.scale, self.zero_point)
 
 
 @dataclass(frozen=True)
@@ -63,6 +105,7 @@ class Plan:
 
     Attributes:
         operand: the weight, in the kernel's layout.
+        before: x * multiplier + offset before the rotation, where there is one.
         multiplier, offset: [K] float32; q = round(x * multiplier + offset).
         weight_scale: [N, G], times the input's step when that is static.
         bias: [N] with the input's zero point folded in.
@@ -73,6 +116,7 @@ class Plan:
 
     backend: str
     operand: Tensor
+    before: Affine | None
     multiplier: Tensor | None
     offset: Tensor | None
     weight_scale: Tensor
@@ -97,12 +141,12 @@ class QuantLinear(nn.Module):
 
     def __init__(
         self, in_features: int, out_features: int, scheme: Scheme, *, bias: bool = True,
-        transform: bool = False, backend: str = "auto", device: Any = None,
+        transform: bool = False, rotation: bool = False, backend: str = "auto", device: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         assert scheme.w is not None
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        self.transform, self.backend, self.w = transform, backend, scheme.w
+        self.transform, self.rotation, self.backend, self.w = transform, rotation, backend, scheme.w
         N, K, a = out_features, in_features, scheme.a
         groups = 1 if self.w.group_size is None else -(-K // self.w.group_size)
         dtype, width = stored_shape(K, self.w.bits)
@@ -140,6 +184,7 @@ class QuantLinear(nn.Module):
         N, K = codes.shape
         layer = cls(
             K, N, scheme, bias=bias is not None, transform=grid.shift is not None,
+            rotation=grid.rotation,
             backend=backend, device=codes.device,
         )  # fmt: skip
         layer.weight = store(codes.to(torch.int8), layer.w.bits)
@@ -168,10 +213,19 @@ class QuantLinear(nn.Module):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., K] -> codes [..., K] and their scale (None when static); floats stay floats."""
         plan, a = self.plan, self.scheme.a
+        if self.rotation:
+            x = x.float() if plan.before is None else x.float() * plan.before[0] + plan.before[1]
+            return self.quantize_rotated(rotate(x))
         if a is None:
             if plan.multiplier is not None:
                 x = (x.float() * plan.multiplier + plan.offset).to(x.dtype)
             return x, None
+        return self.quantize_rotated(x)
+
+    def quantize_rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `quantize` does behind the rotation, or all of it where there is none."""
+        plan, a = self.plan, self.scheme.a
+        assert a is not None
         return shift_scale_quantize(
             x, plan.multiplier, plan.offset, bits=a.bits, granularity=a.granularity,
             signed=plan.signed, clip=plan.clip, backend=plan.backend,
@@ -219,10 +273,18 @@ class QuantLinear(nn.Module):
         return restore_codes(operand, self.is_int4, K)
 
     def dequantized_weight(self) -> Tensor:
-        """[N, K] float32, the effective weight on the untransformed input. Made for the call."""
+        """[N, K] float32, the weight that multiplies x'. Made for the call."""
         scale = expand_groups(self.weight_scale, self.in_features, self.w.group_size)
-        weight = self.codes().float() * scale
-        return weight if self.input_channel_scale is None else weight / self.input_channel_scale
+        return self.codes().float() * scale
+
+    @property
+    def grid(self) -> InputGrid:
+        """How the input becomes codes."""
+        return InputGrid(
+            self.scheme.a, self.input_shift, self.input_channel_scale, self.rotation,
+            self.input_scale, self.input_zero_point,
+            1.0 if self.input_clip is None else float(self.input_clip),
+        )  # fmt: skip
 
     def stored_weight(self) -> Tensor:
         """The codes as they go to disk."""
@@ -308,35 +370,36 @@ def linear_of_codes(
 
 def make_plan(layer: QuantLinear, codes: Tensor) -> Plan:
     """Folds step, zero point, shift and channel scale into the vectors that the kernels read."""
-    a, w, K = layer.scheme.a, layer.w, layer.in_features
+    a, w, K, grid = layer.scheme.a, layer.w, layer.in_features, layer.grid
     backend = backend_of(layer.weight_scale, layer.backend)
-    multiplier, offset = affine(layer)
+    groups = layer.weight_scale.shape[1]
     if a is None:
+        bits = 4 if layer.is_int4 else 8
         packed = pack_int4(codes) if layer.is_int4 else codes
-        width = 4 if layer.is_int4 else 8
-        operand = prepare_weight_only(packed, bits=width, in_features=K, backend=backend)
-        name = weight_only_kernel_name(operand, bits=width, backend=backend)
+        operand = prepare_weight_only(packed, bits=bits, in_features=K, backend=backend)
+        name = weight_only_kernel_name(operand, bits=bits, backend=backend)
+        before, affine = grid.affines()
         return Plan(
-            backend, operand, multiplier, offset, layer.weight_scale, layer.bias,
+            backend, operand, before, *(affine or (None, None)), layer.weight_scale, layer.bias,
             signed=True, x_zero_point=0, clip=1.0, kernel=name,
         )  # fmt: skip
 
     signed = backend != "cpu"
     lift = 0 if signed else 2 ** (a.bits - 1)  # signed code + lift = unsigned code
-    weight_scale, bias, x_zero_point, clip = layer.weight_scale, layer.bias, 0, 1.0
-    if a.granularity == "tensor":
-        step, zero_point = layer.input_scale, int(layer.input_zero_point) + lift
-        weight_scale = weight_scale * step
-        bias = fold_zero_point(layer.bias, codes, weight_scale, 1.0, zero_point, w.group_size)
-        one = torch.ones(K, device=codes.device)
-        multiplier = (one if multiplier is None else multiplier) / step
-        offset = (one * 0 if offset is None else offset / step) + zero_point
-    else:
-        x_zero_point, clip = lift, float(layer.input_clip)
-    operand, name = prepare_operand(codes, layer.is_int4, layer.weight_scale.shape[1], backend)
+    before, affine = grid.affines(lift)
+    multiplier, offset = affine or (None, None)
+    weight_scale, bias, x_zero_point = layer.weight_scale, layer.bias, lift
+    if layer.input_scale is not None:
+        weight_scale, x_zero_point = weight_scale * layer.input_scale, 0
+        zero_point = int(layer.input_zero_point) + lift
+        bias = fold_zero_point(bias, codes, weight_scale, 1.0, zero_point, w.group_size)
+        assert multiplier is not None and offset is not None
+        multiplier, offset = multiplier.expand(K).contiguous(), offset.expand(K).contiguous()
+    operand, name = prepare_operand(codes, layer.is_int4, groups, backend)
     return Plan(
-        backend, operand, multiplier, offset, weight_scale, bias, signed, x_zero_point, clip, name
-    )
+        backend, operand, before, multiplier, offset, weight_scale, bias, signed, x_zero_point,
+        grid.clip, name,
+    )  # fmt: skip
 
 
 def prepare_operand(codes: Tensor, is_int4: bool, groups: int, backend: str) -> tuple[Tensor, str]:
@@ -350,13 +413,6 @@ def prepare_operand(codes: Tensor, is_int4: bool, groups: int, backend: str) -> 
         operand = prepare_int8(codes, backend)
     kernel_name = int4_linear_kernel_name if is_int4 else int8_linear_kernel_name
     return operand, kernel_name(operand, groups=groups, backend=backend)
-
-
-def affine(layer: QuantLinear) -> tuple[Tensor | None, Tensor | None]:
-    """multiplier and offset [K] such that x' = x * multiplier + offset; None without transform."""
-    if layer.input_shift is None:
-        return None, None
-    return 1 / layer.input_channel_scale, -layer.input_shift / layer.input_channel_scale
 
 
 def restore_codes(operand: Tensor, is_int4: bool, K: int) -> Tensor:
@@ -404,13 +460,10 @@ class _StraightThrough(torch.autograd.Function):
         (x,), layer = ctx.saved_tensors, ctx.layer
         grad = grads[0].float() @ layer.dequantized_weight()
         if layer.input_scale is not None:
-            grad = grad * _inside(x.float(), layer, layer.scheme.a)
+            q = torch.round(layer.grid.transformed(x) / layer.input_scale) + layer.input_zero_point
+            grad = grad * ((q >= layer.scheme.a.qmin) & (q <= layer.scheme.a.qmax))
+        if layer.rotation:
+            grad = rotate(grad, inverse=True)
+        if layer.input_channel_scale is not None:
+            grad = grad / layer.input_channel_scale
         return grad.to(x.dtype), None
-
-
-def _inside(x: Tensor, layer: QuantLinear, fmt: Format) -> Tensor:
-    """True where the static grid does not clip x."""
-    if layer.input_shift is not None:
-        x = (x - layer.input_shift) / layer.input_channel_scale
-    q = torch.round(x / layer.input_scale) + layer.input_zero_point
-    return (q >= fmt.qmin) & (q <= fmt.qmax)

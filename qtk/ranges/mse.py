@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from qtk.numerics import fake_quantize, scale_and_zero_point
+from qtk.numerics import fake_quantize, fake_quantize_token, scale_and_zero_point
 from qtk.ranges import Range
 from qtk.scheme import Format
 
-COARSE = torch.linspace(1.0, 0.1, 16).tolist()  # shares of the full range tried first
-FINE = torch.linspace(-0.05, 0.05, 7).tolist()  # and then around the best of those
+TOGETHER = [0.9**k for k in range(30)]  # shares of the full range, both ends at once
+APART = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5]  # then one end after the other
+CLIPS = [1.0 - 0.04 * k for k in range(14)]  # shares of a token's maximum, for dynamic grids
 ROWS = 1024  # a search over all rows finds the same range
 
 
@@ -29,10 +30,23 @@ def search(batches: list[Tensor], fmt: Format, importance: Tensor) -> Range:
         squares = (fake_quantize(x, scale, zero_point, fmt) - x).square().sum(0)
         return float(squares @ importance)
 
-    low, high = 1.0, 1.0  # shares of the two ends
-    for centred, steps in ((False, COARSE), (True, FINE)):
-        tried = [high + step if centred else step for step in steps]
-        high = min(tried, key=lambda share: error(full_lo * low, full_hi * share))
-        tried = [low + step if centred else step for step in steps]
-        low = min(tried, key=lambda share: error(full_lo * share, full_hi * high))
-    return full_lo * low, full_hi * high
+    share = min(TOGETHER, key=lambda c: error(full_lo * c, full_hi * c))
+    low, high = full_lo * share, full_hi * share
+    high = min((torch.minimum(high * c, full_hi) for c in APART), key=lambda end: error(low, end))
+    low = min((torch.maximum(low * c, full_lo) for c in APART), key=lambda end: error(end, high))
+    return low, high
+
+
+def find_clip(batches: list[Tensor], fmt: Format, importance: Tensor) -> float:
+    return search_clip(batches, fmt, torch.ones_like(importance))
+
+
+def search_clip(batches: list[Tensor], fmt: Format, importance: Tensor) -> float:
+    """For dynamic grids: the share of a token's maximum with the smallest weighted error."""
+    x = torch.cat(batches)
+    x = x[:: max(len(x) // ROWS, 1)]
+
+    def error(clip: float) -> float:
+        return float((fake_quantize_token(x, fmt.bits, clip) - x).square().sum(0) @ importance)
+
+    return min(CLIPS, key=error)

@@ -8,9 +8,13 @@ A rounder is a function `find(problem) -> (codes, scale)`:
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from qtk.numerics import EPS, in_groups
 from qtk.scheme import Format
+
+CLIPS = torch.linspace(1.0, 0.4, 31).tolist()  # shares of the whole range that are tried
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,26 @@ class Problem:
 
 
 Rounded = tuple[Tensor, Tensor]
+
+
+def best_scale(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
+    """[N, G]: each row's (or group's) scale with the smallest weighted error.
+
+    Args:
+        weight: [N, K].
+        fmt: a symmetric grid.
+        importance: [K], or None for all ones.
+    """
+    w = in_groups(weight.float(), fmt.group_size)  # [N, G, group]
+    h = torch.ones_like(weight[:1]) if importance is None else importance[None].float()
+    h = in_groups(h, fmt.group_size)  # [1, G, group]
+    full = w.abs().amax(-1).clamp(min=EPS) / fmt.qmax  # [N, G]
+    best, scale = torch.full_like(full, torch.inf), full.clone()
+    for clip in CLIPS:
+        candidate = full * clip
+        step = candidate[..., None]
+        w_hat = (w / step).round().clamp(fmt.qmin, fmt.qmax) * step
+        error = ((w_hat - w).square() * h).sum(-1)
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, candidate, scale)
+    return scale

@@ -24,32 +24,30 @@ from qtk.numerics import (
 )
 from qtk.observe import Site
 from qtk.scheme import Format, Scheme
-from qtk.transform import Transform
+from qtk.transform import Change
 
 CANDIDATES = 24  # thresholds tried, geometric from the full range downward
 SMALLEST = 0.02  # the last one, relative to the full range: LayerNorm outputs are often below 1
 TOKENS = 512  # rows that the loss is measured on
 
 
-def find(site: Site, scheme: Scheme) -> Transform:
-    """shift [K] and channel_scale [K] of one site; (0, 1) where there is no data."""
+def find(site: Site, scheme: Scheme) -> Change:
+    """shift and channel_scale of one site; none where there is no data or nothing to gain."""
     weight = site.weight()
-    if not site.has_data:
-        return torch.zeros_like(weight[0]), torch.ones_like(weight[0])
+    none = Change.none(weight.shape[1], weight.device)
+    if not site.has_data or scheme.a is None or scheme.w is None:
+        return none
     lo, hi = site.lo.amin(0), site.hi.amax(0)
     shift, reach = (hi + lo) / 2, (hi - lo) / 2  # [K]
-    if scheme.a is None or scheme.w is None:
-        return shift * 0, torch.ones_like(shift)
-
     loss = _loss(site, weight, shift, scheme.w, scheme.a)
-    best, channel_scale = float("inf"), torch.ones_like(shift)
+    best, channel_scale = float("inf"), none.channel_scale
     for k in range(CANDIDATES):
         threshold = reach.max() * SMALLEST ** (k / (CANDIDATES - 1))
         candidate = (reach / threshold.clamp(min=1e-8)).clamp(min=1.0)
         error = loss(candidate)
         if error < best:  # a tie keeps the larger threshold: less scaling
             best, channel_scale = error, candidate
-    return shift, channel_scale
+    return Change(shift, channel_scale)
 
 
 def _loss(
@@ -57,7 +55,8 @@ def _loss(
 ) -> Callable[[Tensor], float]:
     """The error of the site's output as a function of channel_scale."""
     sequences = _sample(site)
-    outputs = _attention(site) if site.group.name == "qkv" else _plain
+    whole = site.group.name == "qkv" and len(site.linears) == 3
+    outputs = _attention(site) if whole else _plain
     bias = site.bias() + weight @ shift
     xs = [(x - shift, mask) for x, mask in sequences]
     wanted = [outputs(x @ weight.T + bias, mask)[mask] for x, mask in xs]

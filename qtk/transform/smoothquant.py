@@ -9,18 +9,18 @@ import torch
 
 from qtk.observe import Site
 from qtk.scheme import Scheme
-from qtk.transform import Transform
+from qtk.transform import Change
 
 ALPHA = 0.5  # the paper's value for OPT: half of the difficulty moves to the weights
 EPS = 1e-5
 
 
-def find(site: Site, scheme: Scheme) -> Transform:
-    """shift [K] = 0 and channel_scale [K]; all ones away from LayerNorms and without data."""
+def find(site: Site, scheme: Scheme) -> Change:
+    """The channel scale of one site; none away from LayerNorms and without data."""
     w_max = site.weight().abs().amax(0)
-    one = torch.ones_like(w_max)
+    none = Change.none(len(w_max), w_max.device)
     if scheme.a is None or not site.has_data or site.group.norm is None:
-        return one * 0, one
+        return none
     x_max = torch.maximum(-site.lo.amin(0), site.hi.amax(0))
     scale = x_max.clamp(min=EPS) ** ALPHA / w_max.clamp(min=EPS) ** (1 - ALPHA)
-    return one * 0, scale.clamp(min=EPS)
+    return Change(none.shift, scale.clamp(min=EPS))

@@ -1,0 +1,154 @@
+"""Triton if there is one, and the pieces that kernels share.
+
+Without Triton (it is only published for Linux) the kernels below become plain functions that nobody
+calls, so that the cpu and reference backends work everywhere.
+
+The arithmetic is float32 and avoids libdevice, inline assembly and bfloat16 arithmetic, which the
+interpreter does not run, or runs wrongly.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+if find_spec("triton"):
+    triton: Any = import_module("triton")
+    tl: Any = import_module("triton.language")
+    jit: Any = triton.jit
+else:
+    triton, tl, jit = None, SimpleNamespace(constexpr=int), lambda kernel: kernel
+
+
+@jit
+def round_codes(y, qmin, qmax):
+    """Rounds to nearest even and clamps: float32 to int32, without a conversion instruction."""
+    y = tl.minimum(tl.maximum(y, qmin), qmax)
+    # adding 1.5 * 2**23 rounds the fraction away and leaves the integer in the low bits; exact
+    # because the clamp comes first, which integer bounds allow
+    return (y + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@jit
+def activate_tile(y, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        y = y * 0.5 * (1.0 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+        # (1 + tanh(u)) / 2 is the logistic function of 2u, which needs no libdevice
+        y = tl.div_rn(y, 1.0 + tl.exp(tl.minimum(-2.0 * u, 80.0)))
+    elif ACTIVATION == "relu":
+        y = tl.maximum(y, 0.0)
+    return y
+
+
+@jit
+def dynamic_limit(y, clip, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+    """The largest magnitude to represent, per group: [ROWS, BLOCK_K] to [ROWS, BLOCK_K / GROUP]."""
+    groups = tl.reshape(tl.abs(y), (ROWS, BLOCK_K // GROUP, GROUP))
+    return tl.maximum(tl.max(groups, axis=2), 1e-8) * clip
+
+
+@jit
+def dynamic_divide(
+    y, limit, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, QMAX: tl.constexpr
+):
+    inverse = tl.div_rn(limit * 0.0 + QMAX, limit)
+    groups = tl.reshape(y, (ROWS, BLOCK_K // GROUP, GROUP))
+    return tl.reshape(groups * inverse[:, :, None], (ROWS, BLOCK_K))
+
+
+@jit
+def store_scale(
+    scale_ptr, limit, offs_m, M, G, first,
+    BLOCK_G: tl.constexpr, QMAX: tl.constexpr,
+):  # fmt: skip
+    offs_g = first + tl.arange(0, BLOCK_G)
+    mask = (offs_m < M)[:, None] & (offs_g < G)[None, :]
+    scale = tl.div_rn(limit, limit * 0.0 + QMAX)
+    tl.store(scale_ptr + offs_m[:, None] * G + offs_g[None, :], scale, mask=mask)
+
+
+@jit
+def store_codes(
+    q_ptr, codes, offs_m, start, M, width,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Writes [ROWS, BLOCK_K] codes as bytes, or as half-split nibbles."""
+    if PACKED:
+        halves = tl.reshape(codes & 15, (ROWS, BLOCK_K // 128, 2, 64))
+        shift = (tl.arange(0, 2) * 4)[None, None, :, None]
+        codes = tl.reshape(tl.sum(halves << shift, axis=2), (ROWS, BLOCK_K // 2))
+        offs = start // 2 + tl.arange(0, BLOCK_K // 2)
+    else:
+        offs = start + tl.arange(0, BLOCK_K)
+    mask = (offs_m < M)[:, None] & (offs < width)[None, :]
+    tl.store(q_ptr + offs_m[:, None] * width + offs[None, :], codes.to(tl.int8), mask=mask)
+
+
+@jit
+def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Walks GROUP_M rows of tiles down before going right, so that weights stay in L2."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first = pid // (GROUP_M * tiles_n) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    inside = pid % (GROUP_M * tiles_n)
+    return first + inside % height, inside // height
+
+
+@jit
+def along_m(v, SWAP: tl.constexpr):
+    """[BLOCK_M], to be broadcast over an accumulator [M, N], or [N, M] if SWAP."""
+    if SWAP:
+        return v[None, :]
+    else:
+        return v[:, None]
+
+
+@jit
+def along_n(v, SWAP: tl.constexpr):
+    """[BLOCK_N], to be broadcast over an accumulator [M, N], or [N, M] if SWAP."""
+    if SWAP:
+        return v[:, None]
+    else:
+        return v[None, :]
+
+
+@jit
+def dot_int8(x, w, acc, SWAP: tl.constexpr):
+    """acc + x w^T, or its transpose: few tokens fill a tensor core better from the other side."""
+    if SWAP:
+        return tl.dot(w, tl.trans(x), acc, out_dtype=tl.int32)
+    else:
+        return tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
+
+
+@jit
+def scaled(p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_at, w_at, SWAP: tl.constexpr):
+    """(p * x_scale) * w_scale in float32; x_at and w_at are the offsets of the scales."""
+    y = p.to(tl.float32)
+    if x_scale_ptr is not None:
+        x_scale = tl.load(x_scale_ptr + x_at, mask=offs_m < M, other=0.0)
+        y = y * along_m(x_scale, SWAP)
+    w_scale = tl.load(w_scale_ptr + w_at, mask=offs_n < N, other=0.0)
+    return y * along_n(w_scale, SWAP)
+
+
+@jit
+def store_linear(
+    out_ptr, y, bias_ptr, offs_m, offs_n, M, N, out_step, out_zero_point,
+    SWAP: tl.constexpr, ACTIVATION: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+):  # fmt: skip
+    """Adds the bias, activates, requantizes if QMAX > QMIN and stores to out [M, N]."""
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+        y = y + along_n(bias, SWAP)
+    y = activate_tile(y, ACTIVATION)
+    at = along_m(offs_m.to(tl.int64), SWAP) * N + along_n(offs_n, SWAP)
+    mask = along_m(offs_m < M, SWAP) & along_n(offs_n < N, SWAP)
+    if QMAX > QMIN:
+        zero_point = out_zero_point.to(tl.float32)
+        codes = round_codes(tl.div_rn(y, y * 0.0 + out_step), QMIN - zero_point, QMAX - zero_point)
+        tl.store(out_ptr + at, (codes + out_zero_point).to(tl.int8), mask=mask)
+    else:
+        tl.store(out_ptr + at, y, mask=mask)
