@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +25,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 import torch
 import triton
 import triton.language as tl
-from qtk_kernels import int4_linear, int8_linear, layer_norm_quantize, shift_scale_quantize
-from qtk_kernels import weight_only_linear as weight_only
-from qtk_kernels._codes import Codes
-from qtk_kernels._launch import gemm_launch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+
+from qtk_kernels import (
+    hadamard_quantize,
+    int4_linear,
+    int8_linear,
+    layer_norm_quantize,
+    shift_scale_quantize,
+)
+from qtk_kernels import weight_only_linear as weight_only
+from qtk_kernels._codes import Codes
+from qtk_kernels._launch import gemm_launch
 
 ARCHS = (80, 90, 100)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may use
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 RESULTS = Path(__file__).resolve().parent / "results"
 
-ROW_INTS = ("M", "K", "G", "width", "stride_xm", "stride_rm")
-GEMM_INTS = (
-    "M", "N", "K", "x_zero_point", "out_zero_point", "stride_xm", "stride_wn", "stride_xsm",
-    "stride_xsg", "stride_wsn", "stride_wsg", "stride_sn", "stride_sg",
-)  # fmt: skip
-FLOATS = ("eps", "clip", "out_step")
+FLOATS = ("eps", "clip", "out_step", "norm", "step")
 ALIGNED = ("K", "width", "stride_xm", "stride_rm", "stride_wn")  # multiples of 16 in real models
 
 
@@ -54,8 +56,7 @@ class Variant:
     name: str
     kernel: Any
     types: dict[str, str]  # of pointers, "*i8" and so on; a pointer not named is None
-    params: dict[str, Any] = field(default_factory=dict)
-    mma: bool = False
+    params: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Row:
     registers: int
     spill_bytes: int
     shared: int
-    tensor_core: str
+    tensor_core: str  # the matrix instruction
     i2f: int
     f2i: int
     mufu: int
@@ -82,7 +83,7 @@ def row_variants() -> list[Variant]:
     }  # fmt: skip
     out = []
     for label, codes in specs.items():
-        for K in (384, 768, 4096, 16384, 32768):
+        for K in (768, 4096, 8192, 32768):
             launch = codes.launch(4096, K)
             walk = launch["BLOCK_K"] < K
             q = "*u8" if codes.packed else "*i8"
@@ -103,6 +104,14 @@ def row_variants() -> list[Variant]:
                     {**launch, "ACTIVATION": activation,
                      "WALK": walk and codes.granularity == "token"},
                 ))  # fmt: skip
+        launch = codes.launch(4096, 4096, at_least=4096)
+        out.append(Variant(
+            f"hadamard_quantize {label} K=4096 block=128",
+            hadamard_quantize._hadamard_quantize_kernel,
+            {"x_ptr": "*bf16", "multiplier_ptr": "*fp32", "q_ptr": "*u8" if codes.packed else "*i8",
+             **({} if codes.static else {"scale_ptr": "*fp32"})},
+            {**launch, "STAGES": 7},
+        ))  # fmt: skip
     return out
 
 
@@ -110,41 +119,43 @@ def gemm_variants() -> list[Variant]:
     """Matrix products, for a few tokens and for many."""
     out = []
     for M in (1, 32, 256, 8192):
-        tile = gemm_launch(M, 4096, computed_weights=False)
         for group in (0, 128):
+            tile = gemm_launch(M, 4096, grouped=group > 0, computed_weights=False)
             scales = {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
             common = {"GROUP": group, "HAS_ZERO_POINT": False, "ACTIVATION": ""}
             out.append(Variant(
                 f"int8_linear M={M} g={group}", int8_linear._int8_linear_kernel,
                 {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*bf16", **scales},
-                {**common, "QMIN": 0, "QMAX": 0, "BLOCK_K": 128, **tile}, True,
+                {**common, "QMIN": 0, "QMAX": 0, "BLOCK_K": 128, **tile},
             ))  # fmt: skip
             for packed in (False, True):
-                tile4 = gemm_launch(M, 4096, computed_weights=True, computed_tokens=packed)
+                tile4 = gemm_launch(
+                    M, 4096, grouped=group > 0, computed_weights=True, computed_tokens=packed
+                )
                 out.append(Variant(
                     f"int4_linear W4A{4 if packed else 8} M={M} g={group}",
                     int4_linear._int4_linear_kernel,
                     {"x_ptr": "*u8" if packed else "*i8", "w_ptr": "*u8", "out_ptr": "*bf16",
                      **scales},
-                    {**common, "X_PACKED": packed, "BYTES": 64, **tile4}, True,
+                    {**common, "X_PACKED": packed, "BYTES": 64, **tile4},
                 ))  # fmt: skip
             for packed in (False, True):
-                tile16 = gemm_launch(M, 4096, computed_weights=True, wide=True)
+                tile16 = gemm_launch(M, 4096, grouped=group > 0, computed_weights=True, wide=True)
                 out.append(Variant(
                     f"weight_only_linear W{4 if packed else 8}A16 M={M} g={group}",
                     weight_only._weight_only_linear_kernel,
                     {"x_ptr": "*bf16", "w_ptr": "*u8" if packed else "*i8",
                      "w_scale_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"},
                     {"GROUP": group, "PACKED": packed, "HAS_ZERO_POINT": False,
-                     "DTYPE": tl.bfloat16, "WIDTH": 64, **tile16}, True,
+                     "DTYPE": tl.bfloat16, "WIDTH": 64, **tile16},
                 ))  # fmt: skip
-    tile = gemm_launch(8192, 4096, computed_weights=False)
+    tile = gemm_launch(8192, 4096, grouped=False, computed_weights=False)
     out.append(Variant(
         "int8_linear gelu requantize M=8192", int8_linear._int8_linear_kernel,
         {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*i8", "w_scale_ptr": "*fp32",
          "bias_ptr": "*fp32"},
         {"GROUP": 0, "HAS_ZERO_POINT": True, "ACTIVATION": "gelu", "QMIN": -128, "QMAX": 127,
-         "BLOCK_K": 128, **tile}, True,
+         "BLOCK_K": 128, **tile},
     ))  # fmt: skip
     return out
 

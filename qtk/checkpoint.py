@@ -1,9 +1,11 @@
 """What a quantized model remembers of how it was made, and how it is put together again."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qtk.errors import CheckpointError, ModelError, SchemeError
 from qtk.models import describe
@@ -12,6 +14,7 @@ from qtk.modules.linear import QuantLinear
 from qtk.scheme import Scheme
 
 VERSION = 1  # of the layout on disk; a newer one is refused
+POSITIVE = ("weight_scale", "input_scale", "input_channel_scale", "input_clip")
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,16 @@ class Layer:
     sqnr: float | None = None  # dB of its output on the calibration data, when there was any
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        measured = self.sqnr is not None and math.isfinite(self.sqnr)  # JSON knows no infinity
+        return {**asdict(self), "sqnr": self.sqnr if measured else None}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Layer":
         try:
-            return cls(**{**data, "scheme": Scheme.from_dict(data["scheme"])})
+            layer = cls(**{**data, "scheme": Scheme.from_dict(data["scheme"])})
+            if layer.scheme.w is None:
+                raise SchemeError("its weight is in floating point")
+            return layer
         except (TypeError, KeyError, AttributeError, SchemeError) as error:
             raise CheckpointError(f"the checkpoint describes a layer badly: {error}") from None
 
@@ -66,7 +73,7 @@ class Record:
             CheckpointError: a newer version, or something missing.
         """
         version = data.get("version")
-        if not isinstance(version, int):
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise CheckpointError("the checkpoint's quantization_config names no version")
         if version > VERSION:
             raise CheckpointError(
@@ -124,6 +131,8 @@ def skeleton(model: nn.Module, record: Record) -> None:
     Raises:
         CheckpointError: the model has no such linear.
     """
+    # "triton" and "cpu" are each what "auto" takes on their device, and weights are read on the CPU
+    backend = "reference" if record.backend == "reference" else "auto"
     for name, layer in record.layers.items():
         full = full_name(model, name)
         linear = model.get_submodule(full) if has_module(model, full) else None
@@ -134,9 +143,43 @@ def skeleton(model: nn.Module, record: Record) -> None:
             )
         empty = QuantLinear(
             linear.in_features, linear.out_features, layer.scheme, bias=layer.bias,
-            transform=layer.transform, rotation=layer.rotation, backend=record.backend, device=linear.weight.device,
+            transform=layer.transform, rotation=layer.rotation, backend=backend,
+            device=linear.weight.device,
         )  # fmt: skip
         model.set_submodule(full, empty)
+
+
+def check_tensors(model: nn.Module) -> None:
+    """Looks at everything that was read into a skeleton.
+
+    Raises:
+        CheckpointError: a tensor of another shape or type, a scale that is not a positive number,
+            a number that is not finite.
+    """
+    for name, layer in quantized_layers(model).items():
+        bias, transform = layer.bias is not None, layer.input_shift is not None
+        empty = QuantLinear(
+            layer.in_features, layer.out_features, layer.scheme, bias=bias, transform=transform,
+            device="meta",
+        )  # fmt: skip
+        for key, wanted in empty.named_buffers(recurse=False):
+            value = getattr(layer, key)
+            fault = None if value.is_meta else _fault(key, value, wanted)
+            if fault:
+                raise CheckpointError(f"the checkpoint's {name}.{key} {fault}")
+
+
+def _fault(key: str, value: Tensor, wanted: Tensor) -> str | None:
+    """What is wrong with a tensor."""
+    if value.shape != wanted.shape:
+        return f"has shape {list(value.shape)}, it should have {list(wanted.shape)}"
+    if value.dtype != wanted.dtype:
+        return f"is {value.dtype}, it should be {wanted.dtype}"
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        return "holds nan or inf"
+    if key in POSITIVE and not (value > 0).all():
+        return "holds a number that is not above zero"
+    return None
 
 
 def finish(model: nn.Module) -> None:

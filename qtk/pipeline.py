@@ -3,9 +3,10 @@
 import copy
 import fnmatch
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from qtk.discover import load
 from qtk.errors import SchemeError
 from qtk.integrations.transformers import attach, load_float
 from qtk.models import Block, describe
-from qtk.modules.linear import InputGrid, QuantLinear
+from qtk.modules.linear import InputGrid, QuantLinear, resolve_backend
 from qtk.numerics import expand_groups, scale_and_zero_point, sqnr
 from qtk.observe import Site, imagine, walk
 from qtk.observe.batches import prepare
 from qtk.recipes import Recipe
 from qtk.round import Problem
-from qtk.scheme import Format, Scheme
+from qtk.scheme import FLOAT, Format, Scheme
 from qtk.transform import Change
 
 logger = logging.getLogger("qtk")
@@ -36,9 +37,9 @@ def quantize(
     calib: Any = None,
     tokenizer: Any = None,
     *,
-    method: str = "os+",
-    rounding: str = "nearest",
-    ranges: str = "auto",
+    method: str | None = None,
+    rounding: str | None = None,
+    ranges: str | None = None,
     activations: str = "static",
     attention: str = "float",
     softmax: str = "float",
@@ -60,8 +61,8 @@ def quantize(
         calib: batches (dicts of tensors), strings, or a path to a text file or image folder.
             Without any, activations are dynamic and the norms' own parameters give shift and scale.
         tokenizer: tokenizer or image processor for `calib`; looked for beside the model.
-        method: the equivalent transform: "os+", "smoothquant", "none".
-        rounding: how weights become codes; a file in qtk/round.
+        method: the equivalent transform: "os+", "smoothquant", "rotate", "none".
+        rounding: how weights become codes: "nearest", "gptq".
         ranges: where static activation grids end; "auto" or a file in qtk/ranges.
         activations: "static" (one scale a tensor) or "token" (dynamic, one scale a token).
         attention, softmax, softmax_bits: the attention products and the softmax; "float".
@@ -69,6 +70,8 @@ def quantize(
         bits: {pattern of module names: (w, a)}, first match wins, the rest as `w` and `a` say.
         skip: patterns of module names left in floating point; heads, pooler and embeddings are.
         backend: "auto" (by device), "triton", "cpu" or "reference".
+        preset: "fast", "balanced" (the default) or "best": fills in method, rounding and ranges where
+            they are not given. MiniLM takes seconds, half a minute, and a minute.
         seed: of everything drawn at random.
         progress: shows a bar over the blocks.
         inplace: changes `model` itself instead of a copy.
@@ -80,16 +83,25 @@ def quantize(
         QtkError: see `qtk.errors`; each message names the module and the remedy.
     """
     torch.manual_seed(seed)
-    recipe = Recipe.of(method, rounding, ranges)
+    recipe_of = partial(Recipe.of, method=method, rounding=rounding, ranges=ranges, preset=preset)
+    recipe = recipe_of(a)
     _only_float("attention", attention)
     _only_float("softmax", softmax)
-    default = Scheme.of(w, a, activations if calib is not None else "token", group_size)
+    if softmax_bits is not None:
+        raise SchemeError("softmax_bits goes with an integer softmax; this version has none")
+    scheme_of = partial(
+        Scheme.of,
+        activations=activations if calib is not None or activations != "static" else "token",
+        group_size=group_size,
+    )
+    default, special = scheme_of(w, a), _special(bits, skip, scheme_of)
     model = load_float(model)
     blocks = describe(model)
     checkpoint.check_float(model)
-    schemes = assign(model, blocks, default, bits or {}, skip or ())
+    resolve_backend(next(model.parameters()), backend)
+    schemes = assign(blocks, default, special)
     batches = None if calib is None else prepare(model, calib, tokenizer, seed)
-    if batches is None and default.a is not None:
+    if batches is None and any(scheme.a for scheme in schemes.values()):
         _say_what_data_would_give()
     model = (model if inplace else copy.deepcopy(model)).eval()
 
@@ -100,15 +112,15 @@ def quantize(
             for scheme, part in by_scheme(site, schemes):
                 if scheme.w is None:
                     continue
-                for name, linear, quality in quantize_site(part, scheme, recipe, backend):
+                chosen = recipe_of(scheme.a.bits if scheme.a else FLOAT)
+                for name, linear, quality in quantize_site(part, scheme, chosen, backend):
                     model.set_submodule(name, linear)
                     layers[checkpoint.base_name(model, name)] = checkpoint.Layer(
                         scheme, linear.bias is not None, linear.transform, linear.rotation, quality
                     )
-    if not layers:
-        raise SchemeError("nothing is left to quantize: w=16, or skip matches every linear")
     told = {
-        "method": method, "rounding": rounding, "ranges": ranges, "w": w, "a": a, "seed": seed,
+        "method": recipe.method or "none", "rounding": recipe.rounding, "ranges": recipe.ranges,
+        "w": w, "a": a, "seed": seed,
         "calibration_batches": len(batches or ()),
     }  # fmt: skip
     checkpoint.finish(model)
@@ -174,30 +186,44 @@ def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -
 
 
 def assign(
-    model: nn.Module, blocks: Sequence[Block], default: Scheme,
-    bits: dict[str, tuple[int, int]], skip: Sequence[str],
-) -> dict[str, Scheme]:  # fmt: skip
-    """The scheme of every linear in the blocks.
+    blocks: Sequence[Block], default: Scheme, special: Mapping[str, Scheme]
+) -> dict[str, Scheme]:
+    """The scheme of every linear in the blocks; the first pattern that matches wins.
 
     Raises:
-        SchemeError: a pattern that matches nothing, or bits out of range.
+        SchemeError: a pattern that matches nothing, or nothing left to quantize.
     """
     names = [n for block in blocks for group in block.groups for n in group.linears]
-    for pattern in [*bits, *skip]:
+    for pattern in special:
         if not any(fnmatch.fnmatch(name, pattern) for name in names):
             raise SchemeError(
                 f"pattern {pattern!r} matches no linear of the blocks, such as {names[0]!r}; "
                 "heads, pooler and embeddings stay in floating point"
             )
-    activation = "token" if default.a and default.a.granularity == "token" else "static"
-    group_size = default.w.group_size if default.w else None
-    special = {p: Scheme.of(w, a, activation, group_size) for p, (w, a) in bits.items()}
-    special = {**dict.fromkeys(skip, Scheme(None, None)), **special}
 
     def scheme(name: str) -> Scheme:
         return next((s for p, s in special.items() if fnmatch.fnmatch(name, p)), default)
 
-    return {name: scheme(name) for name in names}
+    schemes = {name: scheme(name) for name in names}
+    if all(scheme.w is None for scheme in schemes.values()):
+        raise SchemeError("nothing is left to quantize: w=16, or skip matches every linear")
+    return schemes
+
+
+def _special(
+    bits: Mapping[str, tuple[int, int]] | None, skip: Sequence[str] | str | None,
+    scheme_of: Callable[[int, int], Scheme],
+) -> dict[str, Scheme]:  # fmt: skip
+    """The patterns of `skip` and `bits` as schemes; `skip` comes first, and so wins."""
+    bits, skip = bits or {}, [skip] if isinstance(skip, str) else skip or ()
+    if not isinstance(bits, Mapping):
+        raise SchemeError(f"bits={bits!r}: give {{pattern of module names: (w, a)}}")
+    for pattern, pair in bits.items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise SchemeError(f"bits[{pattern!r}]={pair!r}: give a pair (w, a), such as (4, 8)")
+    left_out = dict.fromkeys(skip, Scheme(None, None))
+    chosen = {pattern: scheme_of(*pair) for pattern, pair in bits.items() if pattern not in skip}
+    return {**left_out, **chosen}
 
 
 def by_scheme(site: Site, schemes: dict[str, Scheme]) -> Iterator[tuple[Scheme, Site]]:

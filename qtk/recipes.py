@@ -4,9 +4,31 @@ from dataclasses import dataclass
 
 from qtk.discover import available
 from qtk.errors import SchemeError
+from qtk.scheme import FLOAT
 
 # the public name of a method -> the file in qtk/transform; any file there is a method by itself
 METHODS = {"os+": "outlier_suppression", "none": None}
+
+
+# What a preset fills in where nothing was given: (method, rounding, ranges), by activation bits.
+# Times and cosines are of MiniLM with 256 sentences; see benchmarks/results/fidelity.json.
+PRESETS: dict[str, dict[str, tuple[str, str, str]]] = {
+    "fast": {
+        "float": ("none", "nearest", "auto"),
+        "wide": ("os+", "nearest", "minmax"),
+        "narrow": ("os+", "nearest", "minmax"),
+    },
+    "balanced": {
+        "float": ("none", "gptq", "auto"),
+        "wide": ("os+", "gptq", "auto"),  # at 8 bits what costs nothing when the model runs
+        "narrow": ("rotate", "gptq", "auto"),  # below, what keeps the accuracy
+    },
+    "best": {
+        "float": ("none", "gptq", "auto"),
+        "wide": ("rotate", "gptq", "auto"),
+        "narrow": ("rotate", "gptq", "auto"),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -24,12 +46,20 @@ class Recipe:
     ranges: str
 
     @classmethod
-    def of(cls, method: str, rounding: str, ranges: str) -> "Recipe":
-        """Checks the names.
+    def of(
+        cls, a: int, method: str | None = None, rounding: str | None = None,
+        ranges: str | None = None, preset: str | None = None,
+    ) -> "Recipe":  # fmt: skip
+        """What was asked for, the rest as the preset ("balanced" by default) says for `a` bits.
 
         Raises:
             SchemeError: a name that no file stands for; the message lists those there are.
         """
+        _check("preset", preset or "balanced", list(PRESETS))
+        width = "float" if a == FLOAT else "wide" if a >= 8 else "narrow"
+        defaults = PRESETS[preset or "balanced"][width]
+        given = (method, rounding, ranges)
+        method, rounding, ranges = (g or d for g, d in zip(given, defaults, strict=True))
         chosen = METHODS.get(method, method)
         methods = sorted({*METHODS, *available("transform")} - set(filter(None, METHODS.values())))
         _check("method", method, [*methods, *available("transform")], methods)

@@ -7,6 +7,7 @@ from qtk.errors import SchemeError
 
 WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8)
 ACTIVATION_BITS = (4, 5, 6, 7, 8)
+GRANULARITIES = ("tensor", "channel", "token", "group")
 FLOAT = 16  # bits=16 stands for "left in floating point"
 
 
@@ -25,6 +26,13 @@ class Format:
     symmetric: bool = True
     granularity: str = "channel"
     group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        size, grouped = self.group_size, self.granularity == "group"
+        if self.granularity not in GRANULARITIES:
+            raise SchemeError(f"granularity={self.granularity!r}: choose from {GRANULARITIES}")
+        if grouped != is_positive_int(size):
+            raise SchemeError(f"group_size={size!r} does not go with {self.granularity!r}")
 
     @property
     def qmax(self) -> int:
@@ -55,7 +63,7 @@ class Scheme:
         _check_bits("a", a, ACTIVATION_BITS)
         if activations not in ("static", "token"):
             raise SchemeError(f"activations={activations!r}: choose 'static' or 'token'")
-        if group_size is not None and not (isinstance(group_size, int) and group_size >= 1):
+        if group_size is not None and not is_positive_int(group_size):
             raise SchemeError(f"group_size={group_size!r}: give a positive integer, or None")
         if w == FLOAT and a != FLOAT:
             raise SchemeError(
@@ -94,7 +102,15 @@ class Scheme:
         for name, fmt, allowed in (("w", w, WEIGHT_BITS), ("a", a, ACTIVATION_BITS)):
             if fmt is not None:
                 _check_bits(name, fmt.bits, allowed)
+        if w is not None and w.granularity not in ("channel", "group"):
+            raise SchemeError(f"weights with one scale a {w.granularity}")
+        if a is not None and a.granularity not in ("tensor", "token"):
+            raise SchemeError(f"activations with one scale a {a.granularity}")
         return cls(w, a)
+
+
+def is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_bits(name: str, bits: object, allowed: tuple[int, ...]) -> None:

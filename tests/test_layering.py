@@ -23,7 +23,7 @@ ALLOWED = {
     "qtk.ranges": LOW | {"qtk.ranges"},
     "qtk.round": LOW | {"qtk.round"},
     "qtk.modules": LOW | {"qtk.pack", "qtk.modules", "qtk_kernels"},
-    "qtk.recipes": {"qtk.discover", "qtk.errors"},
+    "qtk.recipes": {"qtk.discover", "qtk.errors", "qtk.scheme"},
     "qtk.checkpoint": LOW | {"qtk.modules"},
     "qtk.integrations": LOW | {"qtk.checkpoint"},
     "qtk.pipeline": CORE | {"qtk.recipes", "qtk.checkpoint", "qtk.integrations", "qtk"},

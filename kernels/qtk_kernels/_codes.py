@@ -86,12 +86,13 @@ class Codes:
         G = -(-K // self.group_size(K))
         return q, torch.empty((*x.shape[:-1], G), dtype=torch.float32, device=x.device)
 
-    def launch(self, M: int, K: int) -> dict:
-        """The parameters of a row kernel that writes these codes."""
+    def launch(self, M: int, K: int, at_least: int = 1) -> dict:
+        """The parameters of a row kernel that writes these codes, in tiles of some channels."""
         group = self.group_size(K)
         if group < K and group & (group - 1):
             raise ValueError(f"backend 'triton' needs a group size of a power of two, got {group}")
-        tile = row_launch(M, K, at_least=max(group if group < K else 1, 128 if self.packed else 1))
+        at_least = max(at_least, group if group < K else 1, 128 if self.packed else 1)
+        tile = row_launch(M, K, at_least)
         return {
             "GROUP": 0 if self.static else group if group < K else tile["BLOCK_K"],
             "QMIN": self.qmin, "QMAX": self.qmax,

@@ -32,7 +32,8 @@ def onednn_linear(
     algorithm = {"gelu": "none", "gelu_tanh": "tanh"}.get(activation or "", "")
     N = operand.shape[1]
     return torch.ops.onednn.qlinear_pointwise(
-        x_q, 1.0, x_zero_point, operand, w_scale.reshape(N), torch.zeros(N, dtype=torch.int32), bias,
+        x_q, 1.0, x_zero_point, operand,
+        w_scale.reshape(N), torch.zeros(N, dtype=torch.int32), bias,
         out_step, out_zero_point, out_dtype, name, [], algorithm,
     )  # fmt: skip
 

@@ -1,10 +1,10 @@
 """Tile sizes, warps and stages, from rules instead of a search.
 
 Nothing here was tuned on a GPU: the rules keep registers and shared memory within every device
-from sm_80 on (99 KiB for a program), which `benchmarks/aot_report.py` checks by compiling.
+from sm_80 on, which `benchmarks/aot_report.py` checks by compiling.
 """
 
-MAX_ROW = 16384  # channels that one program holds in registers; longer rows are walked
+MAX_ROW = 8192  # channels that one program holds in registers; longer rows are walked
 SMS = 128  # programs that fill a large GPU
 
 
@@ -41,13 +41,20 @@ def dot_width(group_size: int) -> int:
 
 
 def gemm_launch(
-    M: int, N: int, computed_weights: bool, computed_tokens: bool = False, wide: bool = False
+    M: int,
+    N: int,
+    *,
+    grouped: bool,
+    computed_weights: bool,
+    computed_tokens: bool = False,
+    wide: bool = False,
 ) -> dict:
     """Tiles of a matrix product of M tokens and N output channels.
 
     With up to 32 tokens the weights take the side of 64 or more that Hopper's tensor cores want.
 
     Args:
+        grouped: there are two accumulators, one for a group and one for all of them.
         computed_weights: the kernel computes the weight operand (unpacks it) in registers. Two
             warps then keep it on mma.sync when it is the left operand: left operands that are
             computed in registers meet a defect of ptxas before 13.3 on wgmma.
@@ -59,10 +66,10 @@ def gemm_launch(
         warps = 2 if computed_weights else 4
         return _tiles(BLOCK_M, 64, True, warps, 4)
     if computed_tokens:
-        return _tiles(64, 64, False, 2, 3)
+        return _tiles(32, 128, False, 4, 3)  # below 64 rows there is no wgmma
     if cdiv(M, 128) * cdiv(N, 128) < SMS:
         return _tiles(64, 64, False, 4, 3)
-    return _tiles(128, 128, False, 8, 2 if wide else 3)
+    return _tiles(128, 64 if grouped else 128, False, 8, 2 if wide else 3)
 
 
 def _tiles(block_m: int, block_n: int, swap: bool, warps: int, stages: int) -> dict:

@@ -11,8 +11,16 @@ M tokens, K channels, K a multiple of block.
 import torch
 from torch import Tensor
 
-from ._codes import Codes, Granularity, check_channels, quantize_ref
-from ._dispatch import backend_of
+from ._codes import Codes, Granularity, check_channels, quantize_ref, rows_of
+from ._dispatch import backend_of, on_device
+from ._lang import dynamic_divide, dynamic_limit, jit, round_codes, store_codes, store_scale, tl
+from ._launch import cdiv, next_power_of_2
+from .shift_scale_quantize import load_y
+
+
+def check_block(K: int, block: int) -> None:
+    if block < 1 or block & (block - 1) or K % block:
+        raise ValueError(f"block must be a power of two that divides {K}, got {block}")
 
 
 def hadamard(x: Tensor, block: int | None = None) -> Tensor:
@@ -24,8 +32,7 @@ def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     """
     K = x.shape[-1]
     block = block or K
-    if block & (block - 1) or K % block:
-        raise ValueError(f"block must be a power of two that divides {K}, got {block}")
+    check_block(K, block)
     y = x.float().unflatten(-1, (-1, block))  # [..., K / block, block]
     half = 1
     while half < block:
@@ -48,8 +55,76 @@ def hadamard_quantize_ref(
     u = x.float() if multiplier is None else x.float() * multiplier.float()
     y = hadamard(u if offset is None else u + offset.float(), block)
     if codes.static:
-        y = torch.round(y / step) + zero_point
+        y = torch.round(y / y.new_full((), step)) + zero_point
     return quantize_ref(y, codes)
+
+
+@jit
+def _butterflies(y, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+    """Unnormalized H of size 2**STAGES on every 2**STAGES channels of [ROWS, BLOCK_K]."""
+    for stage in tl.static_range(STAGES):
+        pairs = tl.reshape(y, (ROWS, BLOCK_K // (2 << stage), 2, 1 << stage))
+        second = (tl.arange(0, 2) == 1)[None, None, :, None]
+        added = tl.sum(pairs, axis=2)[:, :, None, :]
+        subtracted = tl.sum(tl.where(second, -pairs, pairs), axis=2)[:, :, None, :]
+        y = tl.reshape(tl.where(second, subtracted, added), (ROWS, BLOCK_K))
+    return y
+
+
+@jit
+def _hadamard_quantize_kernel(
+    x_ptr, multiplier_ptr, offset_ptr, q_ptr, scale_ptr,
+    M, K, G, width, stride_xm, clip, norm, step, zero_point,
+    STAGES: tl.constexpr, GROUP: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    SHIFT: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1) * BLOCK_K
+    u = load_y(
+        x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm, BLOCK_K, ""
+    )  # fmt: skip
+    y = _butterflies(u, ROWS, BLOCK_K, STAGES) * norm
+    if GROUP:
+        limit = dynamic_limit(y, clip, ROWS, BLOCK_K, GROUP)
+        store_scale(scale_ptr, limit, offs_m, M, G, start // GROUP, BLOCK_K // GROUP, QMAX)
+        y = dynamic_divide(y, limit, ROWS, BLOCK_K, GROUP, QMAX)
+        codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
+    else:
+        zero = zero_point.to(tl.float32)
+        codes = round_codes(tl.div_rn(y, y * 0.0 + step), QMIN - zero, QMAX - zero) + zero_point
+        inside = (start + tl.arange(0, BLOCK_K) < K)[None, :]
+        codes = tl.where(inside, codes, 0)  # the padding of packed codes
+    store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED)
+
+
+def _launch_hadamard_quantize(
+    x: Tensor,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    block: int,
+    step: float,
+    zero_point: int,
+    codes: Codes,
+) -> tuple[Tensor, Tensor | None]:
+    K = x.shape[-1]
+    x_2d = rows_of(x)
+    M = x_2d.shape[0]
+    q, scale = codes.empty(x)
+    G = 1 if scale is None else scale.shape[-1]
+    # a token with one scale is held whole; every other tile ends between two rotations
+    tile = codes.launch(
+        M, K, at_least=next_power_of_2(K) if G == 1 and scale is not None else block
+    )
+    with on_device(x):
+        _hadamard_quantize_kernel[(cdiv(M, tile["ROWS"]), cdiv(K, tile["BLOCK_K"]))](
+            x_2d,
+            None if multiplier is None else multiplier.contiguous(),
+            None if offset is None else offset.contiguous(),
+            q, scale, M, K, G, q.shape[-1], x_2d.stride(0), codes.clip,
+            block**-0.5, step, zero_point, STAGES=block.bit_length() - 1, **tile,
+            enable_fp_fusion=False,  # as the reference: a product, then a sum
+        )  # fmt: skip
+    return q, scale
 
 
 def hadamard_quantize(
@@ -89,7 +164,7 @@ def hadamard_quantize(
     codes = Codes(bits, granularity, signed, packed, clip)
     if codes.static and step is None:
         raise ValueError("granularity 'tensor' needs a step, got None")
-    backend_of(x, backend)
-    return hadamard_quantize_ref(
-        x, multiplier, offset, block, 1.0 if step is None else step, zero_point, codes
-    )
+    check_block(x.shape[-1], block)
+    triton = backend_of(x, backend) == "triton" and x.numel()
+    run = _launch_hadamard_quantize if triton else hadamard_quantize_ref
+    return run(x, multiplier, offset, block, 1.0 if step is None else step, zero_point, codes)

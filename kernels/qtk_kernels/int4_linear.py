@@ -173,7 +173,7 @@ def _launch_int4_linear(
     M, N = x_2d.shape[0], w_packed.shape[0]
     grouped = size < K
     out = torch.empty((*x_q.shape[:-1], N), dtype=out_dtype, device=x_q.device)
-    tile = gemm_launch(M, N, computed_weights=True, computed_tokens=x_packed)
+    tile = gemm_launch(M, N, grouped=grouped, computed_weights=True, computed_tokens=x_packed)
     with on_device(x_q):
         _int4_linear_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
             x_2d, w_packed, None if x_scale is None else x_scale.contiguous(), w_scale, bias, out,

@@ -197,7 +197,7 @@ def _launch_int8_linear(
         out_dtype = torch.int8 if out_signed else torch.uint8
     qmin = -(2 ** (out_bits - 1)) if out_signed else 0
     out = torch.empty((*x_q.shape[:-1], N), dtype=out_dtype, device=x_q.device)
-    tile = gemm_launch(M, N, computed_weights=False)
+    tile = gemm_launch(M, N, grouped=grouped, computed_weights=False)
     with on_device(x_q):
         _int8_linear_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
             x_2d, w_q.contiguous(), None if x_scale is None else x_scale.contiguous(), w_scale,

@@ -37,7 +37,7 @@ def shift_scale_quantize_ref(
 
 
 @jit
-def _load_y(
+def load_y(
     x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
     BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -68,14 +68,14 @@ def _shift_scale_quantize_kernel(
     if WALK:  # a token longer than a tile: once for its scale, once for its codes
         limit = tl.zeros([ROWS, 1], tl.float32)
         for start in range(0, K, BLOCK_K):
-            y = _load_y(
+            y = load_y(
                 x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
                 BLOCK_K, ACTIVATION,
             )  # fmt: skip
             limit = tl.maximum(limit, dynamic_limit(y, clip, ROWS, BLOCK_K, BLOCK_K))
         store_scale(scale_ptr, limit, offs_m, M, G, 0, 1, QMAX)
         for start in range(0, K, BLOCK_K):
-            y = _load_y(
+            y = load_y(
                 x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
                 BLOCK_K, ACTIVATION,
             )  # fmt: skip
@@ -84,7 +84,7 @@ def _shift_scale_quantize_kernel(
             store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED)
     else:
         start = tl.program_id(1) * BLOCK_K
-        y = _load_y(
+        y = load_y(
             x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm, BLOCK_K, ACTIVATION
         )
         if GROUP:

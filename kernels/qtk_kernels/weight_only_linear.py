@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._codes import group_size_of, rows_of, scale_strides
 from ._dispatch import INTERPRETED, backend_of, on_device
-from ._int4 import packed_width, unpack_int4
+from ._int4 import pack_int4, packed_width, unpack_int4
 from ._lang import along_m, along_n, jit, store_linear, tile_of, tl
 from ._launch import cdiv, dot_width, gemm_launch
 
@@ -24,10 +24,12 @@ def dequantize_ref(
     """w_hat [N, K], float32."""
     K, G = w_q.shape[1], w_scale.shape[1]
     size = group_size_of(K, G, group_size)
-    w = F.pad(w_q.float(), (0, G * size - K)).unflatten(1, (G, size))  # [N, G, g]
+    w = w_q.float() if G * size == K else F.pad(w_q.float(), (0, G * size - K))
+    w = w.unflatten(1, (G, size))  # [N, G, g]
     if w_zero_point is not None:
         w -= w_zero_point.unsqueeze(-1)
-    return (w * w_scale.unsqueeze(-1)).flatten(1)[:, :K]
+    w *= w_scale.unsqueeze(-1)
+    return w.flatten(1)[:, :K]
 
 
 def weight_only_linear_ref(
@@ -50,6 +52,9 @@ def prepare_weight_only(
 
     Args:
         w: [N, ceil(K / 128) * 64], uint8, if bits <= 4, else [N, K], int8.
+
+    Returns:
+        operand: w itself, but unpacked on a CPU, which takes longer to unpack than to multiply.
     """
     width = packed_width(in_features) if bits <= 4 else in_features
     dtype = torch.uint8 if bits <= 4 else torch.int8
@@ -58,13 +63,14 @@ def prepare_weight_only(
             f"{bits}-bit weights over {in_features} channels need {dtype} [N, {width}], "
             f"got {w.dtype} {list(w.shape)}"
         )
-    backend_of(w, backend)
+    if backend_of(w, backend) == "cpu" and bits <= 4:
+        return unpack_int4(w, in_features).contiguous()
     return w.contiguous()
 
 
 def restore_weight_only(operand: Tensor, *, bits: int, in_features: int) -> Tensor:
     """Inverts `prepare_weight_only`."""
-    return operand
+    return pack_int4(operand) if bits <= 4 and operand.dtype == torch.int8 else operand
 
 
 def weight_only_kernel_name(
@@ -189,8 +195,8 @@ def _launch_weight_only_linear(
     x_2d = rows_of(x)
     (M, K), N = x_2d.shape, w.shape[0]
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
-    tile = gemm_launch(M, N, computed_weights=True, wide=True)
     grouped = size < K
+    tile = gemm_launch(M, N, grouped=grouped, computed_weights=True, wide=True)
     width = min(dot_width(size), 64) if grouped else 64
     # the interpreter multiplies bfloat16 wrongly
     exact = x.dtype == torch.bfloat16 and INTERPRETED
@@ -244,10 +250,10 @@ def weight_only_linear(
     size = group_size_of(K, G, group_size)
     if name == "triton" and x.numel() and w_scale.shape[0]:
         return _launch_weight_only_linear(
-            x, operand, w_scale.contiguous(), bias,
+            x, restore_weight_only(operand, bits=bits, in_features=K), w_scale.contiguous(), bias,
             None if w_zero_point is None else w_zero_point.contiguous(), bits <= 4, size,
         )  # fmt: skip
-    w_q = unpack_int4(operand, K) if bits <= 4 else operand
+    w_q = unpack_int4(operand, K) if operand.dtype == torch.uint8 else operand
     if name == "cpu":
         w = dequantize_ref(w_q, w_scale, w_zero_point, group_size).to(x.dtype)
         return F.linear(x, w, None if bias is None else bias.to(x.dtype))

@@ -1,4 +1,4 @@
-"""How far a quantized model is from the float one, measured on data."""
+"""How far a quantized model is from the float one, measured on data; and how fast each is."""
 
 from qtk.fidelity.compare import Fidelity, evaluate
 

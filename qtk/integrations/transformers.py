@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers.quantizers import (
@@ -45,11 +46,20 @@ class QtkQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QtkConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.record = quantization_config.record
+        self.dtype: torch.dtype | None = None
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self.dtype = dtype
+        return dtype
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         checkpoint.skeleton(model, self.record)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        _check_all_read(model)
+        checkpoint.check_tensors(model)
+        if self.dtype is not None:
+            nn.Module.to(model, self.dtype)  # 5.17 leaves what it renames in the file's dtype
         checkpoint.finish(model)
         attach(model, self.record)
         return model
@@ -67,7 +77,7 @@ class QtkQuantizer(HfQuantizer):
 
 
 class AtomicSave:
-    """`save_pretrained` of a quantized model: all the files appear at once, or none."""
+    """`save_pretrained` of a quantized model: what was there stays whole until all is written."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -76,13 +86,18 @@ class AtomicSave:
         target = Path(save_directory)
         if target.is_file():
             raise CheckpointError(f"{target} is a file; give a folder to save into")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", target.resolve().name)
+        is_new = not target.exists()
+        target.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
         try:
             type(self.model).save_pretrained(self.model, work, **kwargs)
-            _swap(work, target)
+            _put_in_place(work, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+            if is_new and not any(target.iterdir()):
+                target.rmdir()
 
 
 def attach(model: Any, record: checkpoint.Record) -> None:
@@ -140,24 +155,14 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
             missing, unknown or of another shape.
     """
     folder = Path(path)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise CheckpointError(f"{folder} has no config.json: not a saved model")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{config_file} is not valid JSON ({error})") from None
-    if (config.get("quantization_config") or {}).get("quant_method") != "qtk":
-        raise CheckpointError(f"{folder} was not saved by qtk; qtk.quantize makes such a model")
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} has no .safetensors file; qtk reads no other kind")
+    config = _read_config(folder)
     try:
         model, info = _class(config).from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, **kwargs
         )
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be read, truncated perhaps: {error}") from error
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} does not fit its own config: {error}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
@@ -166,19 +171,41 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     return model
 
 
-def _swap(work: Path, target: Path) -> None:
-    """Puts a finished folder in the place of another, keeping files that it does not replace."""
-    if not target.exists():
-        os.replace(work, target)
-        return
-    for old in target.iterdir():
-        stale = old.name.endswith((".safetensors", ".safetensors.index.json"))
-        if not (work / old.name).exists() and not stale:
-            (shutil.copytree if old.is_dir() else shutil.copy2)(old, work / old.name)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    os.replace(target, aside)
-    os.replace(work, target)
-    shutil.rmtree(aside)
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder that qtk has saved."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no config.json: not a saved model")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error})") from None
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "qtk":
+        raise CheckpointError(f"{folder} was not saved by qtk; qtk.quantize makes such a model")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} has no .safetensors file; qtk reads no other kind")
+    return config
+
+
+def _put_in_place(work: Path, target: Path) -> None:
+    """Moves finished files into a folder, which is no checkpoint until the last one is there."""
+    new = sorted(work.iterdir(), key=lambda path: path.name == "config.json")
+    (target / "config.json").unlink(missing_ok=True)
+    for pattern in ("*.safetensors", "*.safetensors.index.json"):
+        for old in target.glob(pattern):
+            old.unlink()
+    for path in new:
+        os.replace(path, target / path.name)
+
+
+def _check_all_read(model: nn.Module) -> None:
+    """Raises CheckpointError for a quantized tensor that the file did not have."""
+    for name, layer in checkpoint.quantized_layers(model).items():
+        for key, value in layer.named_buffers(recurse=False):
+            # transformers marks what it reads, and leaves the rest as the memory happened to be
+            if not value.is_meta and not getattr(value, "_is_hf_initialized", False):
+                raise CheckpointError(f"the checkpoint has no {name}.{key}")
 
 
 def _read(path: str) -> Any:
@@ -192,8 +219,10 @@ def _read(path: str) -> Any:
 
 
 def _class(config: dict[str, Any]) -> Any:
+    """The class that a model was saved from, or AutoModel where the config does not say."""
     import transformers
 
-    names = config.get("architectures") or []
-    found = getattr(transformers, names[0], None) if names else None
-    return found or transformers.AutoModel
+    names = config.get("architectures") or [""]
+    found = getattr(transformers, str(names[0]), None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel

@@ -91,6 +91,10 @@ class FusedBlock(nn.Module):
         super()._apply(fn, recurse)
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._parts = None  # the norms and linears inside are about to change
+        super()._load_from_state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_parts": None}
 

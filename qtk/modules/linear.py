@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtk.errors import BackendError
 from qtk.hadamard import rotate
 from qtk.numerics import dequantize, expand_groups, fake_quantize_token
 from qtk.pack import dense
@@ -368,10 +369,22 @@ def linear_of_codes(
     )  # fmt: skip
 
 
+def resolve_backend(x: Tensor, backend: str) -> str:
+    """What runs on x's device when `backend` is asked for.
+
+    Raises:
+        BackendError: there is no such backend, or it cannot run there.
+    """
+    try:
+        return backend_of(x, backend)
+    except ValueError as error:
+        raise BackendError(f"{error}; backend='auto' chooses by device") from None
+
+
 def make_plan(layer: QuantLinear, codes: Tensor) -> Plan:
     """Folds step, zero point, shift and channel scale into the vectors that the kernels read."""
     a, w, K, grid = layer.scheme.a, layer.w, layer.in_features, layer.grid
-    backend = backend_of(layer.weight_scale, layer.backend)
+    backend = resolve_backend(layer.weight_scale, layer.backend)
     groups = layer.weight_scale.shape[1]
     if a is None:
         bits = 4 if layer.is_int4 else 8

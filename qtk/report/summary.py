@@ -1,5 +1,7 @@
 """What every layer of a quantized model is, and what really runs it."""
 
+import math
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,27 +56,37 @@ class Summary:
         return sum(layer.float_bytes for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "bytes": self.bytes, "float_bytes": self.float_bytes}
+        """For JSON, which has no infinity: an error that is not finite becomes None."""
+        layers = [{**asdict(layer), "sqnr": _finite(layer.sqnr)} for layer in self.layers]
+        return {
+            "layers": layers,
+            "recipe": self.recipe,
+            "bytes": self.bytes,
+            "float_bytes": self.float_bytes,
+            "other_bytes": self.other_bytes,
+        }
 
     def table(self) -> str:
-        """Plain text, a line a layer, and the totals."""
-        head = ("layer", "scheme", "kernel", "fused", "kB", "of fp32", "SQNR dB")
-        rows = [head, *(self._row(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = [
-            "  ".join(c.ljust(n) for c, n in zip(r, widths, strict=True)).rstrip() for r in rows
-        ]
-        total = f"linears {self.bytes / 1e6:.2f} MB of {self.float_bytes / 1e6:.2f} MB in float32"
-        total += f"; the rest {self.other_bytes / 1e6:.2f} MB"
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", total])
+        """Plain text, a line a layer, and the totals.
 
-    @staticmethod
-    def _row(layer: LayerSummary) -> tuple[str, ...]:
-        return (
-            layer.name, layer.scheme, layer.kernel, "yes" if layer.fused else "no",
-            f"{layer.bytes / 1e3:.1f}", f"{layer.bytes / layer.float_bytes:.3f}",
-            "-" if layer.sqnr is None else f"{layer.sqnr:.1f}",
-        )  # fmt: skip
+        What all lines would repeat - the start of the names, the kernel, whether it is fused -
+        stands once, below.
+        """
+        root = common_prefix([layer.name for layer in self.layers])
+        kernels = {(layer.kernel, layer.fused) for layer in self.layers}
+        each = len(kernels) > 1
+        head = ["layer", "scheme", *(["kernel", "fused"] if each else []), "kB", "of fp32", "SQNR"]
+        rows = [_row(layer, root, each) for layer in self.layers]
+        totals = [
+            f"linears {_megabytes(self.bytes)} of {_megabytes(self.float_bytes)} in float32, "
+            f"everything else {_megabytes(self.other_bytes)}",
+        ]
+        if not each:
+            kernel, fused = next(iter(kernels), ("-", False))
+            totals.append(f"all run by {kernel}, {'in fused blocks' if fused else 'not fused'}")
+        if root:
+            totals.append(f"names start with {root!r}")
+        return "\n".join([*align([head, *rows]), "", *totals, "SQNR in dB, on calibration data"])
 
 
 def summary(qmodel: nn.Module) -> Summary:
@@ -85,26 +97,78 @@ def summary(qmodel: nn.Module) -> Summary:
     """
     record = record_of(qmodel)
     quantized = checkpoint.quantized_layers(qmodel)
-    fused = {n for n, block in checkpoint.fused_blocks(qmodel).items() if block.is_fused}
-    layers, counted = [], 0
+    blocks = checkpoint.fused_blocks(qmodel)
+    for fused in blocks.values():
+        if not fused.is_fused:
+            fused.prepare()  # moving a model drops what its first call would build again
+    layers = []
     for block in describe(qmodel):
+        is_fused = block.name in blocks and blocks[block.name].is_fused
         for name in (n for group in block.groups for n in group.linears):
-            layer = quantized.get(name)
-            if layer is None:
-                linear: Any = qmodel.get_submodule(name)
-                size = linear.weight.numel() * linear.weight.element_size()
-                row = LayerSummary(
-                    name, "float", f"torch.nn.functional.linear {linear.weight.dtype}", False, size,
-                    4 * linear.weight.numel(), None,
-                )  # fmt: skip
+            if name in quantized:
+                quality = record.layers[checkpoint.base_name(qmodel, name)].sqnr
+                layers.append(_quantized(name, quantized[name], is_fused, quality))
             else:
-                size = layer.stored_weight().numel() + 4 * layer.weight_scale.numel()
-                row = LayerSummary(
-                    name, layer.scheme.name, layer.kernel, block.name in fused, size,
-                    4 * layer.in_features * layer.out_features,
-                    record.layers[checkpoint.base_name(qmodel, name)].sqnr,
-                )  # fmt: skip
-            layers.append(row)
-            counted += size
-    total = sum(t.numel() * t.element_size() for t in qmodel.state_dict().values())
-    return Summary(tuple(layers), record.recipe, total - counted)
+                layers.append(_float(name, qmodel.get_submodule(name)))
+    parts = {t.data_ptr(): t.numel() * t.element_size() for t in qmodel.state_dict().values()}
+    rest = sum(parts.values()) - sum(layer.bytes for layer in layers)  # tied weights count once
+    return Summary(tuple(layers), record.recipe, rest)
+
+
+def common_prefix(names: list[str]) -> str:
+    """The part that all dotted names start with, up to and with a dot."""
+    shared = os.path.commonprefix([f"{name.rpartition('.')[0]}." for name in names])
+    return shared[: shared.rfind(".") + 1] if len(shared) > 1 else ""
+
+
+def align(rows: list[list[str]]) -> list[str]:
+    """Lines of equal columns under a ruled head: text to the left, numbers to the right."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(_is_number(cell) for cell in column[1:]) for column in columns]
+
+    def line(row: list[str]) -> str:
+        cells = zip(row, widths, numeric, strict=True)
+        return "  ".join(c.rjust(n) if right else c.ljust(n) for c, n, right in cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return [line(rows[0]), rule, *map(line, rows[1:])]
+
+
+def _quantized(name: str, layer: Any, fused: bool, quality: float | None) -> LayerSummary:
+    stored = layer.stored_weight()
+    size = stored.numel() * stored.element_size() + 4 * layer.weight_scale.numel()
+    return LayerSummary(
+        name, layer.scheme.name, layer.kernel, fused, size,
+        4 * layer.in_features * layer.out_features, quality,
+    )  # fmt: skip
+
+
+def _float(name: str, linear: Any) -> LayerSummary:
+    weight = linear.weight
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return LayerSummary(
+        name, "float", f"torch linear {dtype}", False, weight.numel() * weight.element_size(),
+        4 * weight.numel(), None,
+    )  # fmt: skip
+
+
+def _row(layer: LayerSummary, root: str, with_kernel: bool) -> list[str]:
+    kernel = [layer.kernel, "yes" if layer.fused else "no"] if with_kernel else []
+    return [
+        layer.name.removeprefix(root), layer.scheme, *kernel, f"{layer.bytes / 1e3:.1f}",
+        f"{layer.bytes / max(1, layer.float_bytes):.3f}",
+        "-" if layer.sqnr is None else f"{layer.sqnr:.1f}",
+    ]  # fmt: skip
+
+
+def _is_number(cell: str) -> bool:
+    return cell in ("-", "inf") or cell.lstrip("-").replace(".", "", 1).isdigit()
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

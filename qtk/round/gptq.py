@@ -18,6 +18,9 @@ from qtk.round import Problem, Rounded, best_scale
 from qtk.scheme import Format
 
 DAMP = 0.01  # of the mean diagonal
+# Ridge of the fit, of the mean diagonal. A few thousand rows fit a [N, K] weight to their own noise:
+# W4A4 MiniLM embeddings, 256 sentences: 0.01 gives cosine .930, 0.5 .955, 2 .958, 4 and 10 .961.
+FIT_DAMP = 5.0
 BLOCK = 128  # columns whose errors are carried on together
 
 
@@ -50,10 +53,12 @@ def hessian_of(inputs: Tensor) -> Tensor:
 
 
 def fitted(weight: Tensor, inputs: Tensor, wanted: Tensor, hessian: Tensor) -> Tensor:
-    """[N, K]: the weight closest to `weight` that gives `wanted` [T, N] from `inputs` [T, K]."""
+    """[N, K]: near `weight`, and giving `wanted` [T, N] from `inputs` [T, K] as well as it can."""
     x = inputs - inputs.mean(0)
     miss = wanted - wanted.mean(0) - x @ weight.T  # [T, N]
-    return weight + torch.linalg.solve(hessian.double(), (x.T @ miss / len(x)).double()).T.float()
+    H = hessian.double()
+    H = H + FIT_DAMP * H.diag().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    return weight + torch.linalg.solve(H, (x.T @ miss / len(x)).double()).T.float()
 
 
 def compensated(weight: Tensor, scale: Tensor, hessian: Tensor, fmt: Format) -> Tensor:

@@ -56,6 +56,16 @@ def test_scale_of_a_token(activation):
         assert ((scale * 127 - exact.abs().amax(-1, keepdim=True)).abs() <= tolerance).all()
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("activation", EXACT)
+def test_every_value_to_its_last_bits(activation, backend):
+    """Groups of one channel: each scale is |y| / 127."""
+    x = torch.linspace(-6, 6, 256).unsqueeze(0)
+    _, scale = activation_quantize(x, activation=activation, bits=8, granularity=1, backend=backend)
+    exact = EXACT[activation](x.double()).abs()
+    assert ((scale * 127 - exact).abs() <= 2.0**-21 * x.abs() + 1e-8).all()
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_far_ends_are_the_identity_and_zero(activation, backend):
@@ -72,7 +82,7 @@ def test_input_is_not_overwritten():
 
 
 def test_unknown_activation_lists_what_there_is():
-    with pytest.raises(ValueError, match="unknown activation 'silu', expected one of .*gelu_tanh"):
+    with pytest.raises(ValueError, match=r"unknown activation 'silu', expected one of .*gelu_tanh"):
         activation_quantize(torch.zeros(1, 8), activation="silu", bits=8)
 
 

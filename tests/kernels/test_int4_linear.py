@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from qtk_kernels import _launch
 from qtk_kernels._int4 import pack_int4
 from qtk_kernels.int4_linear import (
     int4_linear,
@@ -58,7 +59,7 @@ def test_w4a4_equals_int8_linear_on_the_same_codes(shape, x_zero_point):
 @pytest.mark.parametrize("x_packed", [False, True])
 @pytest.mark.parametrize("grouped_x", [False, True])
 def test_groups(group_size, x_packed, grouped_x):
-    M, N, K = 5, 24, 330
+    M, N, K = 5, 24, 290
     G = -(-K // group_size)
     x_q, w_q, bias = inputs(M, N, K)
     x_q = x_q.clamp(-8, 7) if x_packed else x_q
@@ -73,6 +74,16 @@ def test_groups(group_size, x_packed, grouped_x):
             w_scale, bias, in_features=K, x_packed=x_packed, **args, backend=backend,
         )  # fmt: skip
         assert ((y - want).abs() <= (G + 8) * ULP * (parts + bias.abs())).all()
+
+
+@pytest.mark.parametrize("group_size", [None, 128])
+def test_many_tokens_take_large_tiles(group_size, monkeypatch):
+    monkeypatch.setattr(_launch, "SMS", 0)
+    x_q, w_q, bias = inputs(130, 140, 256)
+    args = {"x_scale": torch.rand(130, 1), "group_size": group_size, "in_features": 256}
+    w_scale, packed = torch.rand(140, 2 if group_size else 1), pack_int4(w_q)
+    y = int4_linear(x_q, packed, w_scale, bias, **args, backend="triton")
+    assert torch.equal(y, int4_linear(x_q, packed, w_scale, bias, **args, backend="reference"))
 
 
 def test_largest_products_do_not_overflow():

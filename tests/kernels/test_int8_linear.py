@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from qtk_kernels import _launch
 from qtk_kernels.int8_linear import (
     fold_zero_point,
     int8_linear,
@@ -18,18 +19,18 @@ def codes(*shape, dtype=torch.int8):
 
 
 def exact_value(x_q, w_q, w_scale, bias, x_scale=None, x_zero_point=0, group_size=None):
-    """y in float64, and what float32 may make of it: a few roundings of every group's part."""
-    M, K, N, G = x_q.shape[0], x_q.shape[1], w_q.shape[0], w_scale.shape[1]
-    size = group_size or K
-    y, size_of_parts = torch.zeros(M, N).double(), torch.zeros(M, N).double()
-    for g in range(-(-K // size)):
-        span = slice(g * size, (g + 1) * size)
-        p = (x_q[:, span].double() - x_zero_point) @ w_q[:, span].double().T
-        x_step = 1.0 if x_scale is None else x_scale[:, min(g, x_scale.shape[1] - 1), None].double()
-        part = p * x_step * w_scale[:, min(g, G - 1)].double()
-        y, size_of_parts = y + part, size_of_parts + part.abs()
-    # oneDNN may scale, offset and add in another order, hence the sum over all parts
-    return y + bias, (y.shape[1] ** 0 * -(-K // size) + 6) * ULP * (size_of_parts + bias.abs())
+    """y in float64, and what float32 may make of it.
+
+    Integers are exact; every scaled part is rounded a few times, and parts are added in any order.
+    """
+    K = x_q.shape[1]
+    size, G = group_size or K, -(-K // (group_size or K))
+    w_step = w_scale.double().expand(-1, G).repeat_interleave(size, 1)[:, :K]
+    x = x_q.double() - x_zero_point
+    if x_scale is not None:
+        x = x * x_scale.double().expand(-1, G).repeat_interleave(size, 1)[:, :K]
+    w = w_q.double() * w_step
+    return x @ w.T + bias, (G + 8) * ULP * (x.abs() @ w.abs().T + bias.abs())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -59,7 +60,7 @@ def test_one_group(shape, dtype, x_zero_point, dynamic):
 @pytest.mark.parametrize("grouped_x", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
 def test_groups(group_size, grouped_x, dtype):
-    M, N, K = 5, 24, 330
+    M, N, K = 5, 24, 290
     G = -(-K // group_size)
     x_q, w_q, bias = codes(M, K, dtype=dtype), codes(N, K), torch.randn(N)
     w_scale = torch.rand(N, G)
@@ -68,7 +69,7 @@ def test_groups(group_size, grouped_x, dtype):
     exact, tolerance = exact_value(x_q, w_q, w_scale, bias, **args)
     for backend in ("triton", "cpu", "reference"):
         y = int8_linear(x_q, prepare_int8(w_q, backend), w_scale, bias, **args, backend=backend)
-        assert ((y - exact).abs() <= 2 * tolerance).all()
+        assert ((y - exact).abs() <= tolerance).all()
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
@@ -135,8 +136,8 @@ def test_requantized_output(signed, bits, activation, assert_codes_agree):
 def test_requantizing_ties_go_to_even(backend):
     w_q = prepare_int8(torch.ones(1, 1, dtype=torch.int8), backend)
     x_q = torch.tensor([[1], [3], [5], [-1], [-3]], dtype=torch.int8)
-    q = int8_linear(x_q, w_q, torch.ones(1, 1), out_step=2.0, out_zero_point=1, backend=backend)
-    assert q.flatten().tolist() == [1, 3, 3, 1, -1]
+    q = int8_linear(x_q, w_q, torch.ones(1, 1), out_step=2.0, out_zero_point=2, backend=backend)
+    assert q.flatten().tolist() == [2, 4, 4, 2, 0]
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
@@ -152,6 +153,16 @@ def test_folded_zero_point_equals_a_subtracted_one(groups, backend):
     assert ((y - want).abs() <= 16 * ULP * (unfolded + bias.abs())).all()
 
 
+@pytest.mark.parametrize("group_size", [None, 128])
+def test_many_tokens_take_large_tiles(group_size, monkeypatch):
+    monkeypatch.setattr(_launch, "SMS", 0)
+    x_q, w_q, bias = codes(130, 256), codes(140, 256), torch.randn(140)
+    args = {"x_scale": torch.rand(130, 1), "group_size": group_size}
+    w_scale = torch.rand(140, 2 if group_size else 1)
+    y = int8_linear(x_q, w_q, w_scale, bias, **args, backend="triton")
+    assert torch.equal(y, int8_linear(x_q, w_q, w_scale, bias, **args, backend="reference"))
+
+
 def test_largest_products_do_not_overflow():
     x_q = torch.full((1, 1025), -128, dtype=torch.int8)
     w_q = torch.full((2, 1025), -128, dtype=torch.int8)
@@ -162,7 +173,7 @@ def test_largest_products_do_not_overflow():
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 def test_leading_dimensions_strides_and_out_dtype(backend):
-    x_q, w_q, w_scale = codes(2, 3, 64), codes(8, 64), torch.rand(8, 1)
+    x_q, w_q, w_scale = codes(2, 3, 64), codes(8, 64), torch.rand(8, 1) * 1e-2
     operand = prepare_int8(w_q, backend)
     want = int8_linear(x_q, operand, w_scale, backend=backend)
     wide = torch.cat([x_q, x_q], -1)[..., :64]

@@ -28,7 +28,7 @@ def exact_value(x, w_q, w_scale, bias, zero_point, group_size):
     if zero_point is not None:
         zero = zero_point.double().repeat_interleave(group_size or K, 1)[:, :K]
     y = x.double() @ ((w_q - zero) * step).T + bias
-    return y, x.double().abs() @ ((w_q.abs() + zero.abs()) * step).T + bias.abs()
+    return y, x.double().abs() @ ((w_q.double().abs() + zero.abs()) * step).T + bias.abs()
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])

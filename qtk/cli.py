@@ -1,0 +1,187 @@
+"""The command line: each command calls one function of qtk and prints what it returns."""
+
+import json
+import logging
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+import qtk
+from qtk.errors import CheckpointError, QtkError, SchemeError
+
+errors = Console(stderr=True)
+
+
+class Commands(TyperGroup):
+    """Prints errors that a user can act on as one line; --debug may stand anywhere."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, sorted(args, key=lambda arg: arg != "--debug"))
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (QtkError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            errors.print(f"error: {' '.join(str(error).split())}", style="bold red", soft_wrap=True,
+                         markup=False, highlight=False)  # fmt: skip
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Low-bit integer BERT, OPT and ViT.",
+)  # fmt: skip
+
+
+class Activations(str, Enum):
+    static = "static"
+    token = "token"
+
+
+class Backend(str, Enum):
+    auto = "auto"
+    triton = "triton"
+    cpu = "cpu"
+    reference = "reference"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Model = Annotated[str, typer.Argument(help="Folder or hub name of a floating-point model.")]
+Quantized = Annotated[Path, typer.Argument(help="Folder of a model saved by qtk.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    if version:
+        typer.echo(qtk.__version__)
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+        raise typer.Exit
+    _quiet_transformers()
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to save into.")],
+    w: Annotated[int, typer.Option("--w", help="Bits of weights, 2 to 8.")] = 8,
+    a: Annotated[int, typer.Option("--a", help="Bits of activations, 4 to 8; 16 is float.")] = 8,
+    calib: Annotated[Path | None, typer.Option(help="Text file or folder of images.")] = None,
+    method: Annotated[str, typer.Option(help="Equivalent transform.")] = "os+",
+    rounding: Annotated[str, typer.Option(help="How weights become codes.")] = "nearest",
+    ranges: Annotated[str, typer.Option(help="Where activation grids end.")] = "auto",
+    activations: Annotated[Activations, typer.Option()] = Activations.static,
+    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
+    bits: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=W,A for some layers; may be repeated.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Pattern left in float; may be repeated.")
+    ] = None,
+    backend: Annotated[Backend, typer.Option()] = Backend.auto,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize MODEL and save it, tokenizer included, into OUT."""
+    from qtk.integrations.companions import copy_companions
+
+    if Path(model).is_dir() and out.exists() and out.samefile(model):
+        raise CheckpointError(f"{out} is the model itself: give another folder to save into")
+    qmodel = qtk.quantize(
+        model, w, a, calib=calib, method=method, rounding=rounding, ranges=ranges,
+        activations=activations.value, group_size=group_size, bits=_mixed(bits or []), skip=skip,
+        backend=backend.value, seed=seed, progress=not as_json,
+    )  # fmt: skip
+    qmodel.save_pretrained(out)  # type: ignore[operator]
+    copied = copy_companions(model, out)
+    result = qtk.summary(qmodel)
+    if as_json:
+        _print_json({"out": str(out), "files": copied, **result.to_dict()})
+    else:
+        typer.echo(f"{result.table()}\n\nsaved in {out}, with {', '.join(copied) or 'no tokenizer'}")
+
+
+@app.command(name="eval")
+def evaluate(
+    float_model: Annotated[str, typer.Argument(metavar="FLOAT", help="Folder or hub name.")],
+    quantized: Quantized,
+    data: Annotated[Path, typer.Option(help="Text file or folder of images.")],
+    as_json: AsJson = False,
+) -> None:
+    """Measure how far QUANTIZED is from FLOAT on some data."""
+    from qtk.integrations.transformers import load_float
+
+    qmodel = qtk.load(quantized)
+    with errors.status("comparing"):
+        result = qtk.evaluate(load_float(float_model), qmodel, data)
+    _show(result, as_json)
+
+
+@app.command()
+def info(model: Quantized, as_json: AsJson = False) -> None:
+    """List the layers of a quantized model: scheme, kernel, bytes, error."""
+    _show(qtk.summary(qtk.load(model)), as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for models and report.")] = Path("demo-out"),
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a real BERT, check it, time it, save it, load it: one table, one report."""
+    from qtk.demo import measure, run
+    from qtk.demo.show import print_table
+
+    results = run(out, similarity=measure.find_stsb(), progress=not as_json)
+    if as_json:
+        _print_json({**results.to_dict(), "report": str(out / "report.html")})
+    else:
+        print_table(results)
+        typer.echo(f"{out / 'report.html'} shows more; {results.seconds:.0f} seconds in all.")
+
+
+def _mixed(texts: list[str]) -> dict[str, tuple[int, int]]:
+    """ "encoder.layer.0.*=8,8" -> {"encoder.layer.0.*": (8, 8)}"""
+    found = {}
+    for text in texts:
+        pattern, _, pair = text.rpartition("=")
+        try:
+            w, a = map(int, pair.split(","))
+        except ValueError:
+            raise SchemeError(f"--bits {text!r}: write PATTERN=W,A such as '*.0.*=8,8'") from None
+        found[pattern] = (w, a)
+    return found
+
+
+def _show(result: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        typer.echo(result.table())
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def _quiet_transformers() -> None:
+    """Leaves stderr to our own progress and warnings."""
+    from rich.logging import RichHandler
+    from transformers.utils import logging as theirs
+
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
+    if not logging.getLogger("qtk").handlers:
+        handler = RichHandler(console=errors, show_time=False, show_path=False)
+        logging.getLogger("qtk").addHandler(handler)

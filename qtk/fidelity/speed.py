@@ -1,0 +1,62 @@
+"""How long models take, timed beside each other so that a noisy machine is noisy for all."""
+
+import platform
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtk.observe import Batch
+
+
+@torch.inference_mode()
+def race(
+    models: Mapping[str, nn.Module], batch: Batch, rounds: int = 15, warmup: int = 3
+) -> dict[str, float]:
+    """Median seconds of a forward pass of each model; in each round every model runs once."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for i in range(warmup + rounds):
+        for name, model in models.items():
+            took = _once(model, batch)
+            if i >= warmup:
+                seconds[name].append(took)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures depend on: processor, threads, versions."""
+    return {
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _once(model: nn.Module, batch: Batch) -> float:
+    on_gpu = next(model.parameters()).is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(**batch)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _cpu() -> str:
+    """The processor's name, with the integer units that matter here."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    flags = fields.get("flags", "").split()
+    units = {"amx_int8": "AMX int8", "avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX VNNI"}
+    found = [unit for flag, unit in units.items() if flag in flags]
+    return f"{name} ({', '.join(found)})" if found else name
