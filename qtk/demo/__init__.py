@@ -131,9 +131,7 @@ def run(
     def spearman(of: nn.Module) -> float | None:
         return None if similarity is None else similarity.spearman(of, tokenizer)
 
-    variants = []
-    with step("measuring the float model"):
-        float_spearman = spearman(model)
+    variants, float_spearman = [], spearman(model)
     for w, a in schemes:
         name, start = f"W{w}A{a}", time.perf_counter()
         with step(f"quantizing to {name}"):

@@ -86,14 +86,15 @@ def test_portable_path_is_exact(monkeypatch, dynamic):
     """Partial sums of 512 channels are exact, and added as integers."""
     monkeypatch.setenv("QTK_CPU_INT8", "0")
     x_q = torch.full((2, 2000), 255, dtype=torch.uint8)
-    w_q = torch.full((3, 2000), -128, dtype=torch.int8)
-    w_q[0, ::2] = 127
+    w_q = torch.full((3, 2000), -127, dtype=torch.int8)
+    # large odd partial sums of a small total, in which a lost bit shows
+    w_q[:, 1000:], w_q[:, 0] = 127, -126
     x_scale = torch.rand(2, 1) if dynamic else None
     operand = prepare_int8(w_q, "cpu")
     assert torch.equal(operand, w_q)
     assert int8_linear_kernel_name(operand) == "float32 chunks (no int8 instructions)"
-    args = {"w_scale": torch.rand(3, 1), "x_scale": x_scale, "x_zero_point": 255}
-    for x in (x_q, codes(2, 2000, dtype=torch.uint8)):
+    for x, zero_point in ((x_q, 0), (x_q * 0 + 2, 255), (codes(2, 2000, dtype=torch.uint8), 7)):
+        args = {"w_scale": torch.rand(3, 1), "x_scale": x_scale, "x_zero_point": zero_point}
         want = int8_linear(x, w_q, **args, backend="reference")
         assert torch.equal(int8_linear(x, operand, **args, backend="cpu"), want)
 

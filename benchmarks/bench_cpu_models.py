@@ -1,0 +1,188 @@
+"""Speed of whole models on a CPU: float against quantized, in one process, interleaved.
+
+    python -m pytest benchmarks -k cpu          or          python benchmarks/bench_cpu_models.py
+
+Every contender runs once in turn, so that a noisy machine is noisy for all of them; medians are
+reported, and speed as a ratio to float32 in the same run. Outputs are checked on the way: a model
+that is fast and wrong does not pass. Contenders that are not installed are named as such. Writes
+benchmarks/results/cpu_models.json.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import qtk
+
+RESULTS = Path(__file__).parent / "results" / "cpu_models.json"
+ROUNDS = 9
+SIZES = ((16, 128), (1, 128), (1, 16))  # sentences, tokens each
+
+Forward = Callable[[dict[str, Tensor]], Tensor]
+
+
+def minilm() -> nn.Module:
+    from benchmarks.data import minilm_path
+
+    return transformers.AutoModel.from_pretrained(minilm_path()).eval()
+
+
+def bert_base_width() -> nn.Module:
+    """Four layers of BERT-base's width, random weights: for speed only."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(num_hidden_layers=4)
+    return transformers.BertModel(config).eval()
+
+
+MODELS = {"MiniLM, 6 layers": minilm, "BERT-base width, 4 layers": bert_base_width}
+
+
+def batch(size: tuple[int, int]) -> dict[str, Tensor]:
+    ids = torch.randint(1000, 20000, size, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def contenders(model: nn.Module) -> tuple[dict[str, Forward], dict[str, str]]:
+    """Everything that can run this model here, and why the others cannot."""
+    calib = [batch((8, 64))]
+
+    def ours(**options: Any) -> Forward:
+        qmodel = qtk.quantize(model, calib=calib, progress=False, **options)
+        return lambda inputs: qmodel(**inputs)[0]
+
+    half = transformers.BertModel(model.config).eval()
+    half.load_state_dict(model.state_dict())
+    half = half.to(torch.bfloat16)
+    running: dict[str, Forward] = {
+        "float32": lambda inputs: model(**inputs)[0],
+        "bfloat16": lambda inputs: half(**inputs)[0],
+        "qtk W8A8": ours(w=8, a=8, preset="fast"),
+        "qtk W8A8 token": ours(w=8, a=8, preset="fast", activations="token"),
+        "qtk W4A8": ours(w=4, a=8, preset="fast"),
+        "qtk W4A4 rotated": ours(w=4, a=4, rounding="nearest"),
+    }
+    missing: dict[str, str] = {}
+    for name, build in {"torchao int8 dynamic": torchao, "ONNX Runtime int8 dynamic": ort}.items():
+        try:
+            running[name] = build(model)
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    return running, missing
+
+
+def torchao(model: nn.Module) -> Forward:
+    """torchao's dynamic int8, in eager mode."""
+    import copy
+
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    other = copy.deepcopy(model)
+    quantize_(other, Int8DynamicActivationInt8WeightConfig())
+    return lambda inputs: other(**inputs)[0]
+
+
+def ort(model: nn.Module) -> Forward:
+    """ONNX Runtime's dynamic int8."""
+    import tempfile
+
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    folder = Path(tempfile.mkdtemp())
+    inputs = batch((2, 16))
+    axes = {0: "batch", 1: "tokens"}
+    torch.onnx.export(
+        model, (), str(folder / "model.onnx"), kwargs=inputs, dynamo=False,
+        input_names=list(inputs), output_names=["hidden"],
+        dynamic_axes={**dict.fromkeys(inputs, axes), "hidden": axes},
+    )  # fmt: skip
+    quantize_dynamic(folder / "model.onnx", folder / "int8.onnx", weight_type=QuantType.QInt8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(folder / "int8.onnx"), options)
+    return lambda inputs: torch.from_numpy(
+        session.run(["hidden"], {k: v.numpy() for k, v in inputs.items()})[0]
+    )
+
+
+@torch.inference_mode()
+def measure(running: dict[str, Forward], inputs: dict[str, Tensor]) -> dict[str, float]:
+    """Median milliseconds of each, interleaved; checks every output against float32's."""
+    want = running["float32"](inputs).float()
+    for name, forward in running.items():
+        got = forward(inputs).float()
+        cosine = torch.nn.functional.cosine_similarity(want, got, dim=-1).mean()
+        assert cosine > 0.6, f"{name} computes something else: cosine {cosine:.3f}"
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(ROUNDS + 2):
+        for name, forward in running.items():
+            start = time.perf_counter()
+            forward(inputs)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(ts[2:]) for name, ts in times.items()}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    flags = [n for n in ("vnni", "amx_tile") if getattr(torch.cpu, f"_is_{n}_supported", bool)()]
+    return f"{name}, {torch.get_num_threads()} threads, {' '.join(flags) or 'no int8 instructions'}"
+
+
+def run(names: list[str] | None = None) -> dict[str, Any]:
+    rows, notes = [], []
+    for title in names or list(MODELS):
+        running, missing = contenders(MODELS[title]())
+        notes += [f"{name} could not run ({why})" for name, why in missing.items()]
+        for size in SIZES:
+            medians = measure(running, batch(size))
+            base = medians["float32"]
+            for name, ms in medians.items():
+                where = f"{title}, {size[0]}x{size[1]}"
+                rows.append([where, name, f"{ms:.2f}", f"{base / ms:.2f}x"])
+    return {
+        "title": "Whole models on a CPU, medians of interleaved runs",
+        "hardware": cpu_name(),
+        "versions": {
+            "qtk": qtk.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+        "columns": ["model, batch x tokens", "what", "ms", "over float32"],
+        "rows": rows,
+        "notes": "; ".join(dict.fromkeys(notes)) or "eager mode throughout",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("what", ["float32", "qtk W8A8"])
+def test_bench_cpu_minilm(benchmark: Any, what: str, size: tuple[int, int]) -> None:
+    """The two sides that the README compares, under pytest-benchmark."""
+    model = minilm()
+    if what != "float32":
+        model = qtk.quantize(model, 8, 8, calib=[batch((8, 64))], preset="fast", progress=False)
+    inputs = batch(size)
+    with torch.inference_mode():
+        benchmark(lambda: model(**inputs))
+
+
+def test_bench_cpu_table() -> None:
+    """The whole table, written to results."""
+    RESULTS.write_text(json.dumps(run(), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    test_bench_cpu_table()
