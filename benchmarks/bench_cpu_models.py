@@ -159,7 +159,9 @@ def run(names: list[str] | None = None) -> dict[str, Any]:
         "title": "Whole models on a CPU, medians of interleaved runs",
         "hardware": cpu_name(),
         "versions": {
-            "qtk": qtk.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "qtk": qtk.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
         },
         "columns": ["model, batch x tokens", "what", "ms", "over float32"],
         "rows": rows,

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from qtk.fidelity.compare import embed
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # CIFAR-10
+CLASSES = [
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+]  # CIFAR-10
 WINDOW = 256  # tokens of one perplexity window, </s> included
 PAIRS_BATCH = 64
 

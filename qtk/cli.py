@@ -109,7 +109,9 @@ def quantize(
     if as_json:
         _print_json({"out": str(out), "files": copied, **result.to_dict()})
     else:
-        typer.echo(f"{result.table()}\n\nsaved in {out}, with {', '.join(copied) or 'no tokenizer'}")
+        typer.echo(
+            f"{result.table()}\n\nsaved in {out}, with {', '.join(copied) or 'no tokenizer'}"
+        )
 
 
 @app.command(name="eval")

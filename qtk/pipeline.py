@@ -70,8 +70,8 @@ def quantize(
         bits: {pattern of module names: (w, a)}, first match wins, the rest as `w` and `a` say.
         skip: patterns of module names left in floating point; heads, pooler and embeddings are.
         backend: "auto" (by device), "triton", "cpu" or "reference".
-        preset: "fast", "balanced" (the default) or "best": fills in method, rounding and ranges where
-            they are not given. MiniLM takes seconds, half a minute, and a minute.
+        preset: "fast", "balanced" (the default) or "best": fills in method, rounding and ranges
+            where they are not given; `qtk.recipes` says with what, benchmarks what each costs.
         seed: of everything drawn at random.
         progress: shows a bar over the blocks.
         inplace: changes `model` itself instead of a copy.
@@ -95,18 +95,18 @@ def quantize(
         group_size=group_size,
     )
     default, special = scheme_of(w, a), _special(bits, skip, scheme_of)
-    model = load_float(model)
-    blocks = describe(model)
-    checkpoint.check_float(model)
-    resolve_backend(next(model.parameters()), backend)
+    source = load_float(model)
+    blocks = describe(source)
+    checkpoint.check_float(source)
+    resolve_backend(next(source.parameters()), backend)
     schemes = assign(blocks, default, special)
-    batches = None if calib is None else prepare(model, calib, tokenizer, seed)
+    batches = None if calib is None else prepare(source, calib, tokenizer, seed)
     if batches is None and any(scheme.a for scheme in schemes.values()):
         _say_what_data_would_give()
-    model = (model if inplace else copy.deepcopy(model)).eval()
+    qmodel = (source if inplace else copy.deepcopy(source)).eval()
 
     layers: dict[str, checkpoint.Layer] = {}
-    sites = imagine(model, blocks, seed) if batches is None else walk(model, blocks, batches)
+    sites = imagine(qmodel, blocks, seed) if batches is None else walk(qmodel, blocks, batches)
     with torch.no_grad(), _progress(sites, 4 * len(blocks), progress) as bar:
         for site in bar:
             for scheme, part in by_scheme(site, schemes):
@@ -114,8 +114,8 @@ def quantize(
                     continue
                 chosen = recipe_of(scheme.a.bits if scheme.a else FLOAT)
                 for name, linear, quality in quantize_site(part, scheme, chosen, backend):
-                    model.set_submodule(name, linear)
-                    layers[checkpoint.base_name(model, name)] = checkpoint.Layer(
+                    qmodel.set_submodule(name, linear)
+                    layers[checkpoint.base_name(qmodel, name)] = checkpoint.Layer(
                         scheme, linear.bias is not None, linear.transform, linear.rotation, quality
                     )
     told = {
@@ -123,9 +123,9 @@ def quantize(
         "w": w, "a": a, "seed": seed,
         "calibration_batches": len(batches or ()),
     }  # fmt: skip
-    checkpoint.finish(model)
-    attach(model, checkpoint.Record(layers, told, backend))
-    return model
+    checkpoint.finish(qmodel)
+    attach(qmodel, checkpoint.Record(layers, told, backend))
+    return qmodel
 
 
 def quantize_site(
@@ -171,8 +171,9 @@ def quantize_linear(
 def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -> InputGrid:
     """How the site's input is quantized."""
     plain = bool((change.shift == 0).all() and (change.channel_scale == 1).all())
-    vectors = (None, None) if plain else (change.shift, change.channel_scale)
-    grid = InputGrid(fmt, *vectors, change.rotation)
+    grid = InputGrid(fmt, rotation=change.rotation)
+    if not plain:
+        grid = replace(grid, shift=change.shift, channel_scale=change.channel_scale)
     if fmt is None or not site.has_data:
         return grid
     importance = change.weight(site.weight()).square().sum(0)  # [K]
@@ -181,7 +182,8 @@ def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -
     if fmt.granularity == "token":
         clip = rule.find_clip(batches, fmt, importance) if hasattr(rule, "find_clip") else 1.0
         return replace(grid, clip=clip)
-    scale, zero_point = scale_and_zero_point(*rule.find(batches, fmt, importance), fmt)
+    lo, hi = rule.find(batches, fmt, importance)
+    scale, zero_point = scale_and_zero_point(lo, hi, fmt)
     return replace(grid, scale=scale, zero_point=zero_point)
 
 

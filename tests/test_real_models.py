@@ -32,7 +32,19 @@ def cosine(qmodel, stsb) -> float:
 def test_a_real_bert_survives_eight_bits(minilm):
     """Needs no data but the package: calibrated and judged on sentences of its own."""
     model, tokenizer = minilm
-    words = "seven ships sail home at dawn and nobody asks why bread costs more than rain".split()
+    words = [
+        "seven",
+        "ships",
+        "sail",
+        "home",
+        "at",
+        "dawn",
+        "and",
+        "nobody",
+        "asks",
+        "why",
+        "bread",
+    ]
     texts = [" ".join(words[i % 7 : i % 7 + 4 + i % 9]) for i in range(64)]
     qmodel = qtk.quantize(
         model, 8, 8, calib=texts[:48], tokenizer=tokenizer, preset="fast", **QUIET

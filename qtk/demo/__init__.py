@@ -1,6 +1,6 @@
 """The demo: a real BERT in eight and in four bits, checked, timed, saved, loaded, reported.
 
-    make demo        or        qtk demo
+make demo        or        qtk demo
 """
 
 import sys

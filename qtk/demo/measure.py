@@ -17,6 +17,7 @@ from qtk.checkpoint import quantized_layers
 from qtk.errors import CheckpointError, ModelError
 from qtk.fidelity.compare import embed
 from qtk.models import describe
+from qtk.modules.linear import QuantLinear
 from qtk.observe import Batch
 from qtk.observe.batches import prepare
 
@@ -120,7 +121,7 @@ def widest_site(model: nn.Module, qmodel: nn.Module, batches: list[Batch]) -> Ra
     """The LayerNorm output with the worst outlier channel; None where nothing is transformed."""
     layers = quantized_layers(qmodel)
     names = [g.linears[0] for block in describe(model) for g in block.groups if g.norm]
-    names = [n for n in names if n in layers and layers[n].input_shift is not None]
+    names = [n for n in names if n in layers and _is_affine(layers[n])]
     found = channel_ranges(model, names, batches)
     if not found:
         return None
@@ -134,10 +135,13 @@ def widest_site(model: nn.Module, qmodel: nn.Module, batches: list[Batch]) -> Ra
     return Ranges(name, before, (before - layer.input_shift) / layer.input_channel_scale)
 
 
+def _is_affine(layer: QuantLinear) -> bool:
+    """Whether shift and scale are all that happens to the input."""
+    return layer.input_shift is not None and not layer.rotation
+
+
 @torch.no_grad()
-def channel_ranges(
-    model: nn.Module, names: list[str], batches: list[Batch]
-) -> dict[str, Tensor]:
+def channel_ranges(model: nn.Module, names: list[str], batches: list[Batch]) -> dict[str, Tensor]:
     """[2, K] of each linear's input over the real tokens of all batches."""
     found: dict[str, Tensor] = {}
     mask = torch.ones(0)
@@ -153,9 +157,7 @@ def channel_ranges(
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names
-    ]
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
     try:
         for batch in batches if names else []:
             mask = batch["attention_mask"].bool()

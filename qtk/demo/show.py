@@ -65,7 +65,8 @@ def html(results: "Results") -> str:
     lead = (
         f"A sentence encoder ({results.model}) quantized by qtk {__version__} with "
         f"{results.sizes.calibration} unlabelled sentences, and measured beside the float32 model "
-        f"on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}."
+        f"on {machine['cpu']}, {machine['threads']} "
+        f"thread{'s' if machine['threads'] != 1 else ''}, torch {machine['torch']}."
     )
     sections = [
         page.tiles(_headlines(results)),
@@ -82,12 +83,18 @@ def html(results: "Results") -> str:
 
 
 def _headlines(results: "Results") -> list[tuple[str, str]]:
-    found = []
-    for v in results.variants:
-        found.append((f"{v.fidelity.cosine:.4f}", f"mean cosine of {v.name} to float embeddings"))
-    for v in results.variants:
-        ratio = v.summary.float_bytes / max(1, v.summary.bytes)
-        found.append((f"{ratio:.1f}x", f"smaller linear layers in {v.name}"))
+    found = [
+        (f"{v.fidelity.cosine:.4f}", f"mean cosine of {v.name} to float embeddings")
+        for v in results.variants
+    ]
+    smallest = min(results.variants, key=lambda v: v.summary.bytes)
+    ratio = smallest.summary.float_bytes / smallest.summary.bytes
+    found.append((f"{ratio:.1f}x", f"smaller linear layers in {smallest.name}"))
+    shape, seconds = next(iter(results.times.items()))
+    fastest = min(results.variants, key=lambda v: v.times[shape])
+    found.append(
+        (f"{seconds / fastest.times[shape]:.1f}x", f"the speed of float in {fastest.name}")
+    )
     return found
 
 
@@ -133,9 +140,9 @@ def _ranges(results: "Results") -> list[str]:
         f"What the LayerNorm before {found.site} hands on, channel by channel, over the evaluation "
         f"sentences. One channel spans {float(widths.max()):.1f} where the median channel spans "
         f"{float(widths.median()):.2f}: a grid wide enough for it would leave the others few "
-        f"steps. Outlier Suppression+ centres every channel and shrinks the wide ones, which "
-        f"takes the span from {reach[0]:.1f} to {reach[1]:.1f}; weights and bias take the change "
-        f"back exactly. Found for {results.variants[-1].name}."
+        f"steps. Centring every channel and shrinking the wide ones takes the span from "
+        f"{reach[0]:.1f} to {reach[1]:.1f}; weights and bias take the change back exactly. "
+        f"Found for {results.variants[-1].name}."
     )
     drawing = plots.channel_ranges(found.before, found.after)
     return [page.section("What shift and scale do", page.figure(drawing, caption))]
@@ -154,18 +161,18 @@ def _costs(results: "Results") -> tuple[str, str]:
         },
     }
     times = {
-        f"{shape.replace('x', ' sequences of ', 1)} tokens": {
+        _words(shape): {
             "float32": 1e3 * seconds,
             **{v.name: 1e3 * v.times[shape] for v in results.variants},
         }
         for shape, seconds in results.times.items()
     }
     return (
-        page.figure(plots.bars(sizes, "MB", "smaller"), (
+        page.figure(plots.bars(sizes, "MB", "smaller", "larger"), (
             "Bytes of the weights. The embeddings stay in floating point, which is why a whole "
             "file shrinks less than its linear layers."
         )),
-        page.figure(plots.bars(times, "ms", "faster"), (
+        page.figure(plots.bars(times, "ms", "faster", "slower"), (
             "Median time of one forward pass on this machine, the models taking turns. CPUs "
             "multiply no 4-bit integers: 4-bit codes save memory, and run as 8-bit ones."
         )),
@@ -194,6 +201,12 @@ def _method(results: "Results") -> list[str]:
             "what people said of them."
         ))  # fmt: skip
     return texts
+
+
+def _words(shape: str) -> str:
+    """ "16x128" -> "16 sequences of 128 tokens" """
+    B, T = shape.split("x")
+    return f"{B} sequence{'s' if B != '1' else ''} of {T} tokens"
 
 
 def _names(results: "Results") -> list[str]:

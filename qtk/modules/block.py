@@ -221,8 +221,9 @@ def _asks_for_more(
 def make_parts(module: nn.Module, block: Block) -> Parts | None:
     """Folds norms into quantizers and joins q, k and v; None where that cannot be done."""
     names = (block.q, block.k, block.v, block.out, block.fc1, block.fc2)
-    linears = [module.get_submodule(name) for name in names]
-    if block.activation is None or not all(_on_integers(linear) for linear in linears):
+    modules = [module.get_submodule(name) for name in names]
+    linears = [m for m in modules if isinstance(m, QuantLinear) and m.scheme.a is not None]
+    if block.activation is None or len(linears) < len(names):
         return None
     q, k, v, out, fc1, fc2 = linears
     if any(linear.weight_scale.is_meta for linear in linears) or not _same_input(q, k, v):
@@ -230,10 +231,6 @@ def make_parts(module: nn.Module, block: Block) -> Parts | None:
     norm1 = _norm(module.get_submodule(block.norm1), q if block.pre_norm else fc1)
     norm2 = _norm(module.get_submodule(block.norm2), fc1)
     return Parts(_join(q, k, v), (q, out, fc1, fc2), norm1, norm2)
-
-
-def _on_integers(linear: nn.Module) -> bool:
-    return isinstance(linear, QuantLinear) and linear.scheme.a is not None
 
 
 def _same_input(q: QuantLinear, k: QuantLinear, v: QuantLinear) -> bool:
@@ -278,7 +275,8 @@ def _norm(norm: nn.Module, reader: QuantLinear) -> Norm:
     multiplier, offset = plan.multiplier, plan.offset
     if reader.rotation:
         multiplier, offset = plan.before or (None, None)
-    q_weight = gamma if multiplier is None else gamma * multiplier
-    q_bias = beta if multiplier is None else beta * multiplier + offset
+    q_weight, q_bias = gamma, beta
+    if multiplier is not None and offset is not None:
+        q_weight, q_bias = gamma * multiplier, beta * multiplier + offset
     dtype = gamma.dtype if norm.weight is None else norm.weight.dtype
     return Norm(gamma.to(dtype), beta.to(dtype), norm.eps, q_weight, q_bias)

@@ -140,6 +140,15 @@ class QuantLinear(nn.Module):
         input_clip: float32 scalar, for dynamic activations.
     """
 
+    weight: Tensor | None  # None while the plan's operand holds the codes
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_shift: Tensor | None
+    input_channel_scale: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    input_clip: Tensor | None
+
     def __init__(
         self, in_features: int, out_features: int, scheme: Scheme, *, bias: bool = True,
         transform: bool = False, rotation: bool = False, backend: str = "auto", device: Any = None,
@@ -152,7 +161,9 @@ class QuantLinear(nn.Module):
         groups = 1 if self.w.group_size is None else -(-K // self.w.group_size)
         dtype, width = stored_shape(K, self.w.bits)
 
-        def buffer(name: str, present: bool, *shape: int, dtype: torch.dtype = torch.float32):
+        def buffer(
+            name: str, present: bool, *shape: int, dtype: torch.dtype = torch.float32
+        ) -> None:
             value = torch.zeros(shape, dtype=dtype, device=device) if present else None
             self.register_buffer(name, value)
 
@@ -402,7 +413,7 @@ def make_plan(layer: QuantLinear, codes: Tensor) -> Plan:
     before, affine = grid.affines(lift)
     multiplier, offset = affine or (None, None)
     weight_scale, bias, x_zero_point = layer.weight_scale, layer.bias, lift
-    if layer.input_scale is not None:
+    if layer.input_scale is not None and layer.input_zero_point is not None:
         weight_scale, x_zero_point = weight_scale * layer.input_scale, 0
         zero_point = int(layer.input_zero_point) + lift
         bias = fold_zero_point(bias, codes, weight_scale, 1.0, zero_point, w.group_size)

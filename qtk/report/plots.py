@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -42,23 +43,24 @@ def layer_errors(series: Mapping[str, Sequence[float | None]], kinds: Sequence[s
         series: scheme -> dB of all linears in order, block after block.
         kinds: names of the linears of one block, in order.
     """
-    figure, axes = _subplots(1, len(kinds), (9.2, 2.5), sharey=True)
-    for k, (axis, kind) in enumerate(zip(axes, kinds, strict=True)):
-        for color, (name, values) in zip(COLORS[1:], series.items(), strict=False):
-            own = [float("nan") if v is None else v for v in values[k :: len(kinds)]]
-            axis.plot(range(len(own)), own, "o-", ms=4, lw=1.4, color=color, label=name)
-        axis.set_title(kind)
-        axis.grid(axis="y")
-        axis.set_xticks(range(len(own)))
-        axis.set_xlim(-0.4, len(own) - 0.6)
-    axes[0].set_ylabel("SQNR, dB")
-    axes[0].set_ylim(bottom=0)
-    figure.supxlabel("block", fontsize=10)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), ncols=len(series), loc="upper right",
-        bbox_to_anchor=(1, 1.12),
-    )  # fmt: skip
-    return _svg(figure)
+    with _style():
+        figure, axes = _subplots(1, len(kinds), (9.2, 2.6), sharey=True)
+        for k, (axis, kind) in enumerate(zip(axes, kinds, strict=True)):
+            blocks = 1
+            for color, (name, values) in zip(COLORS[1:], series.items(), strict=False):
+                own = [float("nan") if v is None else v for v in values[k :: len(kinds)]]
+                blocks = len(own)
+                axis.plot(range(blocks), own, "o-", ms=4, lw=1.5, color=color, label=name)
+            axis.set_title(kind)
+            axis.grid(axis="y")
+            axis.set_xticks(range(0, blocks, -(-blocks // 6)))
+            axis.set_xlim(-0.4, blocks - 0.6)
+        axes[0].set_ylabel("SQNR, dB")
+        axes[0].set_ylim(bottom=0)
+        figure.supxlabel("block", fontsize=10)
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, ncols=len(series), loc="outside upper right")
+        return _svg(figure)
 
 
 def channel_ranges(before: Tensor, after: Tensor) -> str:
@@ -67,74 +69,87 @@ def channel_ranges(before: Tensor, after: Tensor) -> str:
     Args:
         before, after: [2, K].
     """
-    figure, axes = _subplots(1, 2, (9.2, 2.7))
-    for axis, (low, high), color, title in zip(
-        axes, (before, after), (COLORS[0], COLORS[1]), ("before", "after shift and scale"),
-        strict=True,
-    ):  # fmt: skip
-        axis.vlines(range(len(low)), low.tolist(), high.tolist(), color=color, lw=1.1)
-        reach = float(high.max() - low.min())
-        axis.axhspan(float(low.min()), float(high.max()), color=color, alpha=0.10, lw=0)
-        axis.set_title(f"{title}: the grid spans {reach:.1f}")
-        axis.set_xlim(-1, len(low))
-        axis.set_xlabel("channel")
-        axis.grid(axis="y")
-    axes[0].set_ylabel("value")
-    return _svg(figure)
+    sides = (before, COLORS[0], "before"), (after, COLORS[1], "after shift and scale")
+    with _style():
+        figure, axes = _subplots(1, 2, (9.2, 2.7))
+        for axis, ((low, high), color, title) in zip(axes, sides, strict=True):
+            channels, lo, hi = range(len(low)), low.tolist(), high.tolist()
+            axis.fill_between(channels, lo, hi, step="mid", color=color, lw=0)
+            axis.axhspan(min(lo), max(hi), color=color, alpha=0.12, lw=0)
+            axis.set_title(f"{title}: spans {max(hi) - min(lo):.1f}")
+            axis.set_xlim(-1, len(lo))
+            axis.set_xlabel("channel")
+            axis.grid(axis="y")
+        axes[0].set_ylabel("value")
+        return _svg(figure)
 
 
-def bars(panels: Mapping[str, Mapping[str, float]], unit: str, better: str) -> str:
+def bars(panels: Mapping[str, Mapping[str, float]], unit: str, better: str, worse: str) -> str:
     """Horizontal bars, a panel each with its own scale; each bar says its value and its ratio.
 
     Args:
         panels: title -> name -> value; the first value of a panel is what the others are held to.
         unit: of the values.
-        better: what a ratio above one is called: "smaller", "faster".
+        better, worse: what a ratio above or below one is called: "smaller", "larger".
     """
     height = 0.55 + 0.36 * max(len(values) for values in panels.values())
-    figure, axes = _subplots(len(panels), 1, (4.5, height * len(panels)))
-    for axis, (title, values) in zip(axes, panels.items(), strict=True):
-        first = next(iter(values.values()))
-        colors = [COLORS[i % len(COLORS)] for i in range(len(values))]
-        axis.barh(range(len(values)), values.values(), color=colors, height=0.62)
-        for i, value in enumerate(values.values()):
-            ratio = f"  {first / value:.2f}x {better}" if i and value else ""
-            axis.annotate(
-                f"{value:.3g} {unit}{ratio}", (value, i), (5, 0), textcoords="offset points",
-                va="center", fontsize=9,
-            )  # fmt: skip
-        axis.set_yticks(range(len(values)), list(values))
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1.75 * max(values.values()))
-        axis.set_xticks([])
-        axis.spines["bottom"].set_visible(False)
-        axis.tick_params(left=False)
-        axis.set_title(title)
-    return _svg(figure)
+    with _style():
+        figure, axes = _subplots(len(panels), 1, (4.6, height * len(panels)))
+        for axis, (title, values) in zip(axes, panels.items(), strict=True):
+            colors = [COLORS[i % len(COLORS)] for i in range(len(values))]
+            axis.barh(range(len(values)), values.values(), color=colors, height=0.62)
+            first = next(iter(values.values()))
+            for i, value in enumerate(values.values()):
+                text = _figures(value, unit) + (_ratio(first, value, better, worse) if i else "")
+                axis.annotate(text, (value, i), (6, 0), textcoords="offset points", va="center",
+                              fontsize=9.5)  # fmt: skip
+            axis.set_yticks(range(len(values)), list(values))
+            axis.invert_yaxis()
+            axis.set_xlim(0, 1.8 * max(values.values()))
+            axis.set_xticks([])
+            axis.spines["bottom"].set_visible(False)
+            axis.tick_params(left=False)
+            axis.set_title(title)
+        return _svg(figure)
+
+
+def _figures(value: float, unit: str) -> str:
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def _ratio(first: float, value: float, better: str, worse: str) -> str:
+    """How the value stands to the first one, in words."""
+    if not value or not first:
+        return ""
+    return (
+        f" ({first / value:.1f}x {better})"
+        if value <= first
+        else f" ({value / first:.1f}x {worse})"
+    )
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        raise QtkError("plots need matplotlib: pip install 'qtk[plots]'") from None
+    with rc_context(STYLE):
+        yield
 
 
 def _subplots(rows: int, columns: int, size: tuple[float, float], **kwargs: Any) -> Any:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise QtkError("plots need matplotlib: pip install 'qtk[plots]'") from None
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
-    return figure, list(axes.flat)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
 
 
 def _svg(figure: Any) -> str:
     """The figure as an element to put into a page."""
-    import matplotlib
-
     buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(
-            buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )  # fmt: skip
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
