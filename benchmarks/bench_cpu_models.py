@@ -62,7 +62,8 @@ def contenders(model: nn.Module) -> tuple[dict[str, Forward], dict[str, str]]:
         qmodel = qtk.quantize(model, calib=calib, progress=False, **options)
         return lambda inputs: qmodel(**inputs)[0]
 
-    half = transformers.BertModel(model.config).eval()
+    config: Any = model.config
+    half = transformers.BertModel(config).eval()
     half.load_state_dict(model.state_dict())
     half = half.to(torch.bfloat16)
     running: dict[str, Forward] = {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qtk.errors import CheckpointError, ModelError, SchemeError
 from qtk.models import describe
 from qtk.modules.block import FusedBlock, fuse
+from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.linear import QuantLinear
 from qtk.scheme import Scheme
 
@@ -115,9 +116,10 @@ def has_module(model: nn.Module, name: str) -> bool:
     return True
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The integer linears of a model by full name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding]:
+    """The integer linears and embeddings of a model by full name."""
+    kinds = (QuantLinear, QuantEmbedding)
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
 
 
 def fused_blocks(model: nn.Module) -> dict[str, FusedBlock]:
@@ -135,17 +137,23 @@ def skeleton(model: nn.Module, record: Record) -> None:
     backend = "reference" if record.backend == "reference" else "auto"
     for name, layer in record.layers.items():
         full = full_name(model, name)
-        linear = model.get_submodule(full) if has_module(model, full) else None
-        if not isinstance(linear, nn.Linear):
+        module = model.get_submodule(full) if has_module(model, full) else None
+        if isinstance(module, nn.Embedding):
+            empty: nn.Module = QuantEmbedding(
+                module.embedding_dim, module.num_embeddings, layer.scheme,
+                dtype=module.weight.dtype, device=module.weight.device,
+            )  # fmt: skip
+        elif isinstance(module, nn.Linear):
+            empty = QuantLinear(
+                module.in_features, module.out_features, layer.scheme, bias=layer.bias,
+                transform=layer.transform, rotation=layer.rotation, backend=backend,
+                device=module.weight.device,
+            )  # fmt: skip
+        else:
             raise CheckpointError(
                 f"the checkpoint has a quantized {name!r}, but {type(model).__name__} has no such "
-                "linear; load it as the class it was saved from"
+                "layer; load it as the class it was saved from"
             )
-        empty = QuantLinear(
-            linear.in_features, linear.out_features, layer.scheme, bias=layer.bias,
-            transform=layer.transform, rotation=layer.rotation, backend=backend,
-            device=linear.weight.device,
-        )  # fmt: skip
         model.set_submodule(full, empty)
 
 
@@ -191,8 +199,11 @@ def finish(model: nn.Module) -> None:
 
 
 def check_float(model: nn.Module) -> None:
-    """Raises ModelError when the model is already quantized, by qtk or by anything else."""
+    """Raises ModelError when the model is already quantized, by qtk or others, or not finite."""
     if quantized_layers(model) or getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(
             f"{type(model).__name__} is already quantized; start from the floating-point model"
         )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"the model's {name} holds nan or inf; load its weights again")

@@ -78,9 +78,10 @@ def quantize(
     w: Annotated[int, typer.Option("--w", help="Bits of weights, 2 to 8.")] = 8,
     a: Annotated[int, typer.Option("--a", help="Bits of activations, 4 to 8; 16 is float.")] = 8,
     calib: Annotated[Path | None, typer.Option(help="Text file or folder of images.")] = None,
-    method: Annotated[str, typer.Option(help="Equivalent transform.")] = "os+",
-    rounding: Annotated[str, typer.Option(help="How weights become codes.")] = "nearest",
-    ranges: Annotated[str, typer.Option(help="Where activation grids end.")] = "auto",
+    preset: Annotated[str | None, typer.Option(help="fast, balanced or best.")] = None,
+    method: Annotated[str | None, typer.Option(help="Equivalent transform.")] = None,
+    rounding: Annotated[str | None, typer.Option(help="How weights become codes.")] = None,
+    ranges: Annotated[str | None, typer.Option(help="Where activation grids end.")] = None,
     activations: Annotated[Activations, typer.Option()] = Activations.static,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
     bits: Annotated[
@@ -101,7 +102,7 @@ def quantize(
     qmodel = qtk.quantize(
         model, w, a, calib=calib, method=method, rounding=rounding, ranges=ranges,
         activations=activations.value, group_size=group_size, bits=_mixed(bits or []), skip=skip,
-        backend=backend.value, seed=seed, progress=not as_json,
+        backend=backend.value, preset=preset, seed=seed, progress=not as_json,
     )  # fmt: skip
     qmodel.save_pretrained(out)  # type: ignore[operator]
     copied = copy_companions(model, out)

@@ -1,9 +1,8 @@
 """quantize(): the whole method on one page, read from top to bottom."""
 
 import copy
-import fnmatch
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from qtk import checkpoint
+from qtk.assign import asked_for, assign, by_scheme, special_schemes
 from qtk.discover import load
 from qtk.errors import SchemeError
 from qtk.integrations.transformers import attach, load_float
-from qtk.models import Block, describe
+from qtk.models import describe
+from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.linear import InputGrid, QuantLinear, resolve_backend
 from qtk.numerics import expand_groups, scale_and_zero_point, sqnr
 from qtk.observe import Site, imagine, walk
@@ -68,7 +69,8 @@ def quantize(
         attention, softmax, softmax_bits: the attention products and the softmax; "float".
         group_size: weights that share a scale along the input; None is a whole row.
         bits: {pattern of module names: (w, a)}, first match wins, the rest as `w` and `a` say.
-        skip: patterns of module names left in floating point; heads, pooler and embeddings are.
+            Heads, pooler and embeddings stay in floating point unless a pattern names them alone.
+        skip: patterns of module names left in floating point.
         backend: "auto" (by device), "triton", "cpu" or "reference".
         preset: "fast", "balanced" (the default) or "best": fills in method, rounding and ranges
             where they are not given; `qtk.recipes` says with what, benchmarks what each costs.
@@ -82,9 +84,8 @@ def quantize(
     Raises:
         QtkError: see `qtk.errors`; each message names the module and the remedy.
     """
+    _check_seed(seed)
     torch.manual_seed(seed)
-    recipe_of = partial(Recipe.of, method=method, rounding=rounding, ranges=ranges, preset=preset)
-    recipe = recipe_of(a)
     _only_float("attention", attention)
     _only_float("softmax", softmax)
     if softmax_bits is not None:
@@ -94,12 +95,17 @@ def quantize(
         activations=activations if calib is not None or activations != "static" else "token",
         group_size=group_size,
     )
-    default, special = scheme_of(w, a), _special(bits, skip, scheme_of)
+    default, special = scheme_of(w, a), special_schemes(bits, skip, scheme_of)
+    recipe_of = partial(Recipe.of, method=method, rounding=rounding, ranges=ranges, preset=preset)
+    recipe = recipe_of(a)
     source = load_float(model)
     blocks = describe(source)
     checkpoint.check_float(source)
     resolve_backend(next(source.parameters()), backend)
     schemes = assign(blocks, default, special)
+    extra = asked_for(source, blocks, special)
+    if not extra and all(scheme.w is None for scheme in schemes.values()):
+        raise SchemeError("nothing is left to quantize: w=16, or skip matches every linear")
     batches = None if calib is None else prepare(source, calib, tokenizer, seed)
     if batches is None and any(scheme.a for scheme in schemes.values()):
         _say_what_data_would_give()
@@ -118,6 +124,13 @@ def quantize(
                     layers[checkpoint.base_name(qmodel, name)] = checkpoint.Layer(
                         scheme, linear.bias is not None, linear.transform, linear.rotation, quality
                     )
+    for name, scheme in extra.items():
+        layer = quantize_outside(qmodel.get_submodule(name), scheme, backend)
+        qmodel.set_submodule(name, layer)
+        kept = layer.scheme if isinstance(layer, QuantLinear) else replace(scheme, a=None)
+        layers[checkpoint.base_name(qmodel, name)] = checkpoint.Layer(
+            kept, layer.bias is not None, transform=False
+        )
     told = {
         "method": recipe.method or "none", "rounding": recipe.rounding, "ranges": recipe.ranges,
         "w": w, "a": a, "seed": seed,
@@ -187,58 +200,27 @@ def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -
     return replace(grid, scale=scale, zero_point=zero_point)
 
 
-def assign(
-    blocks: Sequence[Block], default: Scheme, special: Mapping[str, Scheme]
-) -> dict[str, Scheme]:
-    """The scheme of every linear in the blocks; the first pattern that matches wins.
-
-    Raises:
-        SchemeError: a pattern that matches nothing, or nothing left to quantize.
-    """
-    names = [n for block in blocks for group in block.groups for n in group.linears]
-    for pattern in special:
-        if not any(fnmatch.fnmatch(name, pattern) for name in names):
-            raise SchemeError(
-                f"pattern {pattern!r} matches no linear of the blocks, such as {names[0]!r}; "
-                "heads, pooler and embeddings stay in floating point"
-            )
-
-    def scheme(name: str) -> Scheme:
-        return next((s for p, s in special.items() if fnmatch.fnmatch(name, p)), default)
-
-    schemes = {name: scheme(name) for name in names}
-    if all(scheme.w is None for scheme in schemes.values()):
-        raise SchemeError("nothing is left to quantize: w=16, or skip matches every linear")
-    return schemes
-
-
-def _special(
-    bits: Mapping[str, tuple[int, int]] | None, skip: Sequence[str] | str | None,
-    scheme_of: Callable[[int, int], Scheme],
-) -> dict[str, Scheme]:  # fmt: skip
-    """The patterns of `skip` and `bits` as schemes; `skip` comes first, and so wins."""
-    bits, skip = bits or {}, [skip] if isinstance(skip, str) else skip or ()
-    if not isinstance(bits, Mapping):
-        raise SchemeError(f"bits={bits!r}: give {{pattern of module names: (w, a)}}")
-    for pattern, pair in bits.items():
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise SchemeError(f"bits[{pattern!r}]={pair!r}: give a pair (w, a), such as (4, 8)")
-    left_out = dict.fromkeys(skip, Scheme(None, None))
-    chosen = {pattern: scheme_of(*pair) for pattern, pair in bits.items() if pattern not in skip}
-    return {**left_out, **chosen}
-
-
-def by_scheme(site: Site, schemes: dict[str, Scheme]) -> Iterator[tuple[Scheme, Site]]:
-    """The site in parts, those of its linears together that have the same scheme."""
-    for scheme in dict.fromkeys(schemes[name] for name in site.linears):
-        same = {n: linear for n, linear in site.linears.items() if schemes[n] == scheme}
-        yield scheme, replace(site, linears=same)
+def quantize_outside(module: nn.Module, scheme: Scheme, backend: str) -> nn.Module:
+    """A head or an embedding, without calibration: inputs are dynamic per token."""
+    assert scheme.w is not None and isinstance(module, (nn.Linear, nn.Embedding))
+    codes, scale = load("round", "nearest").find(Problem(module.weight.float(), scheme.w))
+    if isinstance(module, nn.Embedding):
+        only_w = replace(scheme, a=None)
+        return QuantEmbedding.from_codes(codes, scale, only_w, module.weight.dtype)
+    a = scheme.a and Format(scheme.a.bits, granularity="token")
+    scheme = replace(scheme, a=a)
+    return QuantLinear.from_codes(codes, scale, module.bias, InputGrid(a), scheme, backend)
 
 
 def _change(site: Site, scheme: Scheme, recipe: Recipe) -> Change:
     if recipe.method is None:
         return Change.none(site.weight().shape[1], site.weight().device)
     return load("transform", recipe.method).find(site, scheme)
+
+
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise SchemeError(f"seed={seed!r}: give an integer")
 
 
 def _only_float(name: str, value: str) -> None:

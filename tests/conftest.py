@@ -42,3 +42,28 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the data folder beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small random BERT and its tokenizer, a word a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    from qtk.demo.sentences import sentences
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    known = ["[PAD]", "[UNK]", *sorted({word for text in sentences(300) for word in text.split()})]
+    words = models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        num_hidden_layers=2, hidden_size=128, num_attention_heads=2, intermediate_size=256,
+        vocab_size=len(known), max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder

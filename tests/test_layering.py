@@ -24,9 +24,10 @@ ALLOWED = {
     "qtk.round": LOW | {"qtk.round"},
     "qtk.modules": LOW | {"qtk.pack", "qtk.modules", "qtk_kernels"},
     "qtk.recipes": {"qtk.discover", "qtk.errors", "qtk.scheme"},
+    "qtk.assign": LOW | {"qtk.observe"},
     "qtk.checkpoint": LOW | {"qtk.modules"},
     "qtk.integrations": LOW | {"qtk.checkpoint"},
-    "qtk.pipeline": CORE | {"qtk.recipes", "qtk.checkpoint", "qtk.integrations", "qtk"},
+    "qtk.pipeline": CORE | {"qtk.assign", "qtk.recipes", "qtk.checkpoint", "qtk.integrations", "qtk"},
     "qtk.fidelity": CORE | {"qtk.fidelity"},
     "qtk.report": LOW | {"qtk.checkpoint", "qtk.integrations", "qtk.fidelity", "qtk.report"},
 }

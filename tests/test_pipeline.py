@@ -155,3 +155,38 @@ def test_reference_and_cpu_backends_agree(bert, method, activations):
             outputs.append(qmodel(**batch)[0])
     # one code apart where a float sum in another order crosses a rounding boundary
     assert torch.nn.functional.cosine_similarity(*outputs, dim=-1).min() > 0.9999
+
+
+def test_heads_and_embeddings_are_quantized_when_asked_for(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64,
+        vocab_size=99, max_position_embeddings=64,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    batch = {"input_ids": torch.randint(3, 99, (3, 7))}
+    asked = {"classifier": (8, 8), "*word_embeddings": (4, 16), "bert.pooler.dense": (8, 16)}
+    qmodel = qtk.quantize(model, 8, 8, calib=[batch], bits=asked, **FAST)
+    schemes = {layer.name: layer.scheme for layer in qtk.summary(qmodel).layers}
+    assert schemes["classifier"] == "W8A8 token"
+    assert schemes["bert.embeddings.word_embeddings"] == "W4A16"
+    assert schemes["bert.pooler.dense"] == "W8A16"
+    table = qmodel.get_submodule("bert.embeddings.word_embeddings")
+    error = (table(torch.arange(99)) - model.bert.embeddings.word_embeddings.weight).abs()
+    assert (error <= table.weight_scale * (0.5 + 1e-4) + 0.02).all()  # clipping may cost a little
+    qmodel.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(qmodel(**batch).logits, qtk.load(tmp_path / "saved")(**batch).logits)
+
+
+def test_without_being_asked_they_stay_float(bert):
+    model, batch = bert
+    qmodel = qtk.quantize(model, 8, 8, calib=[batch], bits={"*dense": (4, 4)}, **FAST)
+    assert isinstance(qmodel.pooler.dense, torch.nn.Linear)
+
+
+def test_a_table_shared_with_the_head_is_refused():
+    model, batch = load("models", "opt").tiny()
+    with pytest.raises(qtk.SchemeError, match="share one weight"):
+        qtk.quantize(model, 8, 8, calib=[batch], bits={"*embed_tokens": (8, 16)}, **FAST)

@@ -31,6 +31,8 @@ def onednn_linear(
     name = {None: "none", "gelu_tanh": "gelu"}.get(activation, activation)
     algorithm = {"gelu": "none", "gelu_tanh": "tanh"}.get(activation or "", "")
     N = operand.shape[1]
+    if not x_q.numel():  # oneDNN drops the leading axes of an empty batch
+        return torch.empty(*x_q.shape[:-1], N, dtype=out_dtype)
     return torch.ops.onednn.qlinear_pointwise(
         x_q, 1.0, x_zero_point, operand,
         w_scale.reshape(N), torch.zeros(N, dtype=torch.int32), bias,

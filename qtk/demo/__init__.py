@@ -156,7 +156,8 @@ def run(
     with step("timing"):
         _time(results, model)
     with step("drawing the report"):
-        results.ranges = measure.widest_site(model, variants[-1].model, batches)
+        qmodels = {v.name: v.model for v in variants}
+        results.ranges = measure.widest_site(model, qmodels, batches)
         results.seconds = time.perf_counter() - began
         write_page(results, out / "report.html")
     return results

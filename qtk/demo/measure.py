@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from qtk.checkpoint import quantized_layers
 from qtk.errors import CheckpointError, ModelError
 from qtk.fidelity.compare import embed
 from qtk.models import describe
-from qtk.modules.linear import QuantLinear
+from qtk.modules.linear import InputGrid
 from qtk.observe import Batch
 from qtk.observe.batches import prepare
 
@@ -105,64 +106,75 @@ def reloads_exactly(model: nn.Module, folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Ranges:
-    """What one site's input reaches in every channel, before and after shift and scale.
+    """What one site's input reaches in every channel, as it comes and as it is quantized.
 
     Attributes:
         site: name of a linear that reads it.
-        before, after: [2, K], smallest and largest value of each channel.
+        before: [2, K], smallest and largest value of each channel.
+        after: the same, by model.
+        change: what the quantizer does first, by model: "shift and scale", "rotation" or "".
     """
 
     site: str
     before: Tensor
-    after: Tensor
+    after: dict[str, Tensor]
+    change: dict[str, str]
 
 
-def widest_site(model: nn.Module, qmodel: nn.Module, batches: list[Batch]) -> Ranges | None:
-    """The LayerNorm output with the worst outlier channel; None where nothing is transformed."""
-    layers = quantized_layers(qmodel)
-    names = [g.linears[0] for block in describe(model) for g in block.groups if g.norm]
-    names = [n for n in names if n in layers and _is_affine(layers[n])]
-    found = channel_ranges(model, names, batches)
-    if not found:
-        return None
+def widest_site(model: nn.Module, qmodels: dict[str, nn.Module], batches: list[Batch]) -> Ranges:
+    """The LayerNorm output with the worst outlier channel, before and after what each model does.
+
+    All rows are those of the float model.
+    """
+    readers = [g.linears[0] for block in describe(model) for g in block.groups if g.norm]
+    found = channel_ranges(model, readers, batches)
 
     def spread(name: str) -> float:
         width = found[name][1] - found[name][0]
         return float(width.max() / width.median().clamp(min=1e-9))
 
-    name = max(names, key=spread)
-    before, layer = found[name], layers[name]
-    return Ranges(name, before, (before - layer.input_shift) / layer.input_channel_scale)
-
-
-def _is_affine(layer: QuantLinear) -> bool:
-    """Whether shift and scale are all that happens to the input."""
-    return layer.input_shift is not None and not layer.rotation
+    site = max(readers, key=spread)
+    after, change = {}, {}
+    for name, qmodel in qmodels.items():
+        grid = quantized_layers(qmodel)[site].grid
+        after[name] = channel_ranges(model, [site], batches, grid.transformed)[site]
+        change[name] = _words(grid)
+    return Ranges(site, found[site], after, change)
 
 
 @torch.no_grad()
-def channel_ranges(model: nn.Module, names: list[str], batches: list[Batch]) -> dict[str, Tensor]:
-    """[2, K] of each linear's input over the real tokens of all batches."""
+def channel_ranges(
+    model: nn.Module,
+    names: list[str],
+    batches: list[Batch],
+    transform: Callable[[Tensor], Tensor] = Tensor.float,
+) -> dict[str, Tensor]:
+    """[2, K] of each linear's transformed input over the real tokens of all batches."""
     found: dict[str, Tensor] = {}
     mask = torch.ones(0)
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].reshape(*mask.shape, -1)[mask].float()
-            seen = torch.stack([rows.amin(0), rows.amax(0)])
-            old = found.get(name, seen)
+            rows = transform(args[0].reshape(*mask.shape, -1)[mask])
+            lo, hi = found.get(name, rows[[0, 0]])
             found[name] = torch.stack(
-                [torch.minimum(old[0], seen[0]), torch.maximum(old[1], seen[1])]
+                [torch.minimum(lo, rows.amin(0)), torch.maximum(hi, rows.amax(0))]
             )
 
         return hook
 
     handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
     try:
-        for batch in batches if names else []:
+        for batch in batches:
             mask = batch["attention_mask"].bool()
             model(**batch)
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _words(grid: InputGrid) -> str:
+    if grid.rotation:
+        return "rotation"
+    return "shift and scale" if grid.shift is not None else ""

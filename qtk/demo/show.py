@@ -134,18 +134,24 @@ def _ranges(results: "Results") -> list[str]:
     found = results.ranges
     if found is None:
         return []
+    panels = {f"as it comes: spans {_span(found.before):.1f}": found.before}
+    for name, after in found.after.items():
+        done = f" after {found.change[name]}" if found.change[name] else ""
+        panels[f"{name}{done}: {_span(after):.1f}"] = after
     widths = found.before[1] - found.before[0]
-    reach = [float(side[1].max() - side[0].min()) for side in (found.before, found.after)]
     caption = (
         f"What the LayerNorm before {found.site} hands on, channel by channel, over the evaluation "
-        f"sentences. One channel spans {float(widths.max()):.1f} where the median channel spans "
-        f"{float(widths.median()):.2f}: a grid wide enough for it would leave the others few "
-        f"steps. Centring every channel and shrinking the wide ones takes the span from "
-        f"{reach[0]:.1f} to {reach[1]:.1f}; weights and bias take the change back exactly. "
-        f"Found for {results.variants[-1].name}."
+        f"sentences: from the smallest to the largest value of each. The widest channel spans "
+        f"{float(widths.max()):.1f} where the median channel spans {float(widths.median()):.2f}, so "
+        "a grid that covers it leaves few steps to the others. The quantizer changes the variable "
+        "first, as the titles say; weights and bias take the change back exactly."
     )
-    drawing = plots.channel_ranges(found.before, found.after)
-    return [page.section("What shift and scale do", page.figure(drawing, caption))]
+    drawing = plots.channel_ranges(panels)
+    return [page.section("What the quantizer does to outliers", page.figure(drawing, caption))]
+
+
+def _span(ranges: Any) -> float:
+    return float(ranges[1].max() - ranges[0].min())
 
 
 def _costs(results: "Results") -> tuple[str, str]:
@@ -180,12 +186,16 @@ def _costs(results: "Results") -> tuple[str, str]:
 
 
 def _method(results: "Results") -> list[str]:
-    sizes, recipe = results.sizes, results.variants[0].summary.recipe
+    sizes = results.sizes
+    recipes = "; ".join(
+        f"{v.name}: method {r['method']}, rounding {r['rounding']}, ranges {r['ranges']}"
+        for v in results.variants
+        for r in [v.summary.recipe]
+    )
     texts = [
-        f"All linear layers of the transformer blocks are quantized (method {recipe['method']}, "
-        f"rounding {recipe['rounding']}, ranges {recipe['ranges']}, static activations); "
-        "embeddings, LayerNorms, softmax and pooler stay in floating point. An embedding is the "
-        "mean of the last hidden states over the real tokens, of length one.",
+        f"All linear layers of the transformer blocks are quantized, activations with one scale a "
+        f"tensor ({recipes}). Embeddings, LayerNorms, softmax and pooler stay in floating point. "
+        "An embedding is the mean of the last hidden states over the real tokens, of length one.",
         f"Cosines, SQNR and nearest neighbours: {sizes.evaluation} sentences that are none of the "
         f"{sizes.calibration} calibration sentences, all put together from templates. They are "
         "plainer than real text.",
@@ -197,8 +207,8 @@ def _method(results: "Results") -> list[str]:
     ]
     if results.spearman is not None:
         texts.insert(2, (
-            "STS-B: the rank correlation, times 100, of the cosines of the 1,379 test pairs with "
-            "what people said of them."
+            "STS-B: the rank correlation, times 100, of the cosines of the test pairs with what "
+            "people said of them."
         ))  # fmt: skip
     return texts
 

@@ -84,8 +84,9 @@ class AtomicSave:
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         target = Path(save_directory)
-        if target.is_file():
-            raise CheckpointError(f"{target} is a file; give a folder to save into")
+        for part in (target, *target.parents):
+            if part.is_file():
+                raise CheckpointError(f"{part} is a file; give a folder to save into")
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", target.resolve().name)
         is_new = not target.exists()
@@ -116,7 +117,7 @@ def record_of(model: Any) -> checkpoint.Record:
     Raises:
         ModelError: it was not made by qtk.
     """
-    config = getattr(model.config, "quantization_config", None)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
     if not isinstance(config, QtkConfig):
         raise ModelError(f"{type(model).__name__} is not quantized by qtk; run qtk.quantize first")
     return config.record
@@ -154,6 +155,8 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         CheckpointError: no such folder, not written by qtk, truncated, or with tensors that are
             missing, unknown or of another shape.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"a {type(path).__name__} is not a path; give the folder of a model")
     folder = Path(path)
     config = _read_config(folder)
     try:

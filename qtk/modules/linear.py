@@ -229,7 +229,7 @@ class QuantLinear(nn.Module):
             x = x.float() if plan.before is None else x.float() * plan.before[0] + plan.before[1]
             return self.quantize_rotated(rotate(x))
         if a is None:
-            if plan.multiplier is not None:
+            if plan.multiplier is not None and plan.offset is not None:
                 x = (x.float() * plan.multiplier + plan.offset).to(x.dtype)
             return x, None
         return self.quantize_rotated(x)
@@ -403,8 +403,9 @@ def make_plan(layer: QuantLinear, codes: Tensor) -> Plan:
         operand = prepare_weight_only(packed, bits=bits, in_features=K, backend=backend)
         name = weight_only_kernel_name(operand, bits=bits, backend=backend)
         before, affine = grid.affines()
+        multiplier, offset = affine or (None, None)
         return Plan(
-            backend, operand, before, *(affine or (None, None)), layer.weight_scale, layer.bias,
+            backend, operand, before, multiplier, offset, layer.weight_scale, layer.bias,
             signed=True, x_zero_point=0, clip=1.0, kernel=name,
         )  # fmt: skip
 

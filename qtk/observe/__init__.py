@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtk.errors import CalibrationError
+from qtk.errors import CalibrationError, QtkError
 from qtk.models import Block, Group
 
 Batch = dict[str, Any]
@@ -125,6 +125,12 @@ def _first_calls(model: nn.Module, block: Block, batches: Sequence[Batch]) -> li
                 model(**batch, **extra)
             except _Stop:
                 continue
+            except (ValueError, TypeError, IndexError, RuntimeError) as error:
+                if isinstance(error, (QtkError, torch.OutOfMemoryError)):
+                    raise
+                raise CalibrationError(
+                    f"the model cannot read calibration batch {len(calls)}: {error}"
+                ) from error
             raise CalibrationError(f"the model never reached {block.name} on a calibration batch")
     finally:
         handle.remove()
@@ -167,7 +173,10 @@ def _observe(
     """Runs the block on the quantized stream until the group's linears are reached."""
     linears = {name: _float_linear(model, name) for name in group.linears}
     site = Site(block, group, linears, float_rows=float_rows)
-    lo, hi, current, kept = [], [], [], 0
+    lo: list[Tensor] = []
+    hi: list[Tensor] = []
+    current: list[_Call] = []
+    kept = 0
 
     def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal kept

@@ -40,25 +40,24 @@ def prepare(model: nn.Module, calib: Any, tokenizer: Any = None, seed: int = 0) 
     items = list(calib)
     if not items:
         raise CalibrationError("calib is empty: give at least one batch, or calib=None for none")
-    if isinstance(items[0], str):
+    if all(isinstance(item, str) for item in items):
         items = tokenize(model, items, tokenizer)
-    elif not isinstance(items[0], (dict, Tensor, tuple, list)) and not hasattr(items[0], "keys"):
+    elif all(hasattr(item, "__array_interface__") for item in items):  # of PIL or numpy
         items = process_images(model, items, tokenizer)
     return [_check(model, _as_dict(model, item), i) for i, item in enumerate(items)]
 
 
 def tokenize(model: nn.Module, texts: Sequence[str], tokenizer: Any = None) -> list[Batch]:
     """Texts to padded batches, longest with longest so that little is padding."""
-    tokenizer = tokenizer or _beside(model, "AutoTokenizer")
-    if not callable(tokenizer):
-        raise CalibrationError(f"{type(tokenizer).__name__} is not a tokenizer")
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise CalibrationError("calib holds only empty strings")
+        raise CalibrationError("calib holds only empty strings; give sentences")
+    tokenizer = tokenizer or _beside(model, "AutoTokenizer")
+    if not callable(tokenizer) or not hasattr(tokenizer, "pad_token"):
+        raise CalibrationError(f"a {type(tokenizer).__name__} is not a tokenizer; pass tokenizer=")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    limit = getattr(model.config, "max_position_embeddings", MAX_LENGTH)
-    length = min(MAX_LENGTH, limit if model.config.model_type != "roberta" else limit - 2)
+    length = min(MAX_LENGTH, _positions(model) or MAX_LENGTH)
     ordered = sorted(texts, key=len)
     return [
         dict(tokenizer(
@@ -97,7 +96,23 @@ def _read(path: Path, seed: int) -> list[Any]:
         return chosen
     from PIL import Image
 
-    return [Image.open(p).convert("RGB") for p in chosen]
+    return [_open(Image, p) for p in chosen]
+
+
+def _open(library: Any, path: Path) -> Any:
+    try:
+        return library.open(path).convert("RGB")
+    except OSError as error:
+        raise CalibrationError(f"{path} is not an image that can be read ({error})") from None
+
+
+def _positions(model: nn.Module) -> int | None:
+    """The longest sequence that the model has positions for."""
+    config: Any = model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and config.model_type == "roberta":  # counts from behind the padding index
+        limit -= config.pad_token_id + 1
+    return limit
 
 
 def _beside(model: nn.Module, loader: str) -> Any:
@@ -122,6 +137,11 @@ def _as_dict(model: nn.Module, item: Any) -> Batch:
         return {name: item}
     if isinstance(item, (tuple, list)):
         return _as_dict(model, item[0]) if item else {}
+    if not hasattr(item, "keys"):
+        raise CalibrationError(
+            f"calib holds a {type(item).__name__}; give batches (dicts of tensors), only strings, "
+            "or only images"
+        )
     return {k: v for k, v in dict(item).items() if k != "labels" and v is not None}
 
 
@@ -145,20 +165,30 @@ def _check(model: nn.Module, batch: Batch, index: int) -> Batch:
             raise CalibrationError(f"{where}: {name!r} holds nan or inf; drop or repair the batch")
     ids, vocabulary = batch.get("input_ids"), getattr(model.config, "vocab_size", None)
     if ids is not None:
-        if ids.is_floating_point():
-            raise CalibrationError(f"{where}: input_ids are {ids.dtype}; they must be integers")
-        if vocabulary and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise CalibrationError(f"{where}: input_ids are {ids.dtype}; they must be int64")
+        if ids.dim() != 2:
             raise CalibrationError(
-                f"{where}: token id {int(ids.max())} is outside the model's vocabulary of "
-                f"{vocabulary}; this is another model's tokenizer"
+                f"{where}: input_ids have shape {list(ids.shape)}; it must be [batch, tokens]"
             )
-        limit = getattr(model.config, "max_position_embeddings", None)
+        lowest, highest = int(ids.min()), int(ids.max())
+        if vocabulary and (highest >= vocabulary or lowest < 0):
+            worst = lowest if lowest < 0 else highest
+            raise CalibrationError(
+                f"{where}: token id {worst} is outside the model's vocabulary of {vocabulary}; "
+                "this is another model's tokenizer"
+            )
+        limit = _positions(model)
         if limit and ids.shape[-1] > limit:
             raise CalibrationError(
                 f"{where}: {ids.shape[-1]} tokens, but the model has {limit} positions; "
                 "truncate to that length"
             )
     mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and ids is not None and mask.shape != ids.shape:
+        raise CalibrationError(
+            f"{where}: attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}"
+        )
     if mask is not None and not mask.bool().any():
         raise CalibrationError(f"{where}: attention_mask hides every token")
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())

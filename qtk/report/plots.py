@@ -63,20 +63,19 @@ def layer_errors(series: Mapping[str, Sequence[float | None]], kinds: Sequence[s
         return _svg(figure)
 
 
-def channel_ranges(before: Tensor, after: Tensor) -> str:
-    """Smallest to largest value of every channel, before and after shift and scale.
+def channel_ranges(panels: Mapping[str, Tensor]) -> str:
+    """Smallest to largest value of every channel.
 
     Args:
-        before, after: [2, K].
+        panels: title -> [2, K]; the first is what the others were made of.
     """
-    sides = (before, COLORS[0], "before"), (after, COLORS[1], "after shift and scale")
     with _style():
-        figure, axes = _subplots(1, 2, (9.2, 2.7))
-        for axis, ((low, high), color, title) in zip(axes, sides, strict=True):
-            channels, lo, hi = range(len(low)), low.tolist(), high.tolist()
-            axis.fill_between(channels, lo, hi, step="mid", color=color, lw=0)
+        figure, axes = _subplots(1, len(panels), (9.2, 2.7))
+        for axis, color, (title, ranges) in zip(axes, COLORS, panels.items(), strict=False):
+            lo, hi = ranges.tolist()
+            axis.fill_between(range(len(lo)), lo, hi, step="mid", color=color, lw=0)
             axis.axhspan(min(lo), max(hi), color=color, alpha=0.12, lw=0)
-            axis.set_title(f"{title}: spans {max(hi) - min(lo):.1f}")
+            axis.set_title(title)
             axis.set_xlim(-1, len(lo))
             axis.set_xlabel("channel")
             axis.grid(axis="y")

@@ -110,6 +110,11 @@ def summary(qmodel: nn.Module) -> Summary:
                 layers.append(_quantized(name, quantized[name], is_fused, quality))
             else:
                 layers.append(_float(name, qmodel.get_submodule(name)))
+    shown = {layer.name for layer in layers}
+    for name in (
+        n for n in quantized if n not in shown
+    ):  # heads and embeddings that were asked for
+        layers.append(_quantized(name, quantized[name], False, None))
     parts = {t.data_ptr(): t.numel() * t.element_size() for t in qmodel.state_dict().values()}
     rest = sum(parts.values()) - sum(layer.bytes for layer in layers)  # tied weights count once
     return Summary(tuple(layers), record.recipe, rest)

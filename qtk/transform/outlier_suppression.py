@@ -80,8 +80,8 @@ def _sample(site: Site) -> list[tuple[Tensor, Tensor]]:
     sample, rows = [], 0
     for x, mask in site.sequences:
         for i in range(len(x)):
-            if rows < TOKENS:
-                length = int(mask[i].nonzero().max()) + 1 if mask[i].any() else 0
+            if rows < TOKENS and mask[i].any():
+                length = int(mask[i].nonzero().max()) + 1
                 sample.append((x[i : i + 1, :length], mask[i : i + 1, :length]))
                 rows += int(mask[i].sum())
     return sample

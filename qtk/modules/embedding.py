@@ -1,0 +1,82 @@
+"""An embedding table in integers: a row is unpacked and scaled when it is looked up."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtk.modules.linear import load, store, stored_shape
+from qtk.scheme import Scheme
+
+
+class QuantEmbedding(nn.Module):
+    """N rows of K channels, one scale a row; the table stays in its stored form.
+
+    Buffers (`state_dict`):
+        weight: [N, width, 1] int8 or uint8, the stored codes.
+        weight_scale: [N, 1] float32.
+
+    It has the names of `QuantLinear` where the two mean the same: N are `out_features`, K are
+    `in_features`.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias = None
+    input_shift = None
+    transform = rotation = False
+    kernel = "gather, dequantize"
+
+    def __init__(
+        self, in_features: int, out_features: int, scheme: Scheme, *, dtype: torch.dtype,
+        device: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        assert scheme.w is not None
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        code_dtype, width = stored_shape(in_features, scheme.w.bits)
+        codes = torch.zeros(out_features, *width, dtype=code_dtype, device=device)
+        self.register_buffer("weight", codes)
+        self.register_buffer("weight_scale", torch.zeros(out_features, 1, device=device))
+        self.dtype = dtype  # of the rows that come out; follows .to(dtype)
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, weight_scale: Tensor, scheme: Scheme, dtype: torch.dtype
+    ) -> "QuantEmbedding":
+        """codes [N, K] and weight_scale [N, 1] -> a table that gives rows of `dtype`."""
+        N, K = codes.shape
+        table = cls(K, N, scheme, dtype=dtype, device=codes.device)
+        assert scheme.w is not None
+        table.weight = store(codes.to(torch.int8), scheme.w.bits).contiguous()
+        table.weight_scale = weight_scale.float().clone()
+        return table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] integers -> [..., K]."""
+        assert self.scheme.w is not None
+        rows = self.weight[ids.flatten()]  # [M, width, 1]
+        codes = load(rows, self.scheme.w.bits, self.in_features)
+        values = codes.float() * self.weight_scale[ids.flatten()]
+        return values.view(*ids.shape, -1).to(self.dtype)
+
+    def codes(self) -> Tensor:
+        """[N, K] int8."""
+        assert self.scheme.w is not None
+        return load(self.weight, self.scheme.w.bits, self.in_features)
+
+    def stored_weight(self) -> Tensor:
+        return self.weight
+
+    def prepare(self) -> None:
+        """Nothing to do: the stored form is what runs."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantEmbedding":
+        scale = self.weight_scale
+        self.dtype = fn(scale.new_empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        self.weight_scale = scale.to(self.weight_scale.device)  # scales stay float32
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.out_features}, {self.in_features}, {self.scheme.name}"

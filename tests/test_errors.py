@@ -1,0 +1,241 @@
+"""What a user can do wrong: each mistake is a QtkError that says what to do."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import qtk
+from qtk.errors import BackendError, CalibrationError, CheckpointError, ModelError, SchemeError
+from tests.zoo import build
+
+NAN = float("nan")
+
+
+def run(name="BertModel", *args, **options):
+    model, batch = build(name) if isinstance(name, str) else name
+    return qtk.quantize(model, *args, **{"calib": [batch], "progress": False, **options})
+
+
+def bert(**changes):
+    return build("BertModel", **changes)
+
+
+def ids(*values):
+    return torch.tensor([values])
+
+
+def gpt2():
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=99)
+    return transformers.GPT2Model(config), bert()[1]
+
+
+def with_type(model_type):
+    model, batch = bert()
+    model.config.model_type = model_type
+    return model, batch
+
+
+def with_weight(value):
+    model, batch = bert()
+    nn.init.constant_(model.encoder.layer[0].intermediate.dense.weight, value)
+    return model, batch
+
+
+def with_embeddings(value):
+    model, batch = bert()
+    with torch.no_grad():
+        model.embeddings.LayerNorm.weight.fill_(value)
+    return model, batch
+
+
+def on_meta():
+    model, batch = bert()
+    return model.to("meta"), batch
+
+
+def twice():
+    model, batch = bert()
+    return run((qtk.quantize(model, calib=[batch], progress=False), batch))
+
+
+MODELS = {
+    "an unsupported architecture": (lambda: run(gpt2()), "supported: bert"),
+    "a kin of BERT that is not known": (lambda: run(with_type("berty")), "not supported"),
+    "an int": (lambda: run((7, {})), "give a model, a folder or a hub name"),
+    "None": (lambda: run((None, {})), "give a model, a folder or a hub name"),
+    "a bare layer": (lambda: run((nn.Linear(2, 2), {})), "not a transformers model"),
+    "no such path": (lambda: run(("./nowhere/model", {})), "cannot load './nowhere/model'"),
+    "quantized already": (twice, "start from the floating-point model"),
+    "no weights": (lambda: run(on_meta()), "load its weights first"),
+    "weights of nan": (lambda: run(with_weight(NAN)), "intermediate.dense.weight holds nan"),
+    "weights of nan, no data": (lambda: run(with_weight(NAN), calib=None), "holds nan"),
+    "summary of a float model": (lambda: qtk.summary(bert()[0]), "run qtk.quantize first"),
+    "summary of an int": (lambda: qtk.summary(3), "not quantized by qtk"),
+}
+
+SCHEMES = {
+    "w=1": (lambda: run(w=1), "w=1: choose 2 to 8"),
+    "w=9": (lambda: run(w=9), "w=9: choose 2 to 8"),
+    "w=8.0": (lambda: run(w=8.0), r"w=8\.0: choose"),
+    "a=3": (lambda: run(a=3), "a=3: choose 4 to 8"),
+    "a=True": (lambda: run(a=True), "a=True: choose"),
+    "a='8'": (lambda: run(a="8"), "a='8': choose"),
+    "float weights alone": (lambda: run(w=16, a=8), r"quantize the weights too \(w=8\)"),
+    "nothing": (lambda: run(w=16, a=16), "nothing is left to quantize"),
+    "method": (lambda: run(method="magic"), r"method='magic': choose .*'smoothquant'"),
+    "rounding": (lambda: run(rounding="up"), "rounding='up': choose .*'nearest'"),
+    "ranges": (lambda: run(ranges="all"), "ranges='all': choose 'auto'"),
+    "activations": (lambda: run(activations="row"), "choose 'static' or 'token'"),
+    "activations, no data": (lambda: run(activations="row", calib=None), "'static' or 'token'"),
+    "preset": (lambda: run(preset="magic"), "preset='magic'"),
+    "seed": (lambda: run(seed="a"), "give an integer"),
+    "group_size=0": (lambda: run(group_size=0), "give a positive integer"),
+    "group_size=-1": (lambda: run(group_size=-1), "give a positive integer"),
+    "group_size=True": (lambda: run(group_size=True), "give a positive integer"),
+    "group_size=1.5": (lambda: run(group_size=1.5), "give a positive integer"),
+    "bits of no layer": (lambda: run(bits={"*none*": (4, 4)}), "matches no linear"),
+    "bits not a pair": (lambda: run(bits={"*": 4}), r"give a pair \(w, a\)"),
+    "bits of three": (lambda: run(bits={"*": (4, 4, 4)}), r"give a pair \(w, a\)"),
+    "bits out of range": (lambda: run(bits={"*": (1, 4)}), "w=1: choose"),
+    "bits as a list": (lambda: run(bits=[(4, 4)]), "give {pattern"),
+    "a pattern that is a number": (lambda: run(bits={3: (4, 4)}), "patterns of module names"),
+    "skip everything": (lambda: run(skip=["*"]), "nothing is left to quantize"),
+    "skip of no layer": (lambda: run(skip=["*head*"]), "heads, pooler and embeddings stay"),
+    "skip a number": (lambda: run(skip=3), "are strings"),
+    "integer softmax bits": (lambda: run(softmax_bits=8), "softmax"),
+}
+
+BACKENDS = {
+    "a backend that is not": (lambda: run(backend="cuda"), "backend='auto' chooses by device"),
+    "the CPU's on a GPU model": (lambda: run(gpu(), backend="cpu"), "backend='auto'"),
+}
+
+DATA = {
+    "no batches": (lambda: run(calib=[]), "give at least one batch"),
+    "empty strings": (lambda: run(calib=["", " "]), "only empty strings"),
+    "strings without a tokenizer": (lambda: run(calib=["a sentence"]), "pass tokenizer="),
+    "strings for images": (lambda: run("ViTModel", calib=["cat"]), "pass tokenizer="),
+    "not a tokenizer": (lambda: run(calib=["a"], tokenizer=3), "is not a tokenizer"),
+    "a path that is not": (lambda: run(calib="nofile.txt"), "'nofile.txt' does not exist"),
+    "an int": (lambda: run(calib=3), "give batches"),
+    "a list of ints": (lambda: run(calib=[3]), "give batches"),
+    "strings and batches": (lambda: run(calib=["a", {"input_ids": ids(1)}]), "only strings"),
+    "an empty batch": (lambda: run(calib=[{}]), "reads 'input_ids'"),
+    "no rows": (lambda: run(calib=[{"input_ids": ids(1)[:0]}]), "'input_ids' is empty"),
+    "images for a text model": (
+        lambda: run(calib=[{"pixel_values": torch.ones(1, 3, 16, 16)}]), "right tokenizer"),
+    "text for an image model": (
+        lambda: run("ViTModel", calib=[{"input_ids": ids(1)}]), "reads 'pixel_values'"),
+    "lists": (lambda: run(calib=[{"input_ids": [[1, 2]]}]), "return_tensors='pt'"),
+    "float ids": (lambda: run(calib=[{"input_ids": ids(1.0)}]), "must be int64"),
+    "ids without a batch axis": (
+        lambda: run(calib=[{"input_ids": ids(1)[0]}]), r"must be \[batch, tokens\]"),
+    "another tokenizer": (lambda: run(calib=[{"input_ids": ids(99)}]), "token id 99 is outside"),
+    "negative ids": (lambda: run(calib=[{"input_ids": ids(-1)}]), "token id -1 is outside"),
+    "too long": (
+        lambda: run(calib=[{"input_ids": ids(*[5] * 65)}]), "65 tokens.*truncate"),
+    "too long for RoBERTa": (
+        lambda: run("RobertaForSequenceClassification", calib=[{"input_ids": ids(*[5] * 63)}]),
+        "62 positions; truncate"),
+    "a mask that hides all": (
+        lambda: run(calib=[{"input_ids": ids(1, 2), "attention_mask": ids(0, 0)}]),
+        "hides every token"),
+    "a mask of another shape": (
+        lambda: run(calib=[{"input_ids": ids(1, 2), "attention_mask": ids(1, 1, 1)}]),
+        "attention_mask has shape"),
+    "nan in images": (
+        lambda: run("ViTModel", calib=[{"pixel_values": torch.full((1, 3, 16, 16), NAN)}]),
+        "drop or repair the batch"),
+    "images of another size": (
+        lambda: run("ViTModel", calib=[{"pixel_values": torch.ones(1, 3, 20, 20)}]),
+        "cannot read calibration batch 0.*16"),
+    "embeddings that overflow": (lambda: run(with_embeddings(3e38)), "check the calibration data"),
+}  # fmt: skip
+
+
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model, batch = bert()
+    return model.cuda(), batch
+
+
+def cases(kind, table):
+    return [pytest.param(kind, act, told, id=name) for name, (act, told) in table.items()]
+
+
+@pytest.mark.parametrize("kind, act, told", [
+    *cases(ModelError, MODELS), *cases(SchemeError, SCHEMES), *cases(CalibrationError, DATA),
+    *cases(BackendError, BACKENDS),
+])  # fmt: skip
+def test_a_mistake_is_told_with_its_remedy(kind, act, told):
+    with pytest.raises(kind, match=f"(?s){told}"):
+        act()
+
+
+@pytest.mark.parametrize("what", ["attention", "softmax"])
+def test_an_integer_attention_that_is_not_there(what):
+    with pytest.raises(SchemeError, match=f"{what}='int4'"):
+        run(**{what: "int4"})
+
+
+def test_triton_without_a_gpu(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr("qtk_kernels._dispatch.INTERPRETED", False)
+    with pytest.raises(BackendError, match="backend='auto' chooses by device"):
+        run(backend="triton")
+
+
+def test_nothing_is_changed_when_a_mistake_is_found():
+    model, batch = bert()
+    for options in ({"w": 1}, {"calib": []}, {"skip": ["*"]}, {"backend": "cuda"}):
+        with pytest.raises(qtk.QtkError):
+            run((model, batch), inplace=True, **options)
+    assert not any(isinstance(m, qtk.modules.linear.QuantLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("write, told", [
+    (lambda f: f.write_text("\n \n"), "holds no text lines"),
+    (lambda f: f.write_bytes(b"\xff\xfe\xff"), "not a UTF-8 text file"),
+    (lambda f: f.mkdir(), "holds no text lines and no images"),
+    (lambda f: (f.mkdir(), (f / "a.png").write_text("no")), r"a\.png is not an image"),
+])  # fmt: skip
+def test_calibration_files_that_cannot_be_read(tmp_path, write, told):
+    write(tmp_path / "calib")
+    with pytest.raises(CalibrationError, match=told):
+        run(calib=tmp_path / "calib")
+
+
+@pytest.mark.parametrize("path", ["file", "file/below"])
+def test_saving_onto_a_file(tmp_path, path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="is a file; give a folder"):
+        run().save_pretrained(tmp_path / path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_loading_what_is_no_quantized_model(tmp_path):
+    bert()[0].save_pretrained(tmp_path)
+    for path, told in ((tmp_path, r"qtk\.quantize makes such"), (3, "give the folder")):
+        with pytest.raises(CheckpointError, match=told):
+            qtk.load(path)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(ModelError, match="cannot load"):
+        run((str(tmp_path), {}))
+
+
+def test_a_row_that_is_all_padding_is_no_mistake():
+    model, batch = bert()
+    batch["attention_mask"][1] = 0
+    for activations in ("static", "token"):
+        run((model, batch), activations=activations)
+
+
+def test_every_error_is_of_one_family():
+    for error in (BackendError, CalibrationError, CheckpointError, ModelError, SchemeError):
+        assert issubclass(error, qtk.QtkError)
+    assert issubclass(SchemeError, ValueError) and issubclass(CalibrationError, ValueError)
