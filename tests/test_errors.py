@@ -101,7 +101,7 @@ SCHEMES = {
     "bits as a list": (lambda: run(bits=[(4, 4)]), "give {pattern"),
     "a pattern that is a number": (lambda: run(bits={3: (4, 4)}), "patterns of module names"),
     "skip everything": (lambda: run(skip=["*"]), "nothing is left to quantize"),
-    "skip of no layer": (lambda: run(skip=["*head*"]), "heads, pooler and embeddings stay"),
+    "skip of no layer": (lambda: run(skip=["*head*"]), "matches no linear"),
     "skip a number": (lambda: run(skip=3), "are strings"),
     "integer softmax bits": (lambda: run(softmax_bits=8), "softmax"),
 }

@@ -73,9 +73,10 @@ def test_fused_and_unfused_blocks_agree(family, scheme):
     fused = tokens(output(qmodel, batch), batch)
     plain = tokens(output(unfused(qmodel), batch), batch)
     # Folding a norm into a quantizer moves float32 sums by an ulp, so a value next to the middle
-    # of two codes may fall to the other one, and move what follows: two roundings of one model.
+    # of two codes may fall to the other one, and move what follows: two roundings of one model,
+    # whose errors add up where they are independent.
     error = (tokens(output(model, batch), batch) - plain).square().mean()
-    assert (fused - plain).square().mean() <= error
+    assert (fused - plain).square().mean() <= 2 * error
 
 
 @pytest.mark.parametrize("family", FAMILIES)

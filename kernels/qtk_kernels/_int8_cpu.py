@@ -8,10 +8,13 @@ from ._dispatch import cpu_has_int8
 EXACT_K = 512  # products of 8-bit codes that float32 adds exactly: 512 * 255 * 128 < 2**24
 
 
-def is_onednn(operand: Tensor) -> bool:
+def is_onednn(operand: Tensor, groups: int = 1) -> bool:
     """Whether `prepare_int8` made this operand for oneDNN."""
-    # a traced tensor has lost its layout, so torch.compile goes by what this CPU can do
-    return cpu_has_int8() if torch.compiler.is_compiling() else operand.is_mkldnn
+    if torch.compiler.is_compiling():
+        # a traced tensor has lost its layout, so this goes by what the CPU can do; weights in
+        # groups are left as they are, since oneDNN has one scale a row
+        return cpu_has_int8() and groups == 1
+    return operand.is_mkldnn
 
 
 def onednn_linear(
@@ -33,11 +36,42 @@ def onednn_linear(
     N = operand.shape[1]
     if not x_q.numel():  # oneDNN drops the leading axes of an empty batch
         return torch.empty(*x_q.shape[:-1], N, dtype=out_dtype)
+    arguments = (
+        x_q, operand, w_scale.reshape(N), bias, x_zero_point,
+        out_step, out_zero_point, out_dtype, name, algorithm,
+    )  # fmt: skip
+    return _opaque(*arguments) if torch.compiler.is_compiling() else _pointwise(*arguments)
+
+
+def _pointwise(
+    x_q: Tensor,
+    operand: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_zero_point: int,
+    out_step: float,
+    out_zero_point: int,
+    out_dtype: torch.dtype,
+    name: str,
+    algorithm: str,
+) -> Tensor:
+    N = len(w_scale)
     return torch.ops.onednn.qlinear_pointwise(
-        x_q, 1.0, x_zero_point, operand,
-        w_scale.reshape(N), torch.zeros(N, dtype=torch.int32), bias,
+        x_q, 1.0, x_zero_point, operand, w_scale, torch.zeros(N, dtype=torch.int32), bias,
         out_step, out_zero_point, out_dtype, name, [], algorithm,
     )  # fmt: skip
+
+
+# The default compiler has its own lowering of oneDNN's op, and that wants frozen weights.
+_opaque = torch.library.custom_op("qtk::onednn_linear", _pointwise, mutates_args=())
+
+
+@_opaque.register_fake
+def _shape_of_pointwise(
+    x_q: Tensor, operand: Tensor, w_scale: Tensor, bias: Tensor | None, x_zero_point: int,
+    out_step: float, out_zero_point: int, out_dtype: torch.dtype, name: str, algorithm: str,
+) -> Tensor:  # fmt: skip
+    return x_q.new_empty((*x_q.shape[:-1], len(w_scale)), dtype=out_dtype)
 
 
 def float32_chunks(

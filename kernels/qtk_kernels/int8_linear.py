@@ -252,7 +252,7 @@ def int8_linear(
     K, N = x_q.shape[-1], w_scale.shape[0]
     G = max(w_scale.shape[1], 1 if x_scale is None else x_scale.shape[-1])
     size = group_size_of(K, G, group_size)
-    onednn = name == "cpu" and is_onednn(operand)
+    onednn = name == "cpu" and is_onednn(operand, w_scale.shape[1])
     want = (K, N) if onednn or operand.is_mkldnn else (N, K)
     if operand.shape != want:
         raise ValueError(

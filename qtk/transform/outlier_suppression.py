@@ -10,10 +10,12 @@ treated too, because the fused quantizers make it free.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from qtk.numerics import (
     expand_groups,
@@ -54,68 +56,53 @@ def _loss(
     site: Site, weight: Tensor, shift: Tensor, w: Format, a: Format
 ) -> Callable[[Tensor], float]:
     """The error of the site's output as a function of channel_scale."""
-    sequences = _sample(site)
+    x, mask = _sample(site)
     whole = site.group.name == "qkv" and len(site.linears) == 3
-    outputs = _attention(site) if whole else _plain
+    output = partial(_attention, site, mask) if whole else _plain
     bias = site.bias() + weight @ shift
-    xs = [(x - shift, mask) for x, mask in sequences]
-    wanted = [outputs(x @ weight.T + bias, mask)[mask] for x, mask in xs]
+    rows = x[mask] - shift  # [T, K]
+    wanted = output(rows @ weight.T + bias)
 
     def loss(channel_scale: Tensor) -> float:
         w_hat = _fake_quantize_weight(weight * channel_scale, w)
-        scaled = [x / channel_scale for x, _ in xs]
-        error = 0.0
-        for x_hat, (_, mask), want in zip(
-            _fake_quantize_inputs(scaled, xs, a), xs, wanted, strict=True
-        ):
-            got = outputs(x_hat @ w_hat.T + bias, mask)[mask]
-            error += float((got - want).square().sum())
-        return error
+        x_hat = _fake_quantize_input(rows / channel_scale, a)
+        return float((output(x_hat @ w_hat.T + bias) - wanted).square().sum())
 
     return loss
 
 
-def _sample(site: Site) -> list[tuple[Tensor, Tensor]]:
-    """Whole sequences of the site until TOKENS rows are reached."""
-    sample, rows = [], 0
-    for x, mask in site.sequences:
-        for i in range(len(x)):
-            if rows < TOKENS and mask[i].any():
-                length = int(mask[i].nonzero().max()) + 1
-                sample.append((x[i : i + 1, :length], mask[i : i + 1, :length]))
-                rows += int(mask[i].sum())
-    return sample
+def _sample(site: Site) -> tuple[Tensor, Tensor]:
+    """[S, T, K] and mask [S, T]: whole sequences of all lengths, about TOKENS rows in all."""
+    every = [(x[i], mask[i]) for x, mask in site.sequences for i in range(len(x)) if mask[i].any()]
+    step = max(1, sum(int(mask.sum()) for _, mask in every) // TOKENS)
+    chosen = every[step // 2 :: step]
+    xs, masks = zip(*chosen, strict=True)
+    return pad_sequence(list(xs), batch_first=True), pad_sequence(list(masks), batch_first=True)
 
 
-def _plain(y: Tensor, mask: Tensor) -> Tensor:
+def _plain(y: Tensor) -> Tensor:
     return y
 
 
-def _attention(site: Site) -> Callable[[Tensor, Tensor], Tensor]:
-    """softmax(q k^T / sqrt(D)) v of stacked q, k, v: what reaches the output projection."""
-    heads, causal = site.block.heads, site.block.causal
-
-    def attention(qkv: Tensor, mask: Tensor) -> Tensor:
-        B, T, _ = qkv.shape
-        q, k, v = qkv.view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
-        allowed = mask[:, None, None, :]
-        if causal:
-            allowed = allowed & torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        return context.transpose(1, 2).reshape(B, T, -1)
-
-    return attention
+def _attention(site: Site, mask: Tensor, y: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v of stacked q, k, v [rows, 3 H]: what the output projection gets."""
+    heads, (B, T) = site.block.heads, mask.shape
+    qkv = y.new_zeros(B, T, y.shape[-1])
+    qkv[mask] = y
+    q, k, v = qkv.view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
+    allowed = mask[:, None, None, :]
+    if site.block.causal:
+        allowed = allowed & torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    return context.transpose(1, 2).reshape(B, T, -1)[mask]
 
 
-def _fake_quantize_inputs(
-    scaled: list[Tensor], xs: list[tuple[Tensor, Tensor]], fmt: Format
-) -> list[Tensor]:
+def _fake_quantize_input(rows: Tensor, fmt: Format) -> Tensor:
     """x' on its grid: min-max over the sample, or a row's own maximum for dynamic formats."""
     if fmt.granularity == "token":
-        return [fake_quantize_token(x, fmt.bits) for x in scaled]
-    rows = torch.cat([x[mask] for x, (_, mask) in zip(scaled, xs, strict=True)])
+        return fake_quantize_token(rows, fmt.bits)
     scale, zero_point = scale_and_zero_point(rows.min(), rows.max(), fmt)
-    return [fake_quantize(x, scale, zero_point, fmt) for x in scaled]
+    return fake_quantize(rows, scale, zero_point, fmt)
 
 
 def _fake_quantize_weight(weight: Tensor, fmt: Format) -> Tensor:

@@ -1,0 +1,36 @@
+"""Sentence embeddings of a BERT in eight bits.
+
+python examples/bert_embeddings.py [folder or hub name of a BERT encoder]
+"""
+
+import sys
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+import qtk
+from qtk.demo.sentences import sentences
+from qtk.fidelity.compare import embed
+from qtk.models import bert
+
+
+def main(path: str | None = None) -> torch.Tensor:
+    """The cosines between four sentences, by the quantized model."""
+    if path is None:
+        model, batch = bert.tiny()
+        calib, tokenizer = [batch], None
+    else:
+        model, tokenizer = AutoModel.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        calib, batch = sentences(256), tokenizer(
+            ["A dog runs.", "A puppy is running.", "Rates fell.", "Interest went down."],
+            padding=True, return_tensors="pt",
+        )  # fmt: skip
+    qmodel = qtk.quantize(model, w=8, a=8, calib=calib, tokenizer=tokenizer)
+    with torch.no_grad():
+        vectors = embed(qmodel, batch)
+    print(vectors @ vectors.T)
+    return vectors @ vectors.T
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
