@@ -11,7 +11,7 @@ demo: $(VENV)/demo        ## quantize a real BERT, check it, time it, save it, l
 	$(BIN)/python -m qtk demo
 
 test: $(VENV)/dev         ## the test suite, no GPU needed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 fidelity: $(VENV)/dev     ## the slow tests: accuracy of real models
 	$(BIN)/python -m pytest -m slow

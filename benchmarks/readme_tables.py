@@ -1,7 +1,7 @@
 """The README's tables, from the result files.
 
-    python benchmarks/readme_tables.py            writes them into README.md
-    python benchmarks/readme_tables.py --check    fails when README.md is out of date
+python benchmarks/readme_tables.py            writes them into README.md
+python benchmarks/readme_tables.py --check    fails when README.md is out of date
 """
 
 import json

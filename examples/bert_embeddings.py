@@ -18,14 +18,12 @@ def main(path: str | None = None) -> torch.Tensor:
     """The cosines between four sentences, by the quantized model."""
     if path is None:
         model, batch = bert.tiny()
-        calib, tokenizer = [batch], None
+        qmodel = qtk.quantize(model, w=8, a=8, calib=[batch])
     else:
         model, tokenizer = AutoModel.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        calib, batch = sentences(256), tokenizer(
-            ["A dog runs.", "A puppy is running.", "Rates fell.", "Interest went down."],
-            padding=True, return_tensors="pt",
-        )  # fmt: skip
-    qmodel = qtk.quantize(model, w=8, a=8, calib=calib, tokenizer=tokenizer)
+        qmodel = qtk.quantize(model, w=8, a=8, calib=sentences(256))
+        texts = ["A dog runs.", "A puppy is running.", "Rates fell.", "Interest went down."]
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         vectors = embed(qmodel, batch)
     print(vectors @ vectors.T)

@@ -4,6 +4,7 @@ python examples/vit_classify.py [folder or hub name of a ViT] [folder of images]
 """
 
 import sys
+from typing import Any
 
 from transformers import AutoModelForImageClassification
 
@@ -16,7 +17,7 @@ def main(path: str | None = None, images: str | None = None) -> Fidelity:
     """W8A8, calibrated on the images themselves."""
     if path is None or images is None:
         model, batch = vit.tiny()
-        data = [batch]
+        data: Any = [batch]
     else:
         model, data = AutoModelForImageClassification.from_pretrained(path), images
     qmodel = qtk.quantize(model, w=8, a=8, calib=data)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,12 +39,12 @@ app = typer.Typer(
 )  # fmt: skip
 
 
-class Activations(str, Enum):
+class Activations(StrEnum):
     static = "static"
     token = "token"
 
 
-class Backend(str, Enum):
+class Backend(StrEnum):
     auto = "auto"
     triton = "triton"
     cpu = "cpu"

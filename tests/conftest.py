@@ -7,12 +7,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(1)  # the models are tiny: on a busy machine threads wait, 70 times slower
 
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+torch.set_num_threads(1)  # the models are tiny: on a busy machine threads wait, 70 times slower
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -109,9 +109,12 @@ def test_absent_model_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
         measure.minilm()
 
 
-def test_a_folder_that_does_not_load_is_reported(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_load_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "RELOAD", "raise SystemExit('truncated')")
     model: Any = torch.nn.Linear(1, 1)
-    with pytest.raises(qtk.CheckpointError, match="fresh process cannot load"):
+    with pytest.raises(qtk.CheckpointError, match=r"fresh process cannot load .*: truncated"):
         measure.reloads_exactly(model, tmp_path)
 
 

@@ -38,9 +38,7 @@ def test_example_takes_a_path(tiny_bert: Path) -> None:
     assert cosines.shape == (4, 4)
 
 
-def test_readme_code_runs(
-    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_readme_code_runs(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     assert len(blocks) >= 5

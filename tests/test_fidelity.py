@@ -12,7 +12,7 @@ import qtk
 from qtk.discover import load
 from qtk.fidelity import Fidelity, compare
 from qtk.fidelity.compare import nearest, pool
-from qtk.fidelity.speed import hardware, race
+from qtk.fidelity.speed import ENOUGH, hardware, race
 from qtk.fidelity.tally import CHUNK, Tally
 
 
@@ -188,6 +188,17 @@ def test_table_of_figures() -> None:
         "accuracy, quantized  0.5000"
     )
     assert "inf dB" in Fidelity(1, 1.0, 1.0, math.inf).table()
+
+
+def test_a_slow_race_ends_early() -> None:
+    calls = []
+
+    class Slow(torch.nn.Linear):
+        def forward(self, **batch: torch.Tensor) -> None:
+            calls.append(batch)
+
+    race({"slow": Slow(1, 1)}, {}, rounds=50, warmup=1, limit=0.0)
+    assert len(calls) == 1 + ENOUGH
 
 
 def test_race_times_every_model_in_every_round() -> None:

@@ -42,6 +42,17 @@ def test_bytes_add_up_to_the_checkpoint(quantized: torch.nn.Module) -> None:
     assert result.bytes + result.other_bytes == sum(t.numel() * t.element_size() for t in state)
 
 
+def test_an_embedding_in_integers_is_listed() -> None:
+    model, batch = load("models", "bert").tiny()
+    name = "embeddings.word_embeddings"
+    qmodel = qtk.quantize(model, 8, 8, calib=[batch], bits={name: (8, 16)}, progress=False)
+    result = qtk.summary(qmodel)
+    assert result.layers[-1].name == name and len(result.layers) == 13
+    assert result.layers[-1].bytes == 99 * 32 + 4 * 99
+    table = result.table()
+    assert "kernel" in table.splitlines()[0] and name in table
+
+
 def test_tied_weights_count_once() -> None:
     model, batch = load("models", "opt").tiny()
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
@@ -60,7 +71,7 @@ def test_summary_survives_json(quantized: torch.nn.Module) -> None:
     result = qtk.summary(quantized)
     data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert len(data["layers"]) == 12 and data["bytes"] == result.bytes
-    assert data["recipe"]["method"] == "os+"
+    assert data["recipe"]["w"] == 8 and data["recipe"]["method"]
 
 
 def test_a_float_model_has_no_summary() -> None:
@@ -88,7 +99,7 @@ def test_table_where_all_layers_run_alike() -> None:
         "q      W8A8    1.5    0.375  30.0\n"
         "fc1    W8A8    1.5    0.375     -\n"
         "\n"
-        "linears 0.00 MB of 0.01 MB in float32, everything else 2.00 MB\n"
+        "layers 0.00 MB of 0.01 MB in float32, everything else 2.00 MB\n"
         "all run by k8, in fused blocks\n"
         "names start with 'enc.0.'\n"
         "SQNR in dB, on calibration data"

@@ -31,7 +31,7 @@ def onednn_linear(
     if x_q.dtype == torch.int8:
         # oneDNN has no fast kernel for signed sources without AMX: flip the sign bit
         x_q, x_zero_point = x_q.view(torch.uint8) ^ 0x80, x_zero_point + 128
-    name = {None: "none", "gelu_tanh": "gelu"}.get(activation, activation)
+    name = {"gelu_tanh": "gelu"}.get(activation or "", activation or "none")
     algorithm = {"gelu": "none", "gelu_tanh": "tanh"}.get(activation or "", "")
     N = operand.shape[1]
     if not x_q.numel():  # oneDNN drops the leading axes of an empty batch

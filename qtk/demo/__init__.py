@@ -135,7 +135,7 @@ def run(
     for w, a in schemes:
         name, start = f"W{w}A{a}", time.perf_counter()
         with step(f"quantizing to {name}"):
-            qmodel = qtk.quantize(
+            qmodel: Any = qtk.quantize(
                 model, w, a, calib=calibration, tokenizer=tokenizer, progress=progress
             )
         seconds = time.perf_counter() - start

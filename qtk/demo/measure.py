@@ -136,7 +136,8 @@ def widest_site(model: nn.Module, qmodels: dict[str, nn.Module], batches: list[B
     site = max(readers, key=spread)
     after, change = {}, {}
     for name, qmodel in qmodels.items():
-        grid = quantized_layers(qmodel)[site].grid
+        layer: Any = quantized_layers(qmodel)[site]
+        grid: InputGrid = layer.grid
         after[name] = channel_ranges(model, [site], batches, grid.transformed)[site]
         change[name] = _words(grid)
     return Ranges(site, found[site], after, change)

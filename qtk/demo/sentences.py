@@ -1,4 +1,4 @@
-"""Plain English sentences, put together from parts: something to calibrate on when there is no text.
+"""Plain English sentences, put together from parts, for when there is no text to calibrate on.
 
 They are simple, but not all alike: statements, questions and reports of 4 to 40 words on a dozen
 subjects, so that the ranges seen are those of ordinary text.

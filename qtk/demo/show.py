@@ -142,9 +142,9 @@ def _ranges(results: "Results") -> list[str]:
     caption = (
         f"What the LayerNorm before {found.site} hands on, channel by channel, over the evaluation "
         f"sentences: from the smallest to the largest value of each. The widest channel spans "
-        f"{float(widths.max()):.1f} where the median channel spans {float(widths.median()):.2f}, so "
-        "a grid that covers it leaves few steps to the others. The quantizer changes the variable "
-        "first, as the titles say; weights and bias take the change back exactly."
+        f"{float(widths.max()):.1f} where the median channel spans {float(widths.median()):.2f}, "
+        "so a grid that covers it leaves few steps to the others. The quantizer changes the "
+        "variable first, as the titles say; weights and bias take the change back exactly."
     )
     drawing = plots.channel_ranges(panels)
     return [page.section("What the quantizer does to outliers", page.figure(drawing, caption))]
@@ -200,7 +200,7 @@ def _method(results: "Results") -> list[str]:
         f"{sizes.calibration} calibration sentences, all put together from templates. They are "
         "plainer than real text.",
         "Times: after three rounds of warm-up, every model runs once in each round; medians of "
-        f"{sizes.rounds} rounds or more. Other programs on the machine disturb them.",
+        "the rounds. Other programs on the machine disturb them.",
         "Reloading: a new process loads the saved folder, and its outputs are compared with those "
         "of the model in memory, bit for bit.",
         f"The whole demo took {results.seconds:.0f} seconds.",

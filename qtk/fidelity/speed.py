@@ -12,18 +12,31 @@ from torch import nn
 
 from qtk.observe import Batch
 
+ENOUGH = 5  # rounds after which a race that takes too long may end
+
 
 @torch.inference_mode()
 def race(
-    models: Mapping[str, nn.Module], batch: Batch, rounds: int = 15, warmup: int = 3
+    models: Mapping[str, nn.Module],
+    batch: Batch,
+    rounds: int = 15,
+    warmup: int = 3,
+    limit: float = 20.0,
 ) -> dict[str, float]:
-    """Median seconds of a forward pass of each model; in each round every model runs once."""
+    """Median seconds of a forward pass of each model; in each round every model runs once.
+
+    After `limit` seconds no new round begins, if there have been `ENOUGH`.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    for i in range(warmup + rounds):
+    for _ in range(warmup):
+        for model in models.values():
+            _once(model, batch)
+    start = time.perf_counter()
+    for i in range(rounds):
+        if i >= ENOUGH and time.perf_counter() - start > limit:
+            break
         for name, model in models.items():
-            took = _once(model, batch)
-            if i >= warmup:
-                seconds[name].append(took)
+            seconds[name].append(_once(model, batch))
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

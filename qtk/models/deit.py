@@ -17,8 +17,9 @@ def tiny() -> tuple[nn.Module, dict[str, Any]]:
     import torch
     from transformers import DeiTConfig, DeiTForImageClassification
 
-    config = DeiTConfig(
-        num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64,
-        image_size=16, patch_size=4, num_labels=5,
-    )  # fmt: skip
-    return DeiTForImageClassification(config).eval(), {"pixel_values": torch.randn(2, 3, 16, 16)}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
+        "intermediate_size": 64, "image_size": 16, "patch_size": 4, "num_labels": 5,
+    }  # fmt: skip
+    model = DeiTForImageClassification(DeiTConfig(**sizes)).eval()
+    return model, {"pixel_values": torch.randn(2, 3, 16, 16)}

@@ -14,6 +14,7 @@ def blocks(model: nn.Module) -> Iterator[Block]:
     pre_norm = config.do_layer_norm_before
     for i in range(config.num_hidden_layers):
         name = f"{layers}.{i}"
+        input_norm: str | None
         if pre_norm:
             input_norm = f"{name}.self_attn_layer_norm"
         else:

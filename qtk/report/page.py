@@ -1,4 +1,4 @@
-"""One self-contained HTML page: no script, nothing fetched, light or dark as the reader's system."""
+"""One self-contained HTML page: no script, nothing fetched, light or dark as the system is."""
 
 import os
 import tempfile

@@ -12,7 +12,7 @@ from qtk.errors import QtkError
 
 INK = "#010203"  # stands for the page's text colour; no plot uses it otherwise
 COLORS = ("#8b93a1", "#3b82f6", "#ea7331", "#2aa876", "#b05cd6")  # float first; fit both grounds
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qtk",
     "font.size": 10,
@@ -109,6 +109,7 @@ def bars(panels: Mapping[str, Mapping[str, float]], unit: str, better: str, wors
             axis.spines["bottom"].set_visible(False)
             axis.tick_params(left=False)
             axis.set_title(title)
+        figure.get_layout_engine().set(hspace=0.12)
         return _svg(figure)
 
 

@@ -1,7 +1,6 @@
 """What every layer of a quantized model is, and what really runs it."""
 
 import math
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from qtk.models import describe
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One linear layer.
+    """One linear layer, or an embedding in integers.
 
     Attributes:
         scheme: "W8A8", or "float".
@@ -38,7 +37,7 @@ class Summary:
     """A quantized model, layer by layer.
 
     Attributes:
-        layers: the linears of the blocks, in order.
+        layers: the linears of the blocks, in order; then heads and embeddings in integers.
         recipe: how it was made.
         other_bytes: of everything else: embeddings, norms, heads.
     """
@@ -78,7 +77,7 @@ class Summary:
         head = ["layer", "scheme", *(["kernel", "fused"] if each else []), "kB", "of fp32", "SQNR"]
         rows = [_row(layer, root, each) for layer in self.layers]
         totals = [
-            f"linears {_megabytes(self.bytes)} of {_megabytes(self.float_bytes)} in float32, "
+            f"layers {_megabytes(self.bytes)} of {_megabytes(self.float_bytes)} in float32, "
             f"everything else {_megabytes(self.other_bytes)}",
         ]
         if not each:
@@ -90,7 +89,7 @@ class Summary:
 
 
 def summary(qmodel: nn.Module) -> Summary:
-    """Every linear of the blocks: its scheme, its kernel, its size and its error.
+    """Every linear of the blocks, and what else is quantized: scheme, kernel, size and error.
 
     Raises:
         ModelError: the model was not quantized by qtk.
@@ -111,10 +110,8 @@ def summary(qmodel: nn.Module) -> Summary:
             else:
                 layers.append(_float(name, qmodel.get_submodule(name)))
     shown = {layer.name for layer in layers}
-    for name in (
-        n for n in quantized if n not in shown
-    ):  # heads and embeddings that were asked for
-        layers.append(_quantized(name, quantized[name], False, None))
+    others = [name for name in quantized if name not in shown]  # heads and embeddings asked for
+    layers += [_quantized(name, quantized[name], False, None) for name in others]
     parts = {t.data_ptr(): t.numel() * t.element_size() for t in qmodel.state_dict().values()}
     rest = sum(parts.values()) - sum(layer.bytes for layer in layers)  # tied weights count once
     return Summary(tuple(layers), record.recipe, rest)
@@ -122,8 +119,13 @@ def summary(qmodel: nn.Module) -> Summary:
 
 def common_prefix(names: list[str]) -> str:
     """The part that all dotted names start with, up to and with a dot."""
-    shared = os.path.commonprefix([f"{name.rpartition('.')[0]}." for name in names])
-    return shared[: shared.rfind(".") + 1] if len(shared) > 1 else ""
+    folders = [name.split(".")[:-1] for name in names]
+    shared = []
+    for parts in zip(*folders, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(f"{parts[0]}.")
+    return "".join(shared)
 
 
 def align(rows: list[list[str]]) -> list[str]:

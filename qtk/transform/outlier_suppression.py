@@ -85,7 +85,7 @@ def _plain(y: Tensor) -> Tensor:
 
 
 def _attention(site: Site, mask: Tensor, y: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v of stacked q, k, v [rows, 3 H]: what the output projection gets."""
+    """softmax(q k^T / sqrt(D)) v of stacked q, k, v: [rows, 3 H] -> [rows, H]."""
     heads, (B, T) = site.block.heads, mask.shape
     qkv = y.new_zeros(B, T, y.shape[-1])
     qkv[mask] = y
