@@ -110,10 +110,9 @@ def full_name(model: nn.Module, name: str) -> str:
 
 def has_module(model: nn.Module, name: str) -> bool:
     try:
-        model.get_submodule(name)
+        return isinstance(model.get_submodule(name), nn.Module)
     except AttributeError:
         return False
-    return True
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding]:
@@ -130,6 +129,8 @@ def fused_blocks(model: nn.Module) -> dict[str, FusedBlock]:
 def skeleton(model: nn.Module, record: Record) -> None:
     """Replaces the float linears that `record` lists by empty quantized ones, in place.
 
+    A head or pooler that this class does not have is left out.
+
     Raises:
         CheckpointError: the model has no such linear.
     """
@@ -137,6 +138,8 @@ def skeleton(model: nn.Module, record: Record) -> None:
     backend = "reference" if record.backend == "reference" else "auto"
     for name, layer in record.layers.items():
         full = full_name(model, name)
+        if not has_module(model, full.partition(".")[0]):
+            continue
         module = model.get_submodule(full) if has_module(model, full) else None
         if isinstance(module, nn.Embedding):
             empty: nn.Module = QuantEmbedding(

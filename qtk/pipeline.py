@@ -132,7 +132,7 @@ def quantize(
             kept, layer.bias is not None, transform=False
         )
     told = {
-        "method": recipe.method or "none", "rounding": recipe.rounding, "ranges": recipe.ranges,
+        "method": recipe.public_method, "rounding": recipe.rounding, "ranges": recipe.ranges,
         "w": w, "a": a, "seed": seed,
         "calibration_batches": len(batches or ()),
     }  # fmt: skip
@@ -241,12 +241,13 @@ def _progress(sites: Iterator[Site], total: int, show: bool) -> Iterator[Iterato
     if not show:
         yield sites
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
         TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     )  # fmt: skip
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("quantizing", total=total)
 
         def watched() -> Iterator[Site]:

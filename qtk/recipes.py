@@ -67,6 +67,12 @@ class Recipe:
         _check("ranges", ranges, ["auto", *available("ranges")])
         return cls(chosen, rounding, ranges)
 
+    @property
+    def public_method(self) -> str:
+        """What a user types for the method."""
+        names = {file: name for name, file in METHODS.items()}
+        return names.get(self.method) or str(self.method)
+
     def range_rule(self, reads_norm: bool, rotated: bool) -> str:
         """The file in qtk/ranges for one site.
 

@@ -166,6 +166,26 @@ def test_the_base_of_a_quantized_model_can_be_saved_alone(tmp_path):
     assert torch.equal(output(qtk.load(tmp_path), batch), output(qmodel.bert, batch))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name, bits, other", [
+    ("BertForSequenceClassification", {"classifier": (8, 8)}, "BertModel"),
+    ("ViTForImageClassification", {"classifier": (8, 8)}, "ViTModel"),
+    ("BertModel", {"pooler*": (8, 8), "*word_embeddings": (4, 16)}, "BertForMaskedLM"),
+    ("OPT350m", {"*project*": (4, 8)}, "OPTModel"),
+])  # fmt: skip
+def test_heads_and_embeddings_in_integers(tmp_path, name, bits, other, dtype):
+    qmodel, batch = quantized(name, dtype=dtype, bits=bits)
+    qmodel.save_pretrained(tmp_path)
+    loaded = qtk.load(tmp_path)
+    assert_same(loaded.state_dict(), qmodel.state_dict())
+    assert torch.equal(output(loaded, batch), output(qmodel, batch))
+    model = getattr(transformers, other).from_pretrained(tmp_path)
+    inner, wanted = model.base_model.state_dict(), qmodel.base_model.state_dict()
+    assert [
+        k for k, v in inner.items() if "pooler" not in k and not torch.equal(v, wanted[k])
+    ] == []
+
+
 # --- types
 
 

@@ -27,7 +27,8 @@ ALLOWED = {
     "qtk.assign": LOW | {"qtk.observe"},
     "qtk.checkpoint": LOW | {"qtk.modules"},
     "qtk.integrations": LOW | {"qtk.checkpoint"},
-    "qtk.pipeline": CORE | {"qtk.assign", "qtk.recipes", "qtk.checkpoint", "qtk.integrations", "qtk"},
+    "qtk.pipeline": CORE
+    | {"qtk.assign", "qtk.recipes", "qtk.checkpoint", "qtk.integrations", "qtk"},
     "qtk.fidelity": CORE | {"qtk.fidelity"},
     "qtk.report": LOW | {"qtk.checkpoint", "qtk.integrations", "qtk.fidelity", "qtk.report"},
 }

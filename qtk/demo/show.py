@@ -180,7 +180,8 @@ def _costs(results: "Results") -> tuple[str, str]:
         )),
         page.figure(plots.bars(times, "ms", "faster", "slower"), (
             "Median time of one forward pass on this machine, the models taking turns. CPUs "
-            "multiply no 4-bit integers: 4-bit codes save memory, and run as 8-bit ones."
+            "multiply no 4-bit integers: 4-bit codes save memory, and run as 8-bit ones; a "
+            "rotation, where there is one, takes time of its own."
         )),
     )  # fmt: skip
 

@@ -104,7 +104,7 @@ class FusedBlock(nn.Module):
 
 
 @cache
-def fused_class(base: Any) -> type[nn.Module]:
+def fused_class(base: Any) -> Any:
     """A subclass of a transformers block class with the fused forward, under the same name."""
     return type(base.__name__, (FusedBlock, base), {"__module__": base.__module__})
 
@@ -114,12 +114,13 @@ def fuse(model: nn.Module, blocks: tuple[Block, ...]) -> None:
     for block in blocks:
         module = model.get_submodule(block.name)
         if not isinstance(module, FusedBlock):
-            module.__class__ = fused_class(type(module))
+            base: Any = type(module)
+            module.__class__ = fused_class(base)
         module.block, module._parts = block, None  # type: ignore[assignment]
         module.prepare()  # type: ignore[operator]
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
+def _rebuild(base: Any) -> nn.Module:
     cls = fused_class(base)
     return cls.__new__(cls)
 

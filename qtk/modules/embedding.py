@@ -37,7 +37,8 @@ class QuantEmbedding(nn.Module):
         code_dtype, width = stored_shape(in_features, scheme.w.bits)
         codes = torch.zeros(out_features, *width, dtype=code_dtype, device=device)
         self.register_buffer("weight", codes)
-        self.register_buffer("weight_scale", torch.zeros(out_features, 1, device=device))
+        scale = torch.zeros(out_features, 1, dtype=torch.float32, device=device)
+        self.register_buffer("weight_scale", scale)
         self.dtype = dtype  # of the rows that come out; follows .to(dtype)
 
     @classmethod
