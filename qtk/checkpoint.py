@@ -132,14 +132,22 @@ def skeleton(model: nn.Module, record: Record) -> None:
     A head or pooler that this class does not have is left out.
 
     Raises:
-        CheckpointError: the model has no such linear.
+        CheckpointError: the model has no such linear, or ties its weight to another.
     """
     # "triton" and "cpu" are each what "auto" takes on their device, and weights are read on the CPU
     backend = "reference" if record.backend == "reference" else "auto"
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    shared = {*tied, *tied.values()}
     for name, layer in record.layers.items():
         full = full_name(model, name)
-        if not has_module(model, full.partition(".")[0]):
+        owners = (model, getattr(model, "base_model", model))
+        if not any(has_module(owner, name.partition(".")[0]) for owner in owners):
             continue
+        if f"{full}.weight" in shared:
+            raise CheckpointError(
+                f"the checkpoint has a quantized {name!r}, which {type(model).__name__} shares "
+                "with its head; load it as the class it was saved from"
+            )
         module = model.get_submodule(full) if has_module(model, full) else None
         if isinstance(module, nn.Embedding):
             empty: nn.Module = QuantEmbedding(

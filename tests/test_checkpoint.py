@@ -170,7 +170,7 @@ def test_the_base_of_a_quantized_model_can_be_saved_alone(tmp_path):
 @pytest.mark.parametrize("name, bits, other", [
     ("BertForSequenceClassification", {"classifier": (8, 8)}, "BertModel"),
     ("ViTForImageClassification", {"classifier": (8, 8)}, "ViTModel"),
-    ("BertModel", {"pooler*": (8, 8), "*word_embeddings": (4, 16)}, "BertForMaskedLM"),
+    ("BertModel", {"pooler*": (8, 8), "*word_embeddings": (4, 16)}, "BertForTokenClassification"),
     ("OPT350m", {"*project*": (4, 8)}, "OPTModel"),
 ])  # fmt: skip
 def test_heads_and_embeddings_in_integers(tmp_path, name, bits, other, dtype):
@@ -184,6 +184,12 @@ def test_heads_and_embeddings_in_integers(tmp_path, name, bits, other, dtype):
     assert [
         k for k, v in inner.items() if "pooler" not in k and not torch.equal(v, wanted[k])
     ] == []
+
+
+def test_quantized_embeddings_cannot_be_tied_to_a_head(tmp_path):
+    quantized("BertModel", bits={"*word_embeddings": (8, 16)})[0].save_pretrained(tmp_path)
+    with pytest.raises(qtk.CheckpointError, match="the class it was saved from"):
+        transformers.BertForMaskedLM.from_pretrained(tmp_path)
 
 
 # --- types

@@ -24,7 +24,9 @@ def row_launch(M: int, K: int, at_least: int = 1) -> dict[str, int]:
         K: channels.
         at_least: the smallest BLOCK_K, a power of two (a group, or a block of packed codes).
     """
-    BLOCK_K = max(min(next_power_of_2(K), MAX_ROW), at_least)
+    whole = next_power_of_2(K)
+    # a walk over a row keeps more alive than one load does: half the block spills nothing
+    BLOCK_K = max(whole if whole <= MAX_ROW else MAX_ROW // 2, at_least)
     rows = min(max(4096 // BLOCK_K, 1), 16, next_power_of_2(cdiv(M, SMS)))
     warps = min(max(rows * BLOCK_K // 1024, 1), 16)
     return {"ROWS": rows, "BLOCK_K": BLOCK_K, "num_warps": warps}
