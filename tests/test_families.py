@@ -248,3 +248,19 @@ def test_a_family_names_each_linear_once(family):
     names = [n for block in describe(model) for group in block.groups for n in group.linears]
     assert len(names) == len(set(names)) == 12
     assert all(isinstance(model.get_submodule(n), torch.nn.Linear) for n in names)
+
+
+@torch.no_grad()
+def test_a_cached_step_is_the_last_row_of_the_whole_and_stays_fused(monkeypatch):
+    from qtk.modules import block
+
+    model, batch = load("models", "opt").tiny()
+    qmodel = qtk.quantize(model, 8, 8, calib=[batch], progress=False)
+    fused, original = [], block.fused_forward
+    monkeypatch.setattr(block, "fused_forward", lambda *a: fused.append(1) or original(*a))
+    ids = batch["input_ids"]
+    whole = qmodel(input_ids=ids, use_cache=False).logits
+    first = qmodel(input_ids=ids[:, :5], use_cache=True)
+    rest = qmodel(input_ids=ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+    assert len(fused) == 3 * 2  # three calls of two blocks
+    assert torch.allclose(rest.logits, whole[:, 5:], atol=1e-5)

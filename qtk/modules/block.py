@@ -13,7 +13,7 @@
 A residual addition, the LayerNorm that follows it and the quantizer behind that are one kernel, an
 activation and its quantizer another, and q, k and v are one matrix product. The module keeps the
 class, the children and the names of the block that it replaces. When a caller asks for what the
-fused path cannot give (attention maps, hooks inside the block, a cache, gradients, training), the
+fused path cannot give (attention maps, hooks inside the block, gradients, training), the
 original forward runs on the same quantized linears.
 """
 
@@ -77,7 +77,8 @@ class FusedBlock(nn.Module):
             self.prepare()
         if self._parts is None or _asks_for_more(self, hidden_states, attention_mask, args, kwargs):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore
-        return fused_forward(self._parts, self.block, hidden_states, attention_mask)
+        cache = kwargs.get("past_key_values")
+        return fused_forward(self._parts, self.block, hidden_states, attention_mask, cache)
 
     def prepare(self) -> None:
         """Builds the fused parts, or leaves None where the block cannot be fused."""
@@ -125,8 +126,10 @@ def _rebuild(base: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def fused_forward(parts: Parts, block: Block, x: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, T, H] -> [B, T, H], in x's dtype."""
+def fused_forward(
+    parts: Parts, block: Block, x: Tensor, mask: Tensor | None, cache: Any = None
+) -> Tensor:
+    """[B, T, H] -> [B, T, H], in x's dtype; keys and values pass through the cache, if any."""
     q, out, fc1, fc2 = parts.linears
     if block.pre_norm:
         codes, scale, _ = _norm_quantize(x, None, parts.norm1, q, emit=None)
@@ -135,7 +138,7 @@ def fused_forward(parts: Parts, block: Block, x: Tensor, mask: Tensor | None) ->
     qkv = linear_of_codes(
         codes, scale, parts.qkv, q.is_int4, q.in_features, q.w.group_size, x.dtype
     )
-    context = attention(qkv, block.heads, mask, block.causal)
+    context = attention(qkv, block, mask, cache)
     y = out.multiply(*out.quantize(context), out_dtype=x.dtype)
 
     if block.pre_norm:
@@ -150,15 +153,17 @@ def fused_forward(parts: Parts, block: Block, x: Tensor, mask: Tensor | None) ->
     return F.layer_norm(x + y, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
-def attention(qkv: Tensor, heads: int, mask: Tensor | None, causal: bool) -> Tensor:
+def attention(qkv: Tensor, block: Block, mask: Tensor | None, cache: Any = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, in floating point: [B, T, 3 * H] -> [B, T, H]."""
     B, T, width = qkv.shape
-    D = width // (3 * heads)
-    q, k, v = qkv.view(B, T, 3, heads, D).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
+    D = width // (3 * block.heads)
+    q, k, v = qkv.view(B, T, 3, block.heads, D).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
+    if cache is not None:
+        k, v = cache.update(k, v, int(block.name.rpartition(".")[2]))
     context = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and mask is None and T > 1
+        q, k, v, attn_mask=mask, is_causal=block.causal and mask is None and T > 1
     )
-    return context.transpose(1, 2).reshape(B, T, heads * D)
+    return context.transpose(1, 2).reshape(B, T, block.heads * D)
 
 
 def _norm_quantize(
@@ -229,11 +234,16 @@ def _asks_for_more(
     module: nn.Module, x: Tensor, mask: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
     """Whether the call wants something that only the unfused forward gives."""
+    block: Block = module.block  # type: ignore[assignment]
     if module.training or (torch.is_grad_enabled() and x.requires_grad):
         return True
     if mask is not None and mask.dim() != 4:
         return True
-    rest = [*args, *(v for k, v in kwargs.items() if k not in IGNORED)]
+    cache = kwargs.get("past_key_values")
+    if cache is not None and not (block.causal and hasattr(cache, "layers")):
+        return True  # a cache of another kind: cross attention, static, a user's own
+    known = (*IGNORED, "past_key_values")
+    rest = [*args, *(v for k, v in kwargs.items() if k not in known)]
     if any(value is not None and value is not False for value in rest):
         return True
     if torch.compiler.is_compiling():
