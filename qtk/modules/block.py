@@ -32,7 +32,7 @@ from qtk_kernels._activation import activate
 from qtk_kernels.gelu_quantize import activation_quantize
 from qtk_kernels.layer_norm_quantize import layer_norm_quantize
 
-CACHED_ROWS = 256  # of an MLP's inner activation: 1.5 to 3 MB of float32 at usual widths
+CACHED_ROWS = 512  # of an MLP's inner activation: 3 to 6 MB of float32 at usual widths
 IGNORED = ("position_ids", "cache_position", "use_cache", "return_dict")  # change no number here
 
 
@@ -158,6 +158,10 @@ def attention(qkv: Tensor, block: Block, mask: Tensor | None, cache: Any = None)
     B, T, width = qkv.shape
     D = width // (3 * block.heads)
     q, k, v = qkv.view(B, T, 3, block.heads, D).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
+    if mask is not None and mask.dtype == torch.bool and not mask.is_cuda:
+        # added, not selected: a CPU's attention takes 5.6 ms instead of 9 for 16x12x128x32
+        blocked = torch.finfo(q.dtype).min
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, blocked)
     if cache is not None:
         k, v = cache.update(k, v, int(block.name.rpartition(".")[2]))
     context = F.scaled_dot_product_attention(
@@ -202,7 +206,7 @@ def mlp(
     """fc2(activation(fc1(x))) from the codes of x: [..., H] -> [..., H].
 
     On a CPU some rows at a time, so that what lies between the two products stays in the cache
-    (2048x384x1536 on 2 cores: 18 ms where all rows at once take 25).
+    (2048x384x1536 on 2 cores: 8.6 ms where all rows at once take 14).
     """
     rows = codes.shape[:-1].numel()
     if fc1.plan.backend != "cpu" or rows <= CACHED_ROWS or torch.compiler.is_compiling():
