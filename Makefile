@@ -21,8 +21,10 @@ lint: $(VENV)/dev         ## format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy qtk kernels/qtk_kernels benchmarks
 
-bench: $(VENV)/dev        ## speed, into benchmarks/results/
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+bench: $(VENV)/dev        ## speed, into benchmarks/results/ and the README
+	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m benchmarks.bench_quantize
+	$(BIN)/python benchmarks/readme_tables.py
 
 clean:            ## removes the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info demo-out

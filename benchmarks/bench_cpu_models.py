@@ -1,6 +1,6 @@
 """Speed of whole models on a CPU: float against quantized, in one process, interleaved.
 
-    python -m pytest benchmarks -k cpu          or          python benchmarks/bench_cpu_models.py
+    python -m pytest benchmarks -k cpu          or          python -m benchmarks.bench_cpu_models
 
 Every contender runs once in turn, so that a noisy machine is noisy for all of them; medians are
 reported, and speed as a ratio to the first contender in the same run. ONNX Runtime has a table of

@@ -1,6 +1,6 @@
 """What it takes to quantize MiniLM with 256 sentences: seconds and peak memory, by preset.
 
-    python benchmarks/bench_quantize.py
+    python -m benchmarks.bench_quantize
 
 Every case runs in a process of its own, so that the peak is its own. Writes
 benchmarks/results/quantize.json.
@@ -54,7 +54,7 @@ def peak() -> float:
 def run() -> dict[str, Any]:
     rows = []
     for options in CASES:
-        command = [sys.executable, __file__, json.dumps(options)]
+        command = [sys.executable, "-m", "benchmarks.bench_quantize", json.dumps(options)]
         out = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
         name = f"W{options['w']}A{options['a']} {options.get('preset', 'balanced')}"
         more = out["peak"] - out["before"]

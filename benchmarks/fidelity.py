@@ -1,6 +1,6 @@
 """What quantization costs real models: MiniLM on STS-B, a small OPT on WikiText-2, a small ViT.
 
-    python benchmarks/fidelity.py minilm | opt | vit | all
+    python -m benchmarks.fidelity minilm | opt | vit | all
 
 writes benchmarks/results/fidelity_<name>.json, which the README's tables are made from. Every row
 is the mean over calibration draws with seeds 0, 1 and 2, in one process.
