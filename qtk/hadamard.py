@@ -58,9 +58,9 @@ def _base(n: int) -> int:
 
 @cache
 def orthogonal(n: int) -> Tensor:
-    """[n, n] float32: a Hadamard matrix over sqrt(n), for n = 1, 2, and the orders of `split`."""
+    """[n, n] float64: a Hadamard matrix over sqrt(n), for n = 1, 2, and the orders of `split`."""
     base = _base(n)
-    H = _paley(base) if base > 1 else torch.ones(1, 1)
+    H = (_paley(base) if base > 1 else torch.ones(1, 1)).double()
     while len(H) < n:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
     return H / n**0.5

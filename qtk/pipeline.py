@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def quantize(
         calib: batches (dicts of tensors), strings, or a path to a text file or image folder.
             Without any, activations are dynamic and the norms' own parameters give shift and scale.
         tokenizer: tokenizer or image processor for `calib`; looked for beside the model.
-        method: the equivalent transform: "os+", "smoothquant", "rotate", "none".
+        method: the equivalent transform: "os+", "smoothquant", "rotate", "os+rotate", "none".
         rounding: how weights become codes: "nearest", "gptq", "adaround", "flexround", "block"
             (each block learned), "tuned" (the whole model learned, end to end).
         ranges: where static activation grids end; "auto" or a file in qtk/ranges.
@@ -118,6 +119,10 @@ def quantize(
     _check_learning(recipe.rounding, learns_model, learns_block, batches, resume)
     teacher = copy.deepcopy(source).eval() if learns_model and inplace else source
     qmodel = (source if inplace else copy.deepcopy(source)).eval().requires_grad_(False)
+
+    prepare_model = getattr(_transform(recipe), "prepare", None)
+    if prepare_model is not None and default.a is not None:
+        blocks = prepare_model(qmodel, blocks)
 
     layers: dict[str, checkpoint.Layer] = {}
     with torch.no_grad(), _progress(progress) as bar:
@@ -209,7 +214,8 @@ def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -
         return grid
     importance = change.weight(site.weight()).square().sum(0)  # [K]
     batches = [change.inputs(x[mask]) for x, mask in site.sequences]
-    rule = load("ranges", recipe.range_rule(site.group.norm is not None, change.rotation))
+    rotated = change.rotation or site.group.rotated
+    rule = load("ranges", recipe.range_rule(site.group.norm is not None, rotated))
     if fmt.granularity == "token":
         clip = rule.find_clip(batches, fmt, importance) if hasattr(rule, "find_clip") else 1.0
         return replace(grid, clip=clip)
@@ -230,10 +236,15 @@ def quantize_outside(module: nn.Module, scheme: Scheme, backend: str) -> nn.Modu
     return QuantLinear.from_codes(codes, scale, module.bias, InputGrid(a), scheme, backend)
 
 
+def _transform(recipe: Recipe) -> ModuleType | None:
+    return None if recipe.method is None else load("transform", recipe.method)
+
+
 def _change(site: Site, scheme: Scheme, recipe: Recipe) -> Change:
-    if recipe.method is None:
+    transform = _transform(recipe)
+    if transform is None:
         return Change.none(site.weight().shape[1], site.weight().device)
-    return load("transform", recipe.method).find(site, scheme)
+    return transform.find(site, scheme)
 
 
 def _check_seed(seed: object) -> None:

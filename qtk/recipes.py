@@ -7,7 +7,7 @@ from qtk.errors import SchemeError
 from qtk.scheme import FLOAT
 
 # the public name of a method -> the file in qtk/transform; any file there is a method by itself
-METHODS = {"os+": "outlier_suppression", "none": None}
+METHODS = {"os+": "outlier_suppression", "os+rotate": "rotate_scaled", "none": None}
 
 
 # What a preset fills in where nothing was given: (method, rounding, ranges), by activation bits.

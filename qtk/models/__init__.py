@@ -25,6 +25,7 @@ class Group:
     name: str
     linears: tuple[str, ...]
     norm: str | None = None
+    rotated: bool = False  # what they read is rotated already, offline (qtk/transform/rotate.py)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Block:
     Attributes:
         input_norm: full name of the LayerNorm whose output q, k and v read, None if there is none.
         activation: "gelu", "gelu_tanh" or "relu"; None for one that has no fused kernel.
+        rotated: the residual stream and the heads' values were rotated offline.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Block:
     heads: int
     activation: str | None
     causal: bool = False
+    rotated: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -57,12 +60,30 @@ class Block:
         mlp_norm = f"{self.name}.{self.norm2 if self.pre_norm else self.norm1}"
         return (
             Group(
-                "qkv", tuple(f"{self.name}.{n}" for n in (self.q, self.k, self.v)), self.input_norm
+                "qkv",
+                tuple(f"{self.name}.{n}" for n in (self.q, self.k, self.v)),
+                self.input_norm,
+                self.rotated,
             ),
-            Group("out", (f"{self.name}.{self.out}",)),
-            Group("fc1", (f"{self.name}.{self.fc1}",), mlp_norm),
+            Group("out", (f"{self.name}.{self.out}",), None, self.rotated),
+            Group("fc1", (f"{self.name}.{self.fc1}",), mlp_norm, self.rotated),
             Group("fc2", (f"{self.name}.{self.fc2}",)),
         )
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The two ends of a pre-norm model's residual stream, by full names.
+
+    Attributes:
+        embeddings: parameters that write into it, each with the axis that is H wide.
+        norm: the LayerNorm that it ends in.
+        heads: the linears that read that norm, and nothing else does.
+    """
+
+    embeddings: dict[str, int]
+    norm: str
+    heads: tuple[str, ...]
 
 
 ACTIVATIONS = {
@@ -95,6 +116,16 @@ def describe(model: nn.Module) -> tuple[Block, ...]:
     blocks = tuple(load("models", family).blocks(model))
     _check(model, blocks, family)
     return blocks
+
+
+def stream_of(model: nn.Module) -> Stream | None:
+    """The model's residual stream, None where it is not pre-norm or where its output is the stream.
+
+    A family file without a function `stream` has none.
+    """
+    family = str(model.config.model_type).replace("-", "_")  # type: ignore[union-attr]
+    find = getattr(load("models", family), "stream", None)
+    return None if find is None else find(model)
 
 
 def prefix(model: nn.Module, base: str) -> str:

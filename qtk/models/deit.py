@@ -5,11 +5,16 @@ from typing import Any
 
 from torch import nn
 
-from qtk.models import Block, vit
+from qtk.models import Block, Stream, vit
 
 
 def blocks(model: nn.Module) -> Iterator[Block]:
     return vit.blocks(model, base="deit")
+
+
+def stream(model: nn.Module) -> Stream | None:
+    heads = ("classifier", "cls_classifier", "distillation_classifier")
+    return vit.stream(model, "deit", heads)
 
 
 def tiny() -> tuple[nn.Module, dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from qtk.models import Block, fused_activation, prefix
+from qtk.models import Block, Stream, fused_activation, prefix
 
 
 def blocks(model: nn.Module) -> Iterator[Block]:
@@ -35,6 +35,20 @@ def blocks(model: nn.Module) -> Iterator[Block]:
             activation=fused_activation(config.activation_function),
             causal=True,
         )
+
+
+def stream(model: nn.Module) -> Stream | None:
+    """Of the language model alone: OPTModel's output is the stream itself."""
+    decoder: Any = getattr(getattr(model, "model", None), "decoder", None)
+    norm = getattr(decoder, "final_layer_norm", None)
+    if norm is None or decoder.project_in is not None or not hasattr(model, "lm_head"):
+        return None
+    tables = ("embed_tokens", "embed_positions")
+    return Stream(
+        {f"model.decoder.{name}.weight": 1 for name in tables},
+        "model.decoder.final_layer_norm",
+        ("lm_head",),
+    )
 
 
 def tiny() -> tuple[nn.Module, dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from qtk.models import Block, fused_activation, prefix
+from qtk.models import Block, Stream, fused_activation, prefix
 
 
 def blocks(model: nn.Module, base: str = "vit") -> Iterator[Block]:
@@ -28,6 +28,22 @@ def blocks(model: nn.Module, base: str = "vit") -> Iterator[Block]:
             heads=config.num_attention_heads,
             activation=fused_activation(config.hidden_act),
         )
+
+
+def stream(
+    model: nn.Module, base: str = "vit", heads: tuple[str, ...] = ("classifier",)
+) -> Stream | None:
+    """Of a classifier: the bare model's output is the stream itself."""
+    found = tuple(n for n in heads if isinstance(getattr(model, n, None), nn.Linear))
+    if not hasattr(model, base) or not found:
+        return None
+    patches = f"{base}.embeddings.patch_embeddings.projection"
+    tokens = ("cls_token", "distillation_token", "position_embeddings")
+    embeddings = {f"{base}.embeddings.{n}": 2 for n in tokens}
+    embeddings |= {f"{patches}.weight": 0, f"{patches}.bias": 0}
+    names = dict(model.named_parameters())
+    present = {n: axis for n, axis in embeddings.items() if n in names}
+    return Stream(present, f"{base}.layernorm", found)
 
 
 def tiny() -> tuple[nn.Module, dict[str, Any]]:

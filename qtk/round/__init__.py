@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtk.numerics import EPS, in_groups
+from qtk.numerics import EPS, expand_groups, in_groups, quantize
 from qtk.scheme import Format
 
 CLIPS = torch.linspace(1.0, 0.4, 31).tolist()  # shares of the whole range that are tried
@@ -60,3 +60,10 @@ def best_scale(weight: Tensor, fmt: Format, importance: Tensor | None = None) ->
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, candidate, scale)
     return scale
+
+
+def nearest(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Rounded:
+    """Rounded to nearest, on the scales of `best_scale`."""
+    scale = best_scale(weight, fmt, importance)
+    full = expand_groups(scale, weight.shape[1], fmt.group_size)
+    return quantize(weight, full, 0, fmt), scale

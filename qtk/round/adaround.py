@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from qtk.numerics import expand_groups, quantize
-from qtk.round import Problem, Rounded, best_scale
+from qtk.round import Problem, Rounded, best_scale, nearest
 from qtk.round._least_squares import better, error, target
-from qtk.round.nearest import find as find_nearest
 
 STEPS = 300  # each on the whole calibration set at once, where the paper takes 10,000 on samples
 RATE = 0.03
@@ -27,18 +26,18 @@ PULL = 0.01  # lambda, relative to what rounding to nearest costs
 def find(problem: Problem) -> Rounded:
     """Codes and scale; nearest rounding where there is no data, or where a row is better so."""
     if problem.inputs is None:
-        return find_nearest(problem)
+        return nearest(problem.weight, problem.fmt)
     fmt = problem.fmt
     weight, hessian = target(problem)
     scale = best_scale(weight, fmt, hessian.diag())
     full = expand_groups(scale, weight.shape[1], fmt.group_size).expand_as(weight)
-    nearest = quantize(weight, full, 0, fmt)
-    cost = float(error(nearest * full - weight, hessian).sum()) or 1.0
+    plain = quantize(weight, full, 0, fmt)
+    cost = float(error(plain * full - weight, hessian).sum()) or 1.0
     below = (weight / full).floor()
     with torch.enable_grad():
         V = learned(weight, full, below, hessian, cost, (fmt.qmin, fmt.qmax))
     codes = (below + (V >= 0)).clamp(fmt.qmin, fmt.qmax)  # h(V) >= 1/2
-    return better(codes, nearest, full, weight, hessian), scale
+    return better(codes, plain, full, weight, hessian), scale
 
 
 def learned(

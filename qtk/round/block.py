@@ -8,12 +8,19 @@ papers' sigmoid of AdaRound, codes start at GPTQ's and move by straight-through 
 GPTQ's have already left the float weights' neighbourhood.
 """
 
+from qtk.discover import load
+from qtk.round import Problem, Rounded
 from qtk.round._descent import Rates, Task, descend
-from qtk.round.gptq import find as find
 
 KEPT = 0.5
 STEPS = 60
 RATES = Rates(offset=0.01, scale=1e-3, zero_point=0.01)
+
+
+def find(problem: Problem) -> Rounded:
+    """Where learning starts."""
+    rounded: Rounded = load("round", "gptq").find(problem)
+    return rounded
 
 
 def refine_block(task: Task) -> float:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from qtk.numerics import expand_groups, quantize
-from qtk.round import Problem, Rounded, best_scale
+from qtk.round import Problem, Rounded, best_scale, nearest
 from qtk.round._least_squares import error, target
-from qtk.round.nearest import find as find_nearest
 from qtk.scheme import Format
 
 STEPS = 300
@@ -23,7 +22,7 @@ RATE = 3e-3
 def find(problem: Problem) -> Rounded:
     """Codes and scale of the best step, the first of which is rounding to nearest."""
     if problem.inputs is None:
-        return find_nearest(problem)
+        return nearest(problem.weight, problem.fmt)
     fmt = problem.fmt
     weight, hessian = target(problem)
     scale = best_scale(weight, fmt, hessian.diag())

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from qtk.numerics import expand_groups, quantize
-from qtk.round import Problem, Rounded, best_scale
+from qtk.round import Problem, Rounded, best_scale, nearest
 from qtk.round._least_squares import better, target
-from qtk.round.nearest import find as find_nearest
 from qtk.scheme import Format
 
 BLOCK = 128  # columns whose errors are carried on together
@@ -23,7 +22,7 @@ BLOCK = 128  # columns whose errors are carried on together
 def find(problem: Problem) -> Rounded:
     """Codes and scale; nearest rounding where there is no data, or where a row is better so."""
     if problem.inputs is None:
-        return find_nearest(problem)
+        return nearest(problem.weight, problem.fmt)
     fmt = problem.fmt
     weight, hessian = target(problem)
     scale = best_scale(weight, fmt, hessian.diag())

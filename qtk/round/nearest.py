@@ -5,13 +5,9 @@
 (h = 1 without data). At 8 bits the whole range nearly always wins; at 4 and less it does not.
 """
 
-from qtk.numerics import expand_groups, quantize
-from qtk.round import Problem, Rounded, best_scale
+from qtk.round import Problem, Rounded, nearest
 
 
 def find(problem: Problem) -> Rounded:
     importance = None if problem.inputs is None else problem.inputs.square().mean(0)
-    scale = best_scale(problem.weight, problem.fmt, importance)
-    K = problem.weight.shape[1]
-    full = expand_groups(scale, K, problem.fmt.group_size)
-    return quantize(problem.weight, full, 0, problem.fmt), scale
+    return nearest(problem.weight, problem.fmt, importance)

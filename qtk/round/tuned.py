@@ -6,11 +6,18 @@ https://arxiv.org/abs/1503.02531), with gradients straight through the rounding.
 eight is held out and picks the best point passed, the start included.
 """
 
+from qtk.discover import load
+from qtk.round import Problem, Rounded
 from qtk.round._descent import Rates, Task, descend
-from qtk.round.gptq import find as find
 
 STEPS = 200
 RATES = Rates(offset=0.01, scale=2e-3, zero_point=0.02)
+
+
+def find(problem: Problem) -> Rounded:
+    """Where learning starts."""
+    rounded: Rounded = load("round", "gptq").find(problem)
+    return rounded
 
 
 def refine_model(task: Task) -> float:
