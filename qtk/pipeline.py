@@ -28,6 +28,7 @@ from qtk.recipes import Recipe
 from qtk.reconstruct import reconstruct_block, reconstruct_model
 from qtk.round import Problem
 from qtk.scheme import FLOAT, Format, Scheme
+from qtk.sensitivity import KEPT_BITS, sensitive, share_of
 from qtk.transform import Change
 
 logger = logging.getLogger("qtk")
@@ -48,7 +49,7 @@ def quantize(
     softmax: str = "float",
     softmax_bits: int | None = None,
     group_size: int | None = None,
-    bits: dict[str, tuple[int, int]] | None = None,
+    bits: dict[str, tuple[int, int]] | str | None = None,
     skip: Sequence[str] | None = None,
     backend: str = "auto",
     preset: str | None = None,
@@ -74,6 +75,8 @@ def quantize(
         group_size: weights that share a scale along the input; None is a whole row.
         bits: {pattern of module names: (w, a)}, first match wins, the rest as `w` and `a` say.
             Heads, pooler and embeddings stay in floating point unless a pattern names them alone.
+            "auto" keeps the most sensitive layers at 8 bits, a tenth of the weights at most;
+            "auto:0.2" a fifth.
         skip: patterns of module names left in floating point.
         backend: "auto" (by device), "triton", "cpu" or "reference".
         preset: "fast", "balanced" (the default) or "best": fills in method, rounding and ranges
@@ -100,7 +103,9 @@ def quantize(
         activations=activations if calib is not None or activations != "static" else "token",
         group_size=group_size,
     )
-    default, special = scheme_of(w, a), special_schemes(bits, skip, scheme_of)
+    share = share_of(bits) if isinstance(bits, str) else None
+    default = scheme_of(w, a)
+    special = special_schemes(None if isinstance(bits, str) else bits, skip, scheme_of)
     recipe_of = partial(Recipe.of, method=method, rounding=rounding, ranges=ranges, preset=preset)
     recipe = recipe_of(a)
     source = load_float(model)
@@ -114,6 +119,13 @@ def quantize(
     batches = None if calib is None else prepare(source, calib, tokenizer, seed)
     if batches is None and any(scheme.a for scheme in schemes.values()):
         _say_what_data_would_give()
+    if share is not None:
+        if batches is None:
+            raise SchemeError(f"bits={bits!r} measures on data: give calib")
+        wide = scheme_of(max(w, KEPT_BITS), max(a, KEPT_BITS))
+        alone = partial(_alone, schemes=schemes, recipe=recipe, backend=backend)
+        for name in sensitive(source, blocks, batches, alone, share):
+            schemes[name] = wide if schemes[name].w is not None else schemes[name]
     rounder = load("round", recipe.rounding)
     learns_model, learns_block = hasattr(rounder, "refine_model"), hasattr(rounder, "refine_block")
     _check_learning(recipe.rounding, learns_model, learns_block, batches, resume)
@@ -202,6 +214,17 @@ def quantize_linear(
         extra = weight @ change.shift
         bias = extra if bias is None else bias + extra
     return QuantLinear.from_codes(codes, scale, bias, grid, scheme, backend), quality
+
+
+def _alone(
+    site: Site, schemes: dict[str, Scheme], recipe: Recipe, backend: str
+) -> Iterator[tuple[str, QuantLinear]]:
+    """The linears of one site as they would be, rounded to nearest: a first look."""
+    quick = replace(recipe, rounding="nearest")
+    for scheme, part in by_scheme(site, schemes):
+        if scheme.w is not None:
+            for name, linear, _ in quantize_site(part, scheme, quick, backend):
+                yield name, linear
 
 
 def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -> InputGrid:

@@ -28,8 +28,17 @@ ALLOWED = {
     "qtk.checkpoint": LOW | {"qtk.modules"},
     "qtk.integrations": LOW | {"qtk.checkpoint"},
     "qtk.reconstruct": CORE,
+    "qtk.sensitivity": CORE | {"qtk.reconstruct"},
     "qtk.pipeline": CORE
-    | {"qtk.reconstruct", "qtk.assign", "qtk.recipes", "qtk.checkpoint", "qtk.integrations", "qtk"},
+    | {
+        "qtk.reconstruct",
+        "qtk.sensitivity",
+        "qtk.assign",
+        "qtk.recipes",
+        "qtk.checkpoint",
+        "qtk.integrations",
+        "qtk",
+    },
     "qtk.fidelity": CORE | {"qtk.fidelity"},
     "qtk.report": LOW | {"qtk.checkpoint", "qtk.integrations", "qtk.fidelity", "qtk.report"},
 }
