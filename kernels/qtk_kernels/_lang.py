@@ -43,18 +43,32 @@ def activate_tile(y, ACTIVATION: tl.constexpr):
 
 
 @jit
-def dynamic_limit(y, clip, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
-    """The largest magnitude to represent, per group: [ROWS, BLOCK_K] to [ROWS, BLOCK_K / GROUP]."""
-    groups = tl.reshape(tl.abs(y), (ROWS, BLOCK_K // GROUP, GROUP))
+def lanes(start, K, GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The channels of a tile, and which of them there are.
+
+    A group whose size is no power of two takes SPAN lanes of a tile and leaves some idle.
+    """
+    lane = tl.arange(0, BLOCK_K)
+    if GROUP == SPAN:
+        return start + lane, start + lane < K
+    else:
+        offs_k = start + lane // SPAN * GROUP + lane % SPAN
+        return offs_k, (lane % SPAN < GROUP) & (offs_k < K)
+
+
+@jit
+def dynamic_limit(y, clip, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr):
+    """The largest magnitude to represent, per group: [ROWS, BLOCK_K] to [ROWS, BLOCK_K / SPAN]."""
+    groups = tl.reshape(tl.abs(y), (ROWS, BLOCK_K // SPAN, SPAN))
     return tl.maximum(tl.max(groups, axis=2), 1e-8) * clip
 
 
 @jit
 def dynamic_divide(
-    y, limit, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, QMAX: tl.constexpr
+    y, limit, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr, QMAX: tl.constexpr
 ):
     inverse = tl.div_rn(limit * 0.0 + QMAX, limit)
-    groups = tl.reshape(y, (ROWS, BLOCK_K // GROUP, GROUP))
+    groups = tl.reshape(y, (ROWS, BLOCK_K // SPAN, SPAN))
     return tl.reshape(groups * inverse[:, :, None], (ROWS, BLOCK_K))
 
 
@@ -70,19 +84,36 @@ def store_scale(
 
 
 @jit
+def in_order(codes, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+             SPAN: tl.constexpr):  # fmt: skip
+    """Padded groups moved together: [ROWS, BLOCK_K], zeros at the end."""
+    CHANNELS: tl.constexpr = BLOCK_K // SPAN * GROUP
+    channel = tl.arange(0, BLOCK_K)
+    lane = tl.where(channel < CHANNELS, channel // GROUP * SPAN + channel % GROUP, 0)
+    at = tl.broadcast_to(lane[None, :], (ROWS, BLOCK_K))
+    return tl.where((channel < CHANNELS)[None, :], tl.gather(codes, at, axis=1), 0)
+
+
+@jit
 def store_codes(
-    q_ptr, codes, offs_m, start, M, width,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr,
+    q_ptr, codes, offs_m, start, M, K, width,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Writes [ROWS, BLOCK_K] codes as bytes, or as half-split nibbles."""
     if PACKED:
+        offs = start // 2 + tl.arange(0, BLOCK_K // 2)
+        mask_k = offs < width
+        if GROUP != SPAN:
+            codes = in_order(codes, ROWS, BLOCK_K, GROUP, SPAN)
+            if BLOCK_K // SPAN * GROUP % 128 == 0:  # what follows belongs to the next tile
+                mask_k &= tl.arange(0, BLOCK_K // 2) < BLOCK_K // SPAN * GROUP // 2
         halves = tl.reshape(codes & 15, (ROWS, BLOCK_K // 128, 2, 64))
         shift = (tl.arange(0, 2) * 4)[None, None, :, None]
         codes = tl.reshape(tl.sum(halves << shift, axis=2), (ROWS, BLOCK_K // 2))
-        offs = start // 2 + tl.arange(0, BLOCK_K // 2)
     else:
-        offs = start + tl.arange(0, BLOCK_K)
-    mask = (offs_m < M)[:, None] & (offs < width)[None, :]
+        offs, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
+    mask = (offs_m < M)[:, None] & mask_k[None, :]
     tl.store(q_ptr + offs_m[:, None] * width + offs[None, :], codes.to(tl.int8), mask=mask)
 
 
@@ -130,8 +161,26 @@ def scaled(p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_at, w_at, SWAP: 
     if x_scale_ptr is not None:
         x_scale = tl.load(x_scale_ptr + x_at, mask=offs_m < M, other=0.0)
         y = y * along_m(x_scale, SWAP)
-    w_scale = tl.load(w_scale_ptr + w_at, mask=offs_n < N, other=0.0)
-    return y * along_n(w_scale, SWAP)
+    if w_scale_ptr is not None:
+        w_scale = tl.load(w_scale_ptr + w_at, mask=offs_n < N, other=0.0)
+        y = y * along_n(w_scale, SWAP)
+    return y
+
+
+@jit
+def share_of(total, SPLIT_K: tl.constexpr):
+    """The steps along K that this program takes: first and past the last."""
+    each = tl.cdiv(total, SPLIT_K)
+    first = tl.program_id(1) * each
+    return first, tl.minimum(first + each, total)
+
+
+@jit
+def store_part(parts_ptr, part, offs_m, offs_n, M, N, SWAP: tl.constexpr):
+    """Writes one split's share of the sum to parts [SPLIT_K, M, N]."""
+    row = tl.program_id(1).to(tl.int64) * M + offs_m
+    mask = along_m(offs_m < M, SWAP) & along_n(offs_n < N, SWAP)
+    tl.store(parts_ptr + along_m(row, SWAP) * N + along_n(offs_n, SWAP), part, mask=mask)
 
 
 @jit
