@@ -176,6 +176,42 @@ def share_of(total, SPLIT_K: tl.constexpr):
 
 
 @jit
+def low_nibbles(byte):
+    """16 times the code: in the upper half of a byte a nibble needs no sign extension."""
+    return (byte << 4).to(tl.int8, bitcast=True)
+
+
+@jit
+def high_nibbles(byte):
+    return (byte & 0xF0).to(tl.int8, bitcast=True)
+
+
+@jit
+def block_of(step, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """First channel of a step along K, and the end of what belongs to it: of its group, or of K."""
+    if GROUP % BLOCK_K == 0:
+        return step * BLOCK_K, K
+    else:
+        BLOCKS: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K  # of a group
+        g = step // BLOCKS
+        return g * GROUP + step % BLOCKS * BLOCK_K, tl.minimum(g * GROUP + GROUP, K)
+
+
+@jit
+def segment_of(step, K, GROUP: tl.constexpr):
+    """Where groups end inside packed bytes, a step is what a group has of one half of a block.
+
+    Returns the half's number, the group's number, and the channels of the half that belong to both.
+    """
+    SEGMENTS: tl.constexpr = (62 + GROUP) // GROUP + 1  # groups that 64 channels may touch
+    half = step // SEGMENTS
+    g = half * 64 // GROUP + step % SEGMENTS
+    offs_k = half * 64 + tl.arange(0, 64)
+    inside = (offs_k >= g * GROUP) & (offs_k < g * GROUP + GROUP) & (offs_k < K)
+    return half, tl.minimum(g, (K - 1) // GROUP), inside  # nothing is inside behind the last group
+
+
+@jit
 def store_part(parts_ptr, part, offs_m, offs_n, M, N, SWAP: tl.constexpr):
     """Writes one split's share of the sum to parts [SPLIT_K, M, N]."""
     row = tl.program_id(1).to(tl.int64) * M + offs_m

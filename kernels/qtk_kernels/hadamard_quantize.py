@@ -11,7 +11,6 @@ matrices. Where f * p is a power of two the kernel adds and subtracts in log2(f 
 it multiplies by the two small matrices, a whole token at a time.
 """
 
-import torch
 from torch import Tensor
 
 from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref, rows_of
@@ -169,7 +168,7 @@ def _hadamard_quantize_kernel(
 
 def hadamard_launch(M: int, K: int, block: int, codes: Codes) -> dict:
     """The compile-time parameters of the kernel."""
-    blocks, f, p = split(block)
+    _, f, p = split(block)
     order, group = f * p, codes.group_size(K)
     odd = not codes.static and group < K and group & (group - 1)
     if order & (order - 1) == 0 and not odd:

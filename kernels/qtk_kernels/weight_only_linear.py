@@ -14,8 +14,20 @@ from torch import Tensor
 from ._codes import group_size_of, rows_of, scale_strides
 from ._dispatch import INTERPRETED, backend_of, on_device
 from ._int4 import pack_int4, packed_width, unpack_int4
-from ._lang import along_m, along_n, jit, store_linear, tile_of, tl
-from ._launch import cdiv, dot_width, gemm_launch
+from ._lang import (
+    along_m,
+    along_n,
+    block_of,
+    jit,
+    segment_of,
+    share_of,
+    store_linear,
+    store_part,
+    tile_of,
+    tl,
+)
+from ._launch import cdiv, dot_width, gemm_launch, packed_steps, steps_of
+from ._split_k import add_parts, empty_parts
 
 
 def dequantize_ref(
@@ -124,63 +136,151 @@ def _add_group(
 
 
 @jit
-def _weight_only_linear_kernel(
-    x_ptr, w_ptr, w_scale_ptr, zero_point_ptr, bias_ptr, out_ptr,
-    M, N, K, stride_xm, stride_wn, stride_sn, stride_sg,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
-    GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+def _bytes(
+    x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
+    M, N, K, steps,
+    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr,
+    SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_b = tl.arange(0, WIDTH)  # of bytes of w: one channel each, or two if PACKED
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_b[None, :]
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_b[None, :]
-    mask_m, mask_n = (offs_m < M)[:, None], (offs_n < N)[:, None]
-    scale_at = offs_n * stride_sn
+    """The scaled sum over int8 weights."""
+    offs_k = tl.arange(0, WIDTH)
     zeros = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
     y = zeros
     p = zeros
     x_sum = (offs_m * 0).to(tl.float32)
-
-    for b in range(0, stride_wn, WIDTH):
-        k = b // 64 * 128 + b % 64 if PACKED else b  # channel of the first byte's (low) code
-        mask_w = mask_n if PACKED else mask_n & (offs_b < K - b)[None, :]
-        w = tl.load(w_ptrs + b, mask=mask_w, other=0)  # [BLOCK_N, WIDTH]
-        mask_x = mask_m & (offs_b < K - k)[None, :]
-        x = tl.load(x_ptrs + k, mask=mask_x, other=0.0)  # [BLOCK_M, WIDTH]
+    first, last = share_of(steps, SPLIT_K)
+    for step in range(first, last):
+        k, end = block_of(step, K, GROUP, WIDTH)
+        inside = (offs_k < end - k)[None, :]
+        w = tl.load(w_ptrs + k + offs_k[None, :], mask=(offs_n < N)[:, None] & inside, other=0)
+        x = tl.load(x_ptrs + k + offs_k[None, :], mask=(offs_m < M)[:, None] & inside, other=0.0)
         if HAS_ZERO_POINT:
             x_sum += tl.sum(x.to(tl.float32), axis=1)
-        w_low = _nibble_to_float(w & 15, DTYPE) if PACKED else _byte_to_float(w, DTYPE)
-        p = _dot(x.to(DTYPE), w_low, p, SWAP)
-        if GROUP and not (PACKED and GROUP % 128 == 0):
-            at = scale_at + k // GROUP * stride_sg
+        p = _dot(x.to(DTYPE), _byte_to_float(w, DTYPE), p, SWAP)
+        if GROUP:
             y = _add_group(
-                y, p, x_sum, zero_point_ptr, w_scale_ptr, at, offs_n, N, HAS_ZERO_POINT, SWAP
-            )
+                y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at + k // GROUP * stride_sg,
+                offs_n, N, HAS_ZERO_POINT, SWAP,
+            )  # fmt: skip
             p = zeros
             x_sum = (offs_m * 0).to(tl.float32)
-        if PACKED:
-            mask_x = mask_m & (offs_b < K - k - 64)[None, :]
-            x = tl.load(x_ptrs + k + 64, mask=mask_x, other=0.0)
-            if HAS_ZERO_POINT:
-                x_sum += tl.sum(x.to(tl.float32), axis=1)
-            p = _dot(x.to(DTYPE), _nibble_to_float(w >> 4, DTYPE), p, SWAP)
-            if GROUP:
-                # padding may lie behind the last group
-                at = scale_at + tl.minimum(k + 64, K - 1) // GROUP * stride_sg
-                y = _add_group(
-                    y, p, x_sum, zero_point_ptr, w_scale_ptr, at, offs_n, N, HAS_ZERO_POINT, SWAP
-                )
-                p = zeros
-                x_sum = (offs_m * 0).to(tl.float32)
-
-    if GROUP == 0:
+    if not GROUP:
         y = _add_group(
             y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at, offs_n, N, HAS_ZERO_POINT, SWAP
         )
-    store_linear(out_ptr, y, bias_ptr, offs_m, offs_n, M, N, 1.0, 0, SWAP, "", 0, 0)
+    return y
+
+
+@jit
+def _even_nibbles(
+    x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
+    M, N, K, steps,
+    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr,
+    SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """The scaled sum over packed weights in one group or groups of a multiple of 32 channels."""
+    offs_b = tl.arange(0, WIDTH)
+    x_ptrs += offs_b[None, :]
+    mask_m = (offs_m < M)[:, None]
+    zeros = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
+    y = zeros
+    p = zeros
+    x_sum = (offs_m * 0).to(tl.float32)
+    first, last = share_of(steps, SPLIT_K)
+    for step in range(first, last):
+        b = step * WIDTH
+        k = b // 64 * 128 + b % 64  # channel of the first low nibble
+        w = tl.load(w_ptrs + b + offs_b[None, :], mask=(offs_n < N)[:, None], other=0)
+        x = tl.load(x_ptrs + k, mask=mask_m & (offs_b < K - k)[None, :], other=0.0)
+        if HAS_ZERO_POINT:
+            x_sum += tl.sum(x.to(tl.float32), axis=1)
+        p = _dot(x.to(DTYPE), _nibble_to_float(w & 15, DTYPE), p, SWAP)
+        if GROUP % 128 != 0:
+            y = _add_group(
+                y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at + k // GROUP * stride_sg,
+                offs_n, N, HAS_ZERO_POINT, SWAP,
+            )  # fmt: skip
+            p = zeros
+            x_sum = (offs_m * 0).to(tl.float32)
+        x = tl.load(x_ptrs + k + 64, mask=mask_m & (offs_b < K - k - 64)[None, :], other=0.0)
+        if HAS_ZERO_POINT:
+            x_sum += tl.sum(x.to(tl.float32), axis=1)
+        p = _dot(x.to(DTYPE), _nibble_to_float(w >> 4, DTYPE), p, SWAP)
+        if GROUP:
+            g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie behind the last group
+            y = _add_group(
+                y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at + g * stride_sg,
+                offs_n, N, HAS_ZERO_POINT, SWAP,
+            )  # fmt: skip
+            p = zeros
+            x_sum = (offs_m * 0).to(tl.float32)
+    if not GROUP:
+        y = _add_group(
+            y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at, offs_n, N, HAS_ZERO_POINT, SWAP
+        )
+    return y
+
+
+@jit
+def _odd_nibbles(
+    x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
+    M, N, K, steps,
+    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr,
+    SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """Packed weights in groups of any size: a masked product for each part of a half of a block."""
+    offs_b = tl.arange(0, 64)
+    zeros = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
+    y = zeros
+    first, last = share_of(steps, SPLIT_K)
+    for step in range(first, last):
+        half, g, inside = segment_of(step, K, GROUP)
+        byte = (half // 2 * 64 + offs_b)[None, :]
+        w = tl.load(w_ptrs + byte, mask=(offs_n < N)[:, None] & inside[None, :], other=0)
+        w = tl.where(half % 2 == 0, w & 15, w >> 4)
+        x_at = (half * 64 + offs_b)[None, :]
+        x = tl.load(x_ptrs + x_at, mask=(offs_m < M)[:, None] & inside[None, :], other=0.0)
+        p = _dot(x.to(DTYPE), _nibble_to_float(w, DTYPE), zeros, SWAP)
+        y = _add_group(
+            y, p, tl.sum(x.to(tl.float32), axis=1), zero_point_ptr, w_scale_ptr,
+            scale_at + g * stride_sg, offs_n, N, HAS_ZERO_POINT, SWAP,
+        )  # fmt: skip
+    return y
+
+
+@jit
+def _weight_only_linear_kernel(
+    x_ptr, w_ptr, w_scale_ptr, zero_point_ptr, bias_ptr, out_ptr, parts_ptr,
+    M, N, K, steps, stride_xm, stride_wn, stride_sn, stride_sg,
+    GROUP: tl.constexpr, PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP_M: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn
+    scale_at = offs_n * stride_sn
+    if not PACKED:
+        y = _bytes(
+            x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
+            M, N, K, steps, GROUP, HAS_ZERO_POINT, DTYPE, WIDTH, SWAP, SPLIT_K,
+        )  # fmt: skip
+    elif GROUP % 32 == 0:
+        y = _even_nibbles(
+            x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
+            M, N, K, steps, GROUP, HAS_ZERO_POINT, DTYPE, WIDTH, SWAP, SPLIT_K,
+        )  # fmt: skip
+    else:
+        y = _odd_nibbles(
+            x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
+            M, N, K, steps, GROUP, HAS_ZERO_POINT, DTYPE, SWAP, SPLIT_K,
+        )  # fmt: skip
+    if SPLIT_K > 1:
+        store_part(parts_ptr, y, offs_m, offs_n, M, N, SWAP)
+    else:
+        store_linear(out_ptr, y, bias_ptr, offs_m, offs_n, M, N, 1.0, 0, SWAP, "", 0, 0)
 
 
 def _launch_weight_only_linear(
@@ -194,21 +294,33 @@ def _launch_weight_only_linear(
 ) -> Tensor:
     x_2d = rows_of(x)
     (M, K), N = x_2d.shape, w.shape[0]
-    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     grouped = size < K
-    tile = gemm_launch(M, N, grouped=grouped, computed_weights=True, wide=True)
-    width = min(dot_width(size), 64) if grouped else 64
+    tile = gemm_launch(
+        f"weight_only_linear W{4 if packed else 8}A16", M, N, K, device=x.device, grouped=grouped,
+        weight_bits=4 if packed else 8, computed_weights=True, wide=True,
+    )  # fmt: skip
+    if packed:
+        width, steps = packed_steps(K, size, w.shape[1])
+    else:
+        width = min(dot_width(size), 64) if grouped else 64
+        steps = steps_of(K, size if grouped else 0, width)
     # the interpreter multiplies bfloat16 wrongly
     exact = x.dtype == torch.bfloat16 and INTERPRETED
     dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, tl.float32)
+    parts = empty_parts(tile["SPLIT_K"], M, N, False, x)
     with on_device(x):
-        _weight_only_linear_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
-            x_2d, w, w_scale, w_zero_point, bias, out,
-            M, N, K, x_2d.stride(0), w.stride(0), *scale_strides(w_scale),
+        _weight_only_linear_kernel[
+            (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), tile["SPLIT_K"])
+        ](
+            x_2d, w, w_scale, w_zero_point, bias, y, parts,
+            M, N, K, steps, x_2d.stride(0), w.stride(0), *scale_strides(w_scale),
             GROUP=size if grouped else 0, PACKED=packed, HAS_ZERO_POINT=w_zero_point is not None,
             DTYPE=tl.float32 if exact else dtype, WIDTH=width, **tile,
         )  # fmt: skip
-    return out
+        if parts is not None:
+            add_parts(parts, y, bias, ACTIVATION="", QMIN=0, QMAX=0)
+    return y
 
 
 def weight_only_linear(

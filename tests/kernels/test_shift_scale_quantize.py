@@ -162,6 +162,7 @@ def test_errors_say_what_was_expected():
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)
 def test_compiles_to_one_graph(output):
+    torch.compiler.reset()
     x, multiplier, offset = inputs(4, 130)
     compiled = torch.compile(
         lambda x: shift_scale_quantize(x, multiplier, offset, **output),
