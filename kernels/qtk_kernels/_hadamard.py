@@ -56,20 +56,30 @@ def _base(n: int) -> int:
     return next((b for b in PALEY if b // (b & -b) == odd and n % b == 0), 0)
 
 
-@cache
 def orthogonal(n: int) -> Tensor:
     """[n, n] float32: a Hadamard matrix over sqrt(n), for n = 1, 2, and the orders of `split`."""
+    return signs(n) / n**0.5
+
+
+@cache
+def signs(n: int) -> Tensor:
+    """[n, n] float32: the Hadamard matrix itself."""
     base = _base(n)
     H = _paley(base) if base > 1 else torch.ones(1, 1)
     while len(H) < n:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    return H / n**0.5
+    return H
 
 
 @cache
 def orthogonal_on(n: int, device: torch.device) -> Tensor:
     """`orthogonal`, copied once to a device: a copy at every call would make the host wait."""
     return orthogonal(n).to(device)
+
+
+@cache
+def signs_on(n: int, device: torch.device) -> Tensor:
+    return signs(n).to(device)
 
 
 def _paley(order: int) -> Tensor:

@@ -7,6 +7,7 @@ The arithmetic is float32 and avoids libdevice, inline assembly and bfloat16 ari
 interpreter does not run, or runs wrongly.
 """
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -16,8 +17,14 @@ if find_spec("triton"):
     triton: Any = import_module("triton")
     tl: Any = import_module("triton.language")
     jit: Any = triton.jit
+    constexpr_function: Any = triton.constexpr_function
 else:
-    triton, tl, jit = None, SimpleNamespace(constexpr=int), lambda kernel: kernel
+    triton, tl = None, SimpleNamespace(constexpr=int)
+    jit = constexpr_function = lambda kernel: kernel
+
+
+# Inline PTX works on four bytes at once; the interpreter cannot run it and takes the other branch.
+PTX = tl.constexpr(triton is not None and os.environ.get("TRITON_INTERPRET") != "1")
 
 
 @jit
@@ -96,9 +103,9 @@ def in_order(codes, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constex
 
 @jit
 def store_codes(
-    q_ptr, codes, offs_m, start, M, K, width,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
-    PACKED: tl.constexpr,
+    q_ptr, codes, offs_m, start, M, width,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr,
+    GROUP: tl.constexpr = 0, SPAN: tl.constexpr = 0,
 ):  # fmt: skip
     """Writes [ROWS, BLOCK_K] codes as bytes, or as half-split nibbles."""
     if PACKED:
@@ -112,7 +119,7 @@ def store_codes(
         shift = (tl.arange(0, 2) * 4)[None, None, :, None]
         codes = tl.reshape(tl.sum(halves << shift, axis=2), (ROWS, BLOCK_K // 2))
     else:
-        offs, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
+        offs, mask_k = lanes(start, width, GROUP, SPAN, BLOCK_K)
     mask = (offs_m < M)[:, None] & mask_k[None, :]
     tl.store(q_ptr + offs_m[:, None] * width + offs[None, :], codes.to(tl.int8), mask=mask)
 
@@ -155,14 +162,20 @@ def dot_int8(x, w, acc, SWAP: tl.constexpr):
 
 
 @jit
-def scaled(p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_at, w_at, SWAP: tl.constexpr):
-    """(p * x_scale) * w_scale in float32; x_at and w_at are the offsets of the scales."""
+def scaled(
+    p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_at, w_at, SWAP: tl.constexpr,
+    FACTOR: tl.constexpr = 1.0,
+):  # fmt: skip
+    """(p * x_scale) * (w_scale * FACTOR) in float32; x_at and w_at are the offsets of the scales.
+
+    FACTOR is a power of two, which changes no digit.
+    """
     y = p.to(tl.float32)
     if x_scale_ptr is not None:
         x_scale = tl.load(x_scale_ptr + x_at, mask=offs_m < M, other=0.0)
         y = y * along_m(x_scale, SWAP)
     if w_scale_ptr is not None:
-        w_scale = tl.load(w_scale_ptr + w_at, mask=offs_n < N, other=0.0)
+        w_scale = tl.load(w_scale_ptr + w_at, mask=offs_n < N, other=0.0) * FACTOR
         y = y * along_n(w_scale, SWAP)
     return y
 
@@ -178,12 +191,23 @@ def share_of(total, SPLIT_K: tl.constexpr):
 @jit
 def low_nibbles(byte):
     """16 times the code: in the upper half of a byte a nibble needs no sign extension."""
-    return (byte << 4).to(tl.int8, bitcast=True)
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return (byte << 4).to(tl.int8, bitcast=True)
 
 
 @jit
 def high_nibbles(byte):
-    return (byte & 0xF0).to(tl.int8, bitcast=True)
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        return (byte & 0xF0).to(tl.int8, bitcast=True)
 
 
 @jit

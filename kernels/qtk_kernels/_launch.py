@@ -12,6 +12,8 @@ No table is shipped that was not measured.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from math import log2
 from pathlib import Path
@@ -100,6 +102,8 @@ def gemm_launch(
         computed_tokens: the same for the activations.
         wide: the activations are floats, which take more shared memory: fewer stages.
     """
+    if _forced is not None:
+        return _forced
     if device is not None and device.type == "cuda":
         tile = nearest(f"{kernel} grouped" if grouped else kernel, M, N, K, _capability(device))
         if tile is not None:
@@ -107,6 +111,20 @@ def gemm_launch(
     tile = _rule(M, N, grouped, computed_weights, computed_tokens, wide)
     tile["SPLIT_K"] = _splits(M, N, K, weight_bits, tile)
     return tile
+
+
+_forced: dict[str, Any] | None = None
+
+
+@contextmanager
+def use_tile(tile: dict[str, Any]) -> Iterator[None]:
+    """Gives every matrix product inside a `with` block this tile: for measuring."""
+    global _forced
+    before, _forced = _forced, tile
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def _rule(

@@ -84,7 +84,7 @@ def _even_groups(
     x_ptrs, w_ptrs, x_scale_ptr, w_scale_ptr, x_scale_at, w_scale_at, stride_xsg, stride_wsg,
     offs_m, offs_n, M, N, K, steps, x_zero_point,
     GROUP: tl.constexpr, X_PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
-    BYTES: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr, SHIFT: tl.constexpr,
+    BYTES: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """One group (the integer sum) or groups of a multiple of 32 channels (the scaled sum)."""
     offs_b = tl.arange(0, BYTES)
@@ -124,8 +124,8 @@ def _even_groups(
                 low -= x_zero_point * along_n(low_sum, SWAP)
             g = k // GROUP
             y += scaled(
-                low >> SHIFT, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
-                x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP,
+                low, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
+                x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP, FACTOR,
             )  # fmt: skip
             if GROUP % 128 != 0:
                 high = dot_int8(x_high, w_high, zeros, SWAP)
@@ -133,8 +133,8 @@ def _even_groups(
                     high -= x_zero_point * along_n(high_sum, SWAP)
                 g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie behind the last group
                 y += scaled(
-                    high >> SHIFT, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
-                    x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP,
+                    high, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
+                    x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP, FACTOR,
                 )  # fmt: skip
             low_sum = offs_n * 0
             high_sum = offs_n * 0
@@ -151,7 +151,7 @@ def _odd_groups(
     x_ptrs, w_ptrs, x_scale_ptr, w_scale_ptr, x_scale_at, w_scale_at, stride_xsg, stride_wsg,
     offs_m, offs_n, M, N, K, steps, x_zero_point,
     GROUP: tl.constexpr, X_PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
-    SWAP: tl.constexpr, SPLIT_K: tl.constexpr, SHIFT: tl.constexpr,
+    SWAP: tl.constexpr, SPLIT_K: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Groups of any size: a masked dot product for what each has of a half of a block."""
     offs_b = tl.arange(0, 64)
@@ -175,8 +175,8 @@ def _odd_groups(
         if HAS_ZERO_POINT:
             p -= x_zero_point * along_n(tl.sum(w.to(tl.int32), axis=1), SWAP)
         y += scaled(
-            p >> SHIFT, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
-            x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP,
+            p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
+            x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP, FACTOR,
         )  # fmt: skip
     return y
 
@@ -191,7 +191,7 @@ def _int4_linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr,
     GROUP_M: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    SHIFT: tl.constexpr = 8 if X_PACKED else 4  # the factors of 16, undone on the exact integers
+    FACTOR: tl.constexpr = 1 / 256 if X_PACKED else 1 / 16  # undoes the 16 of `low_nibbles`
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -203,20 +203,20 @@ def _int4_linear_kernel(
         y = _even_groups(
             x_ptrs, w_ptrs, x_scale_ptr, w_scale_ptr, x_scale_at, w_scale_at, stride_xsg,
             stride_wsg, offs_m, offs_n, M, N, K, steps, x_zero_point,
-            GROUP, X_PACKED, HAS_ZERO_POINT, BYTES, SWAP, SPLIT_K, SHIFT,
+            GROUP, X_PACKED, HAS_ZERO_POINT, BYTES, SWAP, SPLIT_K, FACTOR,
         )  # fmt: skip
     else:
         y = _odd_groups(
             x_ptrs, w_ptrs, x_scale_ptr, w_scale_ptr, x_scale_at, w_scale_at, stride_xsg,
             stride_wsg, offs_m, offs_n, M, N, K, steps, x_zero_point,
-            GROUP, X_PACKED, HAS_ZERO_POINT, SWAP, SPLIT_K, SHIFT,
+            GROUP, X_PACKED, HAS_ZERO_POINT, SWAP, SPLIT_K, FACTOR,
         )  # fmt: skip
     if SPLIT_K > 1:
         store_part(parts_ptr, y, offs_m, offs_n, M, N, SWAP)
     else:
         if GROUP == 0:
             y = scaled(
-                y >> SHIFT, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_scale_at, w_scale_at,
+                y >> (8 if X_PACKED else 4), x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_scale_at, w_scale_at,
                 SWAP,
             )  # fmt: skip
         store_linear(

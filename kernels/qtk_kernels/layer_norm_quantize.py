@@ -62,18 +62,24 @@ def layer_norm_quantize_ref(
 
 
 @jit
+def _load(at, mask, FULL: tl.constexpr):
+    if FULL:  # a mask costs an instruction a register
+        return tl.load(at).to(tl.float32)
+    else:
+        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
 def _load_h(
     x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm,
-    GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     offs_k, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
-    mask = (offs_m < M)[:, None] & mask_k[None, :]
-    x_at = offs_m[:, None] * stride_xm + offs_k[None, :]
-    h = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_K]
+    mask = mask_k[None, :]
+    h = _load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask, FULL)
     if residual_ptr is not None:
-        r_at = offs_m[:, None] * stride_rm + offs_k[None, :]
-        h = h + tl.load(residual_ptr + r_at, mask=mask, other=0.0).to(tl.float32)
-    return h
+        h = h + _load(residual_ptr + offs_m[:, None] * stride_rm + offs_k[None, :], mask, FULL)
+    return h  # [ROWS, BLOCK_K]
 
 
 @jit
@@ -92,12 +98,13 @@ def _squares(
 @jit
 def _affine(
     xhat, weight_ptr, bias_ptr, start, K,
-    GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     offs_k, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
-    weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-    return xhat * weight[None, :] + bias[None, :]  # masked channels are 0
+    # as [1, BLOCK_K] they share the layout of x, and need no way through shared memory
+    at, mask = offs_k[None, :], mask_k[None, :]
+    weight, bias = _load(weight_ptr + at, mask, FULL), _load(bias_ptr + at, mask, FULL)
+    return xhat * weight + bias  # masked channels are 0
 
 
 @jit
@@ -107,7 +114,7 @@ def _finish(
     offs_m, step, M, K, G, width, clip,
     GROUP: tl.constexpr, SPAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     SHIFT: tl.constexpr, PACKED: tl.constexpr, KNOWN: tl.constexpr, CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    FULL: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Writes everything there is to write about one tile."""
     start = step * CHANNELS
@@ -117,9 +124,11 @@ def _finish(
         mask = (offs_m < M)[:, None] & mask_k[None, :]
         emitted = h
         if norm_weight_ptr is not None:
-            emitted = _affine(xhat, norm_weight_ptr, norm_bias_ptr, start, K, GROUP, SPAN, BLOCK_K)
+            emitted = _affine(
+                xhat, norm_weight_ptr, norm_bias_ptr, start, K, GROUP, SPAN, BLOCK_K, FULL
+            )
         tl.store(emitted_ptr + offs_m[:, None] * K + offs_k[None, :], emitted, mask=mask)
-    y = _affine(xhat, weight_ptr, bias_ptr, start, K, GROUP, SPAN, BLOCK_K)
+    y = _affine(xhat, weight_ptr, bias_ptr, start, K, GROUP, SPAN, BLOCK_K, FULL)
     if GROUP:
         if not KNOWN:
             limit = dynamic_limit(y, clip, ROWS, BLOCK_K, SPAN)
@@ -127,7 +136,7 @@ def _finish(
             store_scale(scale_ptr, limit, offs_m, M, G, first, BLOCK_K // SPAN, QMAX)
         y = dynamic_divide(y, limit, ROWS, BLOCK_K, SPAN, QMAX)
     codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
-    store_codes(q_ptr, codes, offs_m, start, M, K, width, ROWS, BLOCK_K, GROUP, SPAN, PACKED)
+    store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
 
 
 @jit
@@ -140,12 +149,37 @@ def _layer_norm_quantize_kernel(
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    h = _load_h(x_ptr, residual_ptr, offs_m, 0, M, K, stride_xm, stride_rm, GROUP, SPAN, BLOCK_K)
+    offs_m = tl.minimum(offs_m, M - 1)  # the last row may be written several times, the same
+    h = _load_h(
+        x_ptr,
+        residual_ptr,
+        offs_m,
+        0,
+        M,
+        K,
+        stride_xm,
+        stride_rm,
+        GROUP,
+        SPAN,
+        BLOCK_K,
+        FULL,
+    )
     total = tl.sum(h, axis=1)[:, None]  # [ROWS, 1]
     if WALK:  # a row longer than a tile is read once for each of its sums
         for start in range(CHANNELS, K, CHANNELS):
             h = _load_h(
-                x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm, GROUP, SPAN, BLOCK_K
+                x_ptr,
+                residual_ptr,
+                offs_m,
+                start,
+                M,
+                K,
+                stride_xm,
+                stride_rm,
+                GROUP,
+                SPAN,
+                BLOCK_K,
+                FULL,
             )
             total += tl.sum(h, axis=1)[:, None]
     mean = total / K
@@ -153,7 +187,18 @@ def _layer_norm_quantize_kernel(
         squares = tl.zeros([ROWS, 1], tl.float32)
         for start in range(0, K, CHANNELS):
             h = _load_h(
-                x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm, GROUP, SPAN, BLOCK_K
+                x_ptr,
+                residual_ptr,
+                offs_m,
+                start,
+                M,
+                K,
+                stride_xm,
+                stride_rm,
+                GROUP,
+                SPAN,
+                BLOCK_K,
+                FULL,
             )
             squares += _squares(h, mean, start, K, GROUP, SPAN, BLOCK_K, FULL)
     else:
@@ -165,28 +210,31 @@ def _layer_norm_quantize_kernel(
             for start in range(0, K, CHANNELS):
                 h = _load_h(
                     x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm,
-                    GROUP, SPAN, BLOCK_K,
+                GROUP, SPAN, BLOCK_K, FULL,
                 )  # fmt: skip
-                y = _affine((h - mean) * rstd, weight_ptr, bias_ptr, start, K, GROUP, SPAN, BLOCK_K)
+                y = _affine(
+                    (h - mean) * rstd, weight_ptr, bias_ptr, start, K, GROUP, SPAN, BLOCK_K, FULL
+                )
                 limit = tl.maximum(limit, dynamic_limit(y, clip, ROWS, BLOCK_K, BLOCK_K))
             store_scale(scale_ptr, limit, offs_m, M, G, 0, 1, QMAX)
         for step in range(0, tl.cdiv(K, CHANNELS)):
             h = _load_h(
                 x_ptr, residual_ptr, offs_m, step * CHANNELS, M, K, stride_xm, stride_rm,
-                GROUP, SPAN, BLOCK_K,
+                GROUP, SPAN, BLOCK_K, FULL,
             )  # fmt: skip
             _finish(
                 h, mean, rstd, limit,
                 weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
                 offs_m, step, M, K, G, width, clip,
-                GROUP, SPAN, QMIN, QMAX, SHIFT, PACKED, GROUP == BLOCK_K, CHANNELS, ROWS, BLOCK_K,
+                GROUP, SPAN, QMIN, QMAX, SHIFT, PACKED, GROUP == BLOCK_K, CHANNELS, FULL,
+                ROWS, BLOCK_K,
             )  # fmt: skip
     else:
         _finish(
             h, mean, rstd, limit,
             weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
             offs_m, 0, M, K, G, width, clip,
-            GROUP, SPAN, QMIN, QMAX, SHIFT, PACKED, False, CHANNELS, ROWS, BLOCK_K,
+            GROUP, SPAN, QMIN, QMAX, SHIFT, PACKED, False, CHANNELS, FULL, ROWS, BLOCK_K,
         )  # fmt: skip
 
 

@@ -47,12 +47,13 @@ def load_y(
     x_at = offs_m[:, None] * stride_xm + offs_k[None, :]
     y = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_K]
     y = activate_tile(y, ACTIVATION)
+    # as [1, BLOCK_K] the vectors share the layout of x, and need no way through shared memory
     if multiplier_ptr is not None:
-        multiplier = tl.load(multiplier_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-        y = y * multiplier[None, :]
+        at = multiplier_ptr + offs_k[None, :]
+        y = y * tl.load(at, mask=mask_k[None, :], other=0.0).to(tl.float32)
     if offset_ptr is not None:
-        offset = tl.load(offset_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-        y = y + offset[None, :]
+        at = offset_ptr + offs_k[None, :]
+        y = y + tl.load(at, mask=mask_k[None, :], other=0.0).to(tl.float32)
     return y  # masked channels are 0: they cannot win a maximum, and pack as 0
 
 
@@ -81,9 +82,7 @@ def _shift_scale_quantize_kernel(
             )  # fmt: skip
             y = dynamic_divide(y, limit, ROWS, BLOCK_K, BLOCK_K, QMAX)
             codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
-            store_codes(
-                q_ptr, codes, offs_m, start, M, K, width, ROWS, BLOCK_K, GROUP, SPAN, PACKED
-            )
+            store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
     else:
         first = 0  # of the groups
         start = tl.program_id(1) * BLOCK_K
@@ -99,7 +98,7 @@ def _shift_scale_quantize_kernel(
             store_scale(scale_ptr, limit, offs_m, M, G, first, BLOCK_K // SPAN, QMAX)
             y = dynamic_divide(y, limit, ROWS, BLOCK_K, SPAN, QMAX)
         codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
-        store_codes(q_ptr, codes, offs_m, start, M, K, width, ROWS, BLOCK_K, GROUP, SPAN, PACKED)
+        store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
 
 
 def launch_shift_scale_quantize(

@@ -15,9 +15,11 @@ from ._codes import group_size_of, rows_of, scale_strides
 from ._dispatch import INTERPRETED, backend_of, on_device
 from ._int4 import pack_int4, packed_width, unpack_int4
 from ._lang import (
+    PTX,
     along_m,
     along_n,
     block_of,
+    constexpr_function,
     jit,
     segment_of,
     share_of,
@@ -96,22 +98,64 @@ def weight_only_kernel_name(
 
 
 @jit
-def _nibble_to_float(nibble, DTYPE: tl.constexpr):
-    """Two's-complement nibbles in 0 .. 15 to floats, by OR-ing them into a float's mantissa."""
-    code = (nibble ^ 8).to(tl.int16)  # code + 8
-    if DTYPE.is_fp16():
-        return (code | 0x6400).to(tl.float16, bitcast=True) - 1032.0  # 1024 + 8
-    elif DTYPE.is_bf16():
-        return (code | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0  # 128 + 8
+def _nibbles_to_float(w, HIGH: tl.constexpr, DTYPE: tl.constexpr):
+    """Two's-complement nibbles to floats, by putting them into a float's mantissa.
+
+    code + 8 under the exponent of 128 (bfloat16) or 1024 (float16), less 136 or 1032.
+    """
+    if PTX and DTYPE.is_bf16():
+        return tl.inline_asm_elementwise(
+            _unpack_ptx("0x43434343", "fma.rn.bf16x2", "0x3F803F80", "0xC308C308", HIGH),
+            "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif PTX and DTYPE.is_fp16():
+        return tl.inline_asm_elementwise(
+            _unpack_ptx("0x64646464", "fma.rn.f16x2", "0x3C003C00", "0xE408E408", HIGH),
+            "=r,=r,r", [w], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
     else:
-        return code.to(tl.float32) - 8.0
+        nibble = w >> 4 if HIGH else w & 15
+        return ((nibble ^ 8).to(tl.float32) - 8.0).to(DTYPE)
+
+
+@constexpr_function
+def _unpack_ptx(exponent, fma, one, minus, high):
+    """Four nibbles of a register to four floats: mask and flip, spread, subtract."""
+    source = "shr.b32 t, $2, 4;" if high else "mov.b32 t, $2;"
+    return (
+        f"{{ .reg .b32 t, u, v, one, minus; mov.b32 one, {one}; mov.b32 minus, {minus}; "
+        + source
+        + " lop3.b32 t, t, 0x0F0F0F0F, 0x08080808, 0x6A; "
+        f"prmt.b32 u, t, {exponent}, 0x4140; prmt.b32 v, t, {exponent}, 0x4342; "
+        f"{fma} $0, u, one, minus; {fma} $1, v, one, minus; }}"
+    )
 
 
 @jit
-def _byte_to_float(w, DTYPE: tl.constexpr):
+def _bytes_to_float(w, DTYPE: tl.constexpr):
     """int8 to floats, by way of a float32 mantissa: bfloat16's is too short."""
-    code = (w ^ -128).to(tl.uint8, bitcast=True).to(tl.int32)  # code + 128
-    return ((code | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0).to(DTYPE)
+    if PTX and DTYPE.is_bf16():
+        return tl.inline_asm_elementwise(
+            _widen_ptx("bf16x2"), "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    elif PTX and DTYPE.is_fp16():
+        return tl.inline_asm_elementwise(
+            _widen_ptx("f16x2"), "=r,=r,r", [w], dtype=tl.float16, is_pure=True, pack=4
+        )
+    else:
+        code = (w ^ -128).to(tl.uint8, bitcast=True).to(tl.int32)  # code + 128
+        return ((code | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0).to(DTYPE)
+
+
+@constexpr_function
+def _widen_ptx(pair):
+    """Four bytes of a register to four floats: -8388736 is 0xCB000080."""
+    lines = ["{ .reg .b32 t; .reg .f32 a, b, c, d; xor.b32 t, $2, 0x80808080;"]
+    for i, name in enumerate("abcd"):
+        lines.append(f"prmt.b32 {name}, t, 0x4B000000, 0x765{i};")
+        lines.append(f"add.f32 {name}, {name}, 0fCB000080;")
+    lines.append(f"cvt.rn.{pair}.f32 $0, b, a; cvt.rn.{pair}.f32 $1, d, c; }}")
+    return " ".join(lines).replace(".reg .f32", ".reg .b32")
 
 
 @jit
@@ -156,7 +200,7 @@ def _bytes(
         x = tl.load(x_ptrs + k + offs_k[None, :], mask=(offs_m < M)[:, None] & inside, other=0.0)
         if HAS_ZERO_POINT:
             x_sum += tl.sum(x.to(tl.float32), axis=1)
-        p = _dot(x.to(DTYPE), _byte_to_float(w, DTYPE), p, SWAP)
+        p = _dot(x.to(DTYPE), _bytes_to_float(w, DTYPE), p, SWAP)
         if GROUP:
             y = _add_group(
                 y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at + k // GROUP * stride_sg,
@@ -194,7 +238,7 @@ def _even_nibbles(
         x = tl.load(x_ptrs + k, mask=mask_m & (offs_b < K - k)[None, :], other=0.0)
         if HAS_ZERO_POINT:
             x_sum += tl.sum(x.to(tl.float32), axis=1)
-        p = _dot(x.to(DTYPE), _nibble_to_float(w & 15, DTYPE), p, SWAP)
+        p = _dot(x.to(DTYPE), _nibbles_to_float(w, False, DTYPE), p, SWAP)
         if GROUP % 128 != 0:
             y = _add_group(
                 y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at + k // GROUP * stride_sg,
@@ -205,7 +249,7 @@ def _even_nibbles(
         x = tl.load(x_ptrs + k + 64, mask=mask_m & (offs_b < K - k - 64)[None, :], other=0.0)
         if HAS_ZERO_POINT:
             x_sum += tl.sum(x.to(tl.float32), axis=1)
-        p = _dot(x.to(DTYPE), _nibble_to_float(w >> 4, DTYPE), p, SWAP)
+        p = _dot(x.to(DTYPE), _nibbles_to_float(w, True, DTYPE), p, SWAP)
         if GROUP:
             g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie behind the last group
             y = _add_group(
@@ -240,7 +284,7 @@ def _odd_nibbles(
         w = tl.where(half % 2 == 0, w & 15, w >> 4)
         x_at = (half * 64 + offs_b)[None, :]
         x = tl.load(x_ptrs + x_at, mask=(offs_m < M)[:, None] & inside[None, :], other=0.0)
-        p = _dot(x.to(DTYPE), _nibble_to_float(w, DTYPE), zeros, SWAP)
+        p = _dot(x.to(DTYPE), _nibbles_to_float(w, False, DTYPE), zeros, SWAP)
         y = _add_group(
             y, p, tl.sum(x.to(tl.float32), axis=1), zero_point_ptr, w_scale_ptr,
             scale_at + g * stride_sg, offs_n, N, HAS_ZERO_POINT, SWAP,
