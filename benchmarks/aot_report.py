@@ -125,7 +125,7 @@ def row_variants() -> list[Variant]:
                     {**launch, "ACTIVATION": activation,
                      "WALK": walk and codes.granularity == "token"},
                 ))  # fmt: skip
-        for K, block in ((4096, 128), (768, 768), (3072, 3072)):
+        for K, block in ((4096, 128), (768, 768)):
             launch = hadamard_quantize.hadamard_launch(4096, K, block, codes)
             types = {"x_ptr": "*bf16", "multiplier_ptr": "*fp32", "out_multiplier_ptr": "*fp32",
                      "q_ptr": "*u8" if codes.packed else "*i8"}  # fmt: skip

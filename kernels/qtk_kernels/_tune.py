@@ -53,14 +53,18 @@ def linear_call(kernel: str, M: int, N: int, K: int, device: torch.device) -> Ca
     x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
     x_scale = torch.rand(M, 1, device=device)
     x_q = torch.randint(-8, 8, (M, K), dtype=torch.int8, device=device)
-    bf16 = {"out_dtype": torch.bfloat16, "backend": "triton"}
+    bf16: dict[str, Any] = {"out_dtype": torch.bfloat16, "backend": "triton"}
     if op == "int8_linear":
         return lambda i: int8_linear(x_q, weights[i % copies], w_scale, x_scale=x_scale, **bf16)
     if op == "fp8_linear":
         x_8 = to_fp8(x)[0]
         return lambda i: fp8_linear(x_8, weights[i % copies], w_scale, x_scale=x_scale, **bf16)
     if op.startswith("weight_only"):
-        args = {"bits": 4 if small else 8, "in_features": K, "group_size": 128 if G > 1 else None}
+        args: dict[str, Any] = {
+            "bits": 4 if small else 8,
+            "in_features": K,
+            "group_size": 128 if G > 1 else None,
+        }
         return lambda i: weight_only_linear(
             x, weights[i % copies], w_scale, **args, backend="triton"
         )

@@ -10,6 +10,8 @@ therefore adds every 128 channels to a float32 sum of its own.
 M tokens, K input channels, N output channels. Tensor cores multiply e4m3 from sm_89 on.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -113,7 +115,7 @@ def _launch_fp8_linear(
         "fp8_linear", M, N, K, device=x_q.device, grouped=False, computed_weights=False
     )
     parts = empty_parts(tile["SPLIT_K"], M, N, False, x_q)
-    epilogue = {"ACTIVATION": activation or ""}
+    epilogue: dict[str, Any] = {"ACTIVATION": activation or ""}
     with on_device(x_q):
         _fp8_linear_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), tile["SPLIT_K"])](
             x_2d, w_q.contiguous(), x_scale, w_scale, bias, y, parts,

@@ -216,8 +216,8 @@ def _int4_linear_kernel(
     else:
         if GROUP == 0:
             y = scaled(
-                y >> (8 if X_PACKED else 4), x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_scale_at, w_scale_at,
-                SWAP,
+                y >> (8 if X_PACKED else 4), x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
+                x_scale_at, w_scale_at, SWAP,
             )  # fmt: skip
         store_linear(
             out_ptr, y, bias_ptr, offs_m, offs_n, M, N, out_step, out_zero_point,
