@@ -11,12 +11,14 @@ most negative code is never used. G = ceil(K / group_size); the last group may b
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import gcd
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _launch
 from ._int4 import BLOCK, pack_int4, packed_width
 from ._launch import cdiv, next_power_of_2, row_launch
 
@@ -92,23 +94,28 @@ class Codes:
 
         A tile holds whole groups, each in SPAN lanes, and whole blocks if the codes are packed.
         """
-        group = self.group_size(K)
-        one = self.static or group >= K
-        span = 1 if one else next_power_of_2(group)
-        groups = 1 if one else cdiv(K, group)
-        lanes = span
-        if self.packed and span != group and not one:
-            lanes *= min(BLOCK // gcd(BLOCK, group), next_power_of_2(groups))
-        at_least = max(at_least, lanes, BLOCK if self.packed else 1)
-        tile = row_launch(M, K if one else groups * span, at_least)
-        spans = {"GROUP": group, "SPAN": span}
-        if one:
-            spans = dict.fromkeys(spans, 0 if self.static else tile["BLOCK_K"])
-        return {
-            **spans, "QMIN": self.qmin, "QMAX": self.qmax,
-            "SHIFT": 0 if self.static or self.signed else 2 ** (self.bits - 1),
-            "PACKED": self.packed, **tile,
-        }  # fmt: skip
+        return _tile(self, M, K, at_least, _launch.SMS)
+
+
+@cache
+def _tile(codes: Codes, M: int, K: int, at_least: int, sms: int) -> dict:
+    group = codes.group_size(K)
+    one = codes.static or group >= K
+    span = 1 if one else next_power_of_2(group)
+    groups = 1 if one else cdiv(K, group)
+    lanes = span
+    if codes.packed and span != group and not one:
+        lanes *= min(BLOCK // gcd(BLOCK, group), next_power_of_2(groups))
+    at_least = max(at_least, lanes, BLOCK if codes.packed else 1)
+    tile = row_launch(M, K if one else groups * span, at_least)
+    spans = {"GROUP": group, "SPAN": span}
+    if one:
+        spans = dict.fromkeys(spans, 0 if codes.static else tile["BLOCK_K"])
+    return {
+        **spans, "QMIN": codes.qmin, "QMAX": codes.qmax,
+        "SHIFT": 0 if codes.static or codes.signed else 2 ** (codes.bits - 1),
+        "PACKED": codes.packed, **tile,
+    }  # fmt: skip
 
 
 def channels_of(tile: dict) -> int:

@@ -108,9 +108,8 @@ def gemm_launch(
         tile = nearest(f"{kernel} grouped" if grouped else kernel, M, N, K, _capability(device))
         if tile is not None:
             return tile
-    tile = _rule(M, N, grouped, computed_weights, computed_tokens, wide)
-    tile["SPLIT_K"] = _splits(M, N, K, weight_bits, tile)
-    return tile
+    tile = _rule(M, N, grouped, computed_weights, computed_tokens, wide, SMS)
+    return {**tile, "SPLIT_K": _splits(M, N, K, weight_bits, tile)}
 
 
 _forced: dict[str, Any] | None = None
@@ -127,15 +126,22 @@ def use_tile(tile: dict[str, Any]) -> Iterator[None]:
         _forced = before
 
 
+@cache
 def _rule(
-    M: int, N: int, grouped: bool, computed_weights: bool, computed_tokens: bool, wide: bool
+    M: int,
+    N: int,
+    grouped: bool,
+    computed_weights: bool,
+    computed_tokens: bool,
+    wide: bool,
+    sms: int,
 ) -> dict[str, Any]:
     """With up to 32 tokens the weights take the side of 64 that Hopper's tensor cores want."""
     if M <= 32:
         return _tiles(16 if M <= 16 else 32, 64, True, 2 if computed_weights else 4, 4)
     if computed_tokens:
         return _tiles(32, 128, False, 4, 3)  # below 64 rows there is no wgmma
-    if cdiv(M, 128) * cdiv(N, 128) < SMS:
+    if cdiv(M, 128) * cdiv(N, 128) < sms:
         return _tiles(64, 64, False, 4, 3)
     return _tiles(128, 64 if grouped else 128, False, 8, 2 if wide else 3)
 

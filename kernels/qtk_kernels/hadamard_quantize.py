@@ -170,6 +170,7 @@ def _hadamard_quantize_kernel(
     store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
 
 
+@cache
 def hadamard_launch(M: int, K: int, block: int, codes: Codes) -> dict:
     """The compile-time parameters of the kernel."""
     _, f, p = split(block)

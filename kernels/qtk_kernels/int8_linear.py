@@ -11,6 +11,7 @@ M tokens, K input channels, N output channels, G groups of group_size channels (
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class Output:
     def qmin(self) -> int:
         return -(2 ** (self.bits - 1)) if self.signed else 0
 
-    @property
+    @cached_property
     def epilogue(self) -> dict[str, Any]:
         """Compile-time parameters of `store_linear`."""
         codes = self.out_step is not None
