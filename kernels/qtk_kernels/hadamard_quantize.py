@@ -11,6 +11,8 @@ matrices. Where f * p is a power of two the kernel adds and subtracts in log2(f 
 it multiplies by the two small matrices, a whole token at a time.
 """
 
+from functools import cache
+
 from torch import Tensor
 
 from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref, rows_of
