@@ -27,8 +27,9 @@ ALLOWED = {
     "qtk.assign": LOW | {"qtk.observe"},
     "qtk.checkpoint": LOW | {"qtk.modules"},
     "qtk.integrations": LOW | {"qtk.checkpoint"},
+    "qtk.reconstruct": CORE,
     "qtk.pipeline": CORE
-    | {"qtk.assign", "qtk.recipes", "qtk.checkpoint", "qtk.integrations", "qtk"},
+    | {"qtk.reconstruct", "qtk.assign", "qtk.recipes", "qtk.checkpoint", "qtk.integrations", "qtk"},
     "qtk.fidelity": CORE | {"qtk.fidelity"},
     "qtk.report": LOW | {"qtk.checkpoint", "qtk.integrations", "qtk.fidelity", "qtk.report"},
 }
