@@ -2,6 +2,7 @@
 
     python benchmarks/aot_report.py            all variants for sm_80, sm_90 and sm_100: a table,
                                                and benchmarks/results/aot.csv
+    python benchmarks/aot_report.py 90         for sm_90 only; the rows of others are kept
 
 Registers, spills, shared memory and occupancy decide whether a kernel can run well; the tensor-core
 instruction decides how fast, and the instructions that are issued beside it how close to that it
@@ -374,13 +375,15 @@ def _report(job: tuple[int, int]) -> Row:
 
 
 def main() -> None:
+    archs = [int(arg) for arg in sys.argv[1:]] or list(ARCHS)
     rows = []
-    jobs = [(i, arch) for i in range(len(_variants())) for arch in ARCHS]
+    jobs = [(i, arch) for i in range(len(_variants())) for arch in archs]
     with ProcessPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
         for row in pool.map(_report, jobs):
             rows.append(row)
             print(
-                f"{row.variant:44} sm_{row.arch:<4} {row.registers:4} regs {row.spill_bytes:5} spilled "
+                f"{row.variant:44} sm_{row.arch:<4} {row.registers:4} regs "
+                f"{row.spill_bytes:5} spilled "
                 f"{row.shared:7} shared {row.i2f:4} I2F {row.f2i:3} F2I {row.mufu:3} MUFU "
                 f"{row.instructions:5} SASS {row.loop:5} in loop {row.per_element:7} per element "
                 f"{row.occupancy:5} occupied  {row.tensor_core}"
@@ -388,10 +391,13 @@ def main() -> None:
                 flush=True,
             )
     RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / "aot.csv").open("w", newline="") as file:
-        names = [f.name for f in fields(Row)]
-        writer = csv.DictWriter(file, ["triton", "torch", *names])
+    path, names = RESULTS / "aot.csv", ["triton", "torch", *(f.name for f in fields(Row))]
+    with path.open(newline="") as file:  # what was reported for other devices stays
+        old = [row for row in csv.DictReader(file) if list(row) == names]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
+        writer.writerows(row for row in old if int(row["arch"]) not in archs)
         versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
         writer.writerows({**versions, **asdict(row)} for row in rows)
 
