@@ -139,13 +139,6 @@ def row_variants() -> list[Variant]:
                 f"hadamard_quantize {label} K={K} block={block} ({f}x{p})",
                 hadamard_quantize._hadamard_quantize_kernel, types, launch,
             ))  # fmt: skip
-    odd = Codes(4, 100, packed=True)
-    launch = odd.launch(4096, 4096)
-    out.append(Variant(
-        "shift_scale_quantize w4 g100 K=4096", shift_scale_quantize._shift_scale_quantize_kernel,
-        {"x_ptr": "*bf16", "multiplier_ptr": "*fp32", "q_ptr": "*u8", "scale_ptr": "*fp32"},
-        {**launch, "ACTIVATION": "", "WALK": False},
-    ))  # fmt: skip
     codes = Codes(8)
     for K in (1024, 4096):
         launch = codes.launch(4096, K)
