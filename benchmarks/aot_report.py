@@ -2,9 +2,16 @@
 
     python benchmarks/aot_report.py            all variants for sm_80, sm_90 and sm_100: a table,
                                                and benchmarks/results/aot.csv
+    python benchmarks/aot_report.py 90         for sm_90 only; the rows of others are kept
 
-Registers, spills and shared memory decide whether a kernel can run well; the tensor-core
-instruction decides how fast. Speed itself needs a GPU: nothing here is a timing.
+Registers, spills, shared memory and occupancy decide whether a kernel can run well; the tensor-core
+instruction decides how fast, and the instructions that are issued beside it how close to that it
+can come. Speed itself needs a GPU: nothing here is a timing.
+
+"loop" counts the instructions of the innermost loop that multiplies matrices; "per element" is, for
+matrix products, those instructions times threads over weights read (for 1024 products), and for row
+kernels all instructions times threads over elements. "unpack" is the logic, shift and permute
+instructions in that loop for four weights, those for addresses included.
 """
 
 import csv
@@ -13,7 +20,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +39,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from qtk_kernels import (
+    _split_k,
+    fp8_linear,
     hadamard_quantize,
     int4_linear,
     int8_linear,
@@ -37,7 +48,8 @@ from qtk_kernels import (
     shift_scale_quantize,
 )
 from qtk_kernels import weight_only_linear as weight_only
-from qtk_kernels._codes import Codes
+from qtk_kernels._codes import Codes, channels_of
+from qtk_kernels._hadamard import split
 from qtk_kernels._launch import gemm_launch
 
 ARCHS = (80, 90, 100)
@@ -46,7 +58,11 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 RESULTS = Path(__file__).resolve().parent / "results"
 
 FLOATS = ("eps", "clip", "out_step", "norm", "step")
-ALIGNED = ("K", "width", "stride_xm", "stride_rm", "stride_wn")  # multiples of 16 in real models
+ALIGNED = ("K", "N", "width", "stride_xm", "stride_rm", "stride_wn")  # multiples of 16 in models
+MATRIX = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTC")  # in SASS
+UNPACKING = ("LOP3", "PRMT", "SHF", "SHL", "SHR", "IMAD.SHL", "IMAD.U32", "I2F", "I2I", "SGXT")
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a processor, from sm_80 on
+PER_SM = {80: 167936, 90: 233472, 100: 233472}  # bytes of shared memory of a processor
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,13 @@ class Row:
     mufu: int
     instructions: int
     serialized: bool  # ptxas warned that it waits after each wgmma
+    occupancy: float  # share of a processor's warps that fit
+    wide_loads: int  # of 16 bytes a thread, cp.async included
+    narrow_loads: int  # of global memory, of less
+    loop: int  # instructions of the innermost loop with a matrix instruction, 0 without
+    loop_i2f: int
+    per_element: float
+    unpack: float
 
 
 def row_variants() -> list[Variant]:
@@ -83,7 +106,7 @@ def row_variants() -> list[Variant]:
     }  # fmt: skip
     out = []
     for label, codes in specs.items():
-        for K in (768, 4096, 8192, 32768):
+        for K in (768, 4096, 32768):
             launch = codes.launch(4096, K)
             walk = launch["BLOCK_K"] < K
             q = "*u8" if codes.packed else "*i8"
@@ -93,7 +116,8 @@ def row_variants() -> list[Variant]:
                 layer_norm_quantize._layer_norm_quantize_kernel,
                 {"x_ptr": "*bf16", "residual_ptr": "*bf16", "weight_ptr": "*fp32",
                  "bias_ptr": "*fp32", "q_ptr": q, "emitted_ptr": "*bf16", **scale},
-                {**launch, "WALK": walk},
+                {**launch, "WALK": walk, "CHANNELS": channels_of(launch),
+                 "FULL": K % launch["BLOCK_K"] == 0},
             ))  # fmt: skip
             for activation in ("", "gelu", "gelu_tanh"):
                 out.append(Variant(
@@ -104,60 +128,111 @@ def row_variants() -> list[Variant]:
                     {**launch, "ACTIVATION": activation,
                      "WALK": walk and codes.granularity == "token"},
                 ))  # fmt: skip
-        launch = codes.launch(4096, 4096, at_least=4096)
+        for K, block in ((4096, 128), (768, 768)):
+            launch = hadamard_quantize.hadamard_launch(4096, K, block, codes)
+            types = {"x_ptr": "*bf16", "multiplier_ptr": "*fp32", "out_multiplier_ptr": "*fp32",
+                     "q_ptr": "*u8" if codes.packed else "*i8"}  # fmt: skip
+            types |= {} if codes.static else {"scale_ptr": "*fp32"}
+            types |= {"left_ptr": "*fp32", "right_ptr": "*fp32"} if launch["BLOCKS"] else {}
+            _, f, p = split(block)
+            out.append(Variant(
+                f"hadamard_quantize {label} K={K} block={block} ({f}x{p})",
+                hadamard_quantize._hadamard_quantize_kernel, types, launch,
+            ))  # fmt: skip
+    codes = Codes(8)
+    for K in (1024, 4096):
+        launch = codes.launch(4096, K)
         out.append(Variant(
-            f"hadamard_quantize {label} K=4096 block=128",
-            hadamard_quantize._hadamard_quantize_kernel,
-            {"x_ptr": "*bf16", "multiplier_ptr": "*fp32", "q_ptr": "*u8" if codes.packed else "*i8",
-             **({} if codes.static else {"scale_ptr": "*fp32"})},
-            {**launch, "STAGES": 7},
+            f"layer_norm_quantize w8 tensor K={K}, no residual",
+            layer_norm_quantize._layer_norm_quantize_kernel,
+            {"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "q_ptr": "*i8"},
+            {**launch, "WALK": False, "CHANNELS": K, "FULL": True},
         ))  # fmt: skip
     return out
 
 
 def gemm_variants() -> list[Variant]:
-    """Matrix products, for a few tokens and for many."""
+    """Matrix products, for a few tokens and for many; odd groups; the second phase of a split."""
     out = []
-    for M in (1, 32, 256, 8192):
+    for M in (1, 32, 64, 256, 8192):
         for group in (0, 128):
-            tile = gemm_launch(M, 4096, grouped=group > 0, computed_weights=False)
-            scales = {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
-            common = {"GROUP": group, "HAS_ZERO_POINT": False, "ACTIVATION": ""}
-            out.append(Variant(
-                f"int8_linear M={M} g={group}", int8_linear._int8_linear_kernel,
-                {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*bf16", **scales},
-                {**common, "QMIN": 0, "QMAX": 0, "BLOCK_K": 128, **tile},
-            ))  # fmt: skip
-            for packed in (False, True):
-                tile4 = gemm_launch(
-                    M, 4096, grouped=group > 0, computed_weights=True, computed_tokens=packed
-                )
-                out.append(Variant(
-                    f"int4_linear W4A{4 if packed else 8} M={M} g={group}",
-                    int4_linear._int4_linear_kernel,
-                    {"x_ptr": "*u8" if packed else "*i8", "w_ptr": "*u8", "out_ptr": "*bf16",
-                     **scales},
-                    {**common, "X_PACKED": packed, "BYTES": 64, **tile4},
-                ))  # fmt: skip
-            for packed in (False, True):
-                tile16 = gemm_launch(M, 4096, grouped=group > 0, computed_weights=True, wide=True)
-                out.append(Variant(
-                    f"weight_only_linear W{4 if packed else 8}A16 M={M} g={group}",
-                    weight_only._weight_only_linear_kernel,
-                    {"x_ptr": "*bf16", "w_ptr": "*u8" if packed else "*i8",
-                     "w_scale_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"},
-                    {"GROUP": group, "PACKED": packed, "HAS_ZERO_POINT": False,
-                     "DTYPE": tl.bfloat16, "WIDTH": 64, **tile16},
-                ))  # fmt: skip
-    tile = gemm_launch(8192, 4096, grouped=False, computed_weights=False)
-    out.append(Variant(
-        "int8_linear gelu requantize M=8192", int8_linear._int8_linear_kernel,
-        {"x_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*i8", "w_scale_ptr": "*fp32",
-         "bias_ptr": "*fp32"},
-        {"GROUP": 0, "HAS_ZERO_POINT": True, "ACTIVATION": "gelu", "QMIN": -128, "QMAX": 127,
-         "BLOCK_K": 128, **tile},
-    ))  # fmt: skip
+            out += [_int8(M, group), _weight_only(M, group, False), _weight_only(M, group, True)]
+            out += [_int4(M, group, packed) for packed in (False, True)]
+        out.append(_fp8(M))
+    out += [_int8(8192, 100), _int4(16, 100, False), _weight_only(16, 100, True)]
+    requantize = {"ACTIVATION": "gelu", "QMIN": -128, "QMAX": 127}
+    name = "gelu requantize M=8192"
+    out += [_int8(8192, 0, name, "*i8", HAS_ZERO_POINT=True, **requantize),
+            _int4(8192, 0, False, name, "*i8", **requantize)]  # fmt: skip
+    for parts in ("*i32", "*fp32"):
+        types = {"parts_ptr": parts, "bias_ptr": "*fp32", "out_ptr": "*bf16"}
+        types |= {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32"} if parts == "*i32" else {}
+        out.append(Variant(
+            f"add_parts {parts[1:]}", _split_k._add_parts_kernel, types,
+            {"SPLIT_K": 8, "SHIFT": 4 if parts == "*i32" else 0, "ACTIVATION": "", "QMIN": 0,
+             "QMAX": 0, "BLOCK_N": _split_k.BLOCK, "num_warps": 2},
+        ))  # fmt: skip
     return out
+
+
+SCALES = {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
+PLAIN = {"HAS_ZERO_POINT": False, "ACTIVATION": "", "QMIN": 0, "QMAX": 0}
+
+
+def _outputs(tile: dict[str, Any], integers: bool, out: str = "*bf16") -> dict[str, str]:
+    """The result, or the parts of a split sum."""
+    parts = {"parts_ptr": "*i32" if integers else "*fp32"} if tile["SPLIT_K"] > 1 else {}
+    return {"out_ptr": out, **parts}
+
+
+def _name(op: str, M: int, group: int, tile: dict[str, Any]) -> str:
+    return f"{op} M={M} g={group}" + (f" split={tile['SPLIT_K']}" if tile["SPLIT_K"] > 1 else "")
+
+
+def _int8(M: int, group: int, name: str = "", out: str = "*bf16", **params: Any) -> Variant:
+    tile = gemm_launch("int8_linear", M, 4096, 4096, grouped=group > 0, computed_weights=False)
+    return Variant(
+        f"int8_linear {name}" if name else _name("int8_linear", M, group, tile),
+        int8_linear._int8_linear_kernel,
+        {"x_ptr": "*i8", "w_ptr": "*i8", **SCALES, **_outputs(tile, not group, out)},
+        {**PLAIN, "GROUP": group, "BLOCK_K": 128, **tile, **params},
+    )  # fmt: skip
+
+
+def _int4(
+    M: int, group: int, packed: bool, name: str = "", out: str = "*bf16", **params: Any
+) -> Variant:
+    op = f"int4_linear W4A{4 if packed else 8}"
+    tile = gemm_launch(op, M, 4096, 4096, grouped=group > 0, weight_bits=4, computed_weights=True,
+                       computed_tokens=packed)  # fmt: skip
+    return Variant(
+        f"{op} {name}" if name else _name(op, M, group, tile), int4_linear._int4_linear_kernel,
+        {"x_ptr": "*u8" if packed else "*i8", "w_ptr": "*u8", **SCALES,
+         **_outputs(tile, not group, out)},
+        {**PLAIN, "GROUP": group, "X_PACKED": packed, "BYTES": 64, **tile, **params},
+    )  # fmt: skip
+
+
+def _weight_only(M: int, group: int, packed: bool) -> Variant:
+    op = f"weight_only_linear W{4 if packed else 8}A16"
+    tile = gemm_launch(op, M, 4096, 4096, grouped=group > 0, weight_bits=4 if packed else 8,
+                       computed_weights=True, wide=True)  # fmt: skip
+    return Variant(
+        _name(op, M, group, tile), weight_only._weight_only_linear_kernel,
+        {"x_ptr": "*bf16", "w_ptr": "*u8" if packed else "*i8", "w_scale_ptr": "*fp32",
+         "bias_ptr": "*bf16", **_outputs(tile, False)},
+        {"GROUP": group, "PACKED": packed, "HAS_ZERO_POINT": False, "DTYPE": tl.bfloat16,
+         "WIDTH": 64, **tile},
+    )  # fmt: skip
+
+
+def _fp8(M: int) -> Variant:
+    tile = gemm_launch("fp8_linear", M, 4096, 4096, grouped=False, computed_weights=False)
+    return Variant(
+        _name("fp8_linear", M, 0, tile), fp8_linear._fp8_linear_kernel,
+        {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", **SCALES, **_outputs(tile, False)},
+        {"ACTIVATION": "", "BLOCK_K": 128, **tile},
+    )  # fmt: skip
 
 
 def compile_for(variant: Variant, arch: int) -> Any:
@@ -175,7 +250,11 @@ def compile_for(variant: Variant, arch: int) -> Any:
         if name in variant.types or name in ALIGNED:
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constexprs, attrs)
-    options["enable_fp_fusion"] = variant.kernel is weight_only._weight_only_linear_kernel
+    fused = (
+        weight_only._weight_only_linear_kernel,
+        layer_norm_quantize._layer_norm_quantize_kernel,
+    )
+    options["enable_fp_fusion"] = variant.kernel in fused
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -191,12 +270,18 @@ def report(variant: Variant, arch: int) -> Row:
         assembler = get_ptxas(arch).path
         suffix = "a" if arch >= 90 else ""
         log = _run(assembler, "-v", f"--gpu-name=sm_{arch}{suffix}", ptx, "-o", Path(folder) / "o")
-    ops = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", sass, re.M)
+    ops = opcodes(sass)
+    loop = matrix_loop(sass)
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
+    registers = int(re.findall(r"REG:(\d+)", usage)[0])
+    threads = 32 * variant.params["num_warps"]
+    loads = [op for op in ops if op.startswith(("LDG", "LDGSTS"))]
+    wide = sum(".128" in op for op in loads)
+    unpacking = sum(op.startswith(UNPACKING) for op in loop)
     return Row(
         variant=variant.name,
         arch=arch,
-        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        registers=registers,
         spill_bytes=sum(spills),
         shared=compiled.metadata.shared,
         tensor_core=tensor_core(compiled.asm["ptx"]),
@@ -205,7 +290,59 @@ def report(variant: Variant, arch: int) -> Row:
         mufu=sum(op.startswith("MUFU") for op in ops),
         instructions=len(ops),
         serialized="wgmma" in log and "serializ" in log,
+        occupancy=occupancy(registers, compiled.metadata.shared, threads, arch),
+        wide_loads=wide,
+        narrow_loads=len(loads) - wide,
+        loop=len(loop),
+        loop_i2f=sum(op.startswith("I2F") for op in loop),
+        per_element=round((len(loop) or len(ops)) * threads / elements(variant), 2),
+        unpack=round(4 * unpacking * threads / weights(variant), 2) if loop else 0.0,
     )
+
+
+def opcodes(sass: str) -> list[str]:
+    """Every instruction but the padding behind the end."""
+    pattern = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)"
+    return [op for op in re.findall(pattern, sass, re.M) if op != "NOP"]
+
+
+def matrix_loop(sass: str) -> list[str]:
+    """The instructions of the shortest loop around a matrix instruction, none if there is none."""
+    pattern = r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);"
+    lines = [(int(at, 16), op, rest) for at, op, rest in re.findall(pattern, sass, re.M)]
+    loops = []
+    for at, op, rest in lines:
+        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+        if target and int(target[1], 16) < at:
+            body = [name for here, name, _ in lines if int(target[1], 16) <= here <= at]
+            if any(name.startswith(MATRIX) for name in body):
+                loops.append(body)
+    return min(loops, key=len, default=[])
+
+
+def occupancy(registers: int, shared: int, threads: int, arch: int) -> float:
+    """Warps that a processor holds over those it could, by registers and shared memory."""
+    warps = threads // 32
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    by_shared = PER_SM[arch] // (shared + 1024)  # each program costs one kilobyte more
+    return round(min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps / WARPS, 3)
+
+
+def weights(variant: Variant) -> int:
+    """Weights that one pass of the loop reads; 1 for kernels without weights."""
+    p = variant.params
+    width = 2 * p["BYTES"] if "BYTES" in p else p.get("WIDTH", p.get("BLOCK_K", 1))
+    return p.get("BLOCK_N", 1) * width * (2 if p.get("PACKED") and "WIDTH" in p else 1)
+
+
+def elements(variant: Variant) -> float:
+    """What `per_element` divides by: thousands of products in a loop, or elements of a tile."""
+    p = variant.params
+    if "BLOCK_M" in p:
+        return weights(variant) * p["BLOCK_M"] / 1024
+    if "SPLIT_K" in p:
+        return p["BLOCK_N"]
+    return p["ROWS"] * min(p["BLOCK_K"], int(re.findall(r"K=(\d+)", variant.name)[0]))
 
 
 def tensor_core(ptx: str) -> str:
@@ -220,24 +357,40 @@ def _run(*command: Any) -> str:
     return done.stdout + done.stderr
 
 
+@cache
+def _variants() -> list[Variant]:
+    return [*row_variants(), *gemm_variants()]
+
+
+def _report(job: tuple[int, int]) -> Row:
+    index, arch = job
+    return report(_variants()[index], arch)
+
+
 def main() -> None:
+    archs = [int(arg) for arg in sys.argv[1:]] or list(ARCHS)
     rows = []
-    for variant in [*row_variants(), *gemm_variants()]:
-        for arch in ARCHS:
-            row = report(variant, arch)
+    jobs = [(i, arch) for i in range(len(_variants())) for arch in archs]
+    with ProcessPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+        for row in pool.map(_report, jobs):
             rows.append(row)
             print(
-                f"{row.variant:44} sm_{arch:<4} {row.registers:4} regs {row.spill_bytes:5} spilled "
+                f"{row.variant:44} sm_{row.arch:<4} {row.registers:4} regs "
+                f"{row.spill_bytes:5} spilled "
                 f"{row.shared:7} shared {row.i2f:4} I2F {row.f2i:3} F2I {row.mufu:3} MUFU "
-                f"{row.instructions:5} SASS  {row.tensor_core}"
+                f"{row.instructions:5} SASS {row.loop:5} in loop {row.per_element:7} per element "
+                f"{row.occupancy:5} occupied  {row.tensor_core}"
                 f"{'  SERIALIZED' if row.serialized else ''}",
                 flush=True,
             )
     RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / "aot.csv").open("w", newline="") as file:
-        names = [f.name for f in fields(Row)]
-        writer = csv.DictWriter(file, ["triton", "torch", *names])
+    path, names = RESULTS / "aot.csv", ["triton", "torch", *(f.name for f in fields(Row))]
+    with path.open(newline="") as file:  # what was reported for other devices stays
+        old = [row for row in csv.DictReader(file) if list(row) == names]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
+        writer.writerows(row for row in old if int(row["arch"]) not in archs)
         versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
         writer.writerows({**versions, **asdict(row)} for row in rows)
 

@@ -1,9 +1,10 @@
-"""The README's tables, from the result files.
+"""The tables of README.md and kernels/README.md, from the result files.
 
-python benchmarks/readme_tables.py            writes them into README.md
-python benchmarks/readme_tables.py --check    fails when README.md is out of date
+python benchmarks/readme_tables.py            writes them
+python benchmarks/readme_tables.py --check    fails when one is out of date
 """
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -43,14 +44,45 @@ def insert(readme: str, folder: Path) -> str:
     return f"{before}{BEGIN}\n\n{tables or 'Nothing has been measured yet.'}\n\n{END}{after}"
 
 
+def kernel_table(folder: Path) -> str:
+    """What the compiler made of every kernel for sm_90, and what a GPU measured, if one did."""
+    with (folder / "aot.csv").open(encoding="utf-8", newline="") as file:
+        compiled = [row for row in csv.DictReader(file) if row["arch"] == "90"]
+    path = folder / "gpu_kernels.json"
+    gpu = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    columns = ["kernel", "registers", "spilled", "shared", "occupancy", "loop", "per element",
+               "unpack", "tensor core"]  # fmt: skip
+    keys = ("variant", "registers", "spill_bytes", "shared", "occupancy", "loop", "per_element",
+            "unpack", "tensor_core")  # fmt: skip
+    lines = [_line(columns), _line(["---", *["---:"] * 7, "---"])]
+    lines += [_line([row[key] for key in keys]) for row in compiled]
+    lines += ["", f"<sub>sm_90, triton {compiled[0]['triton']}.</sub>", ""]
+    if gpu is None:
+        return "\n".join([*lines, "Speed on a GPU: **not measured**."])
+    names = ["kernel", "shape", "us", "GB/s", "TOPS", "of_ceiling", "bf16_us"]
+    lines += [_line(names), _line(["---", "---", *["---:"] * 5])]
+    lines += [_line([str(row.get(name, "")) for name in names]) for row in gpu["rows"]]
+    return "\n".join([*lines, "", f"<sub>{gpu['device']}, triton {gpu['triton']}.</sub>"])
+
+
 def main(check: bool = False) -> int:
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = insert(old, ROOT / "benchmarks" / "results")
-    if check:
-        return int(old != new)
-    path.write_text(new, encoding="utf-8")
-    return 0
+    folder = ROOT / "benchmarks" / "results"
+    pages = {ROOT / "README.md": insert, ROOT / "kernels" / "README.md": insert_kernels}
+    stale = 0
+    for path, fill in pages.items():
+        old = path.read_text(encoding="utf-8")
+        new = fill(old, folder)
+        stale += old != new
+        if not check:
+            path.write_text(new, encoding="utf-8")
+    return int(check and stale > 0)
+
+
+def insert_kernels(readme: str, folder: Path) -> str:
+    """kernels/README.md with everything between the markers replaced."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{kernel_table(folder)}\n\n{END}{after}"
 
 
 def _line(cells: list[str]) -> str:

@@ -138,6 +138,22 @@ def info(model: Quantized, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def tune(
+    out: Annotated[Path | None, typer.Option(help="Folder; the package itself if none.")] = None,
+    minutes: Annotated[float, typer.Option(help="Stop after so long.")] = 8.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the tiles of the GPU kernels on this GPU, and write the fastest."""
+    from qtk.modules.tuning import tune as measure
+
+    path = measure(out, minutes, log=lambda line: typer.echo(line, err=True))
+    if as_json:
+        _print_json({"table": str(path)})
+    else:
+        typer.echo(f"{path} is what the kernels now follow on this kind of GPU")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for models and report.")] = Path("demo-out"),
     as_json: AsJson = False,

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import qtk
@@ -125,3 +126,9 @@ def test_demo_prints_table_or_json(
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert Path(data["report"]).is_file() and set(data["variants"]) == {"W8A8", "W4A4"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures for minutes where there is a GPU")
+def test_tune_says_that_it_needs_a_gpu() -> None:
+    result = call("tune")
+    assert result.exit_code == 1 and "there is none on this machine" in result.output

@@ -11,13 +11,16 @@ most negative code is never used. G = ceil(K / group_size); the last group may b
 """
 
 from dataclasses import dataclass
+from functools import cache
+from math import gcd
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._int4 import pack_int4, packed_width
-from ._launch import row_launch
+from . import _launch
+from ._int4 import BLOCK, pack_int4, packed_width
+from ._launch import cdiv, next_power_of_2, row_launch
 
 EPS = 1e-8  # smallest max |y|: a row of zeros quantizes to zeros, not to nan
 
@@ -87,18 +90,39 @@ class Codes:
         return q, torch.empty((*x.shape[:-1], G), dtype=torch.float32, device=x.device)
 
     def launch(self, M: int, K: int, at_least: int = 1) -> dict:
-        """The parameters of a row kernel that writes these codes, in tiles of some channels."""
-        group = self.group_size(K)
-        if group < K and group & (group - 1):
-            raise ValueError(f"backend 'triton' needs a group size of a power of two, got {group}")
-        at_least = max(at_least, group if group < K else 1, 128 if self.packed else 1)
-        tile = row_launch(M, K, at_least)
-        return {
-            "GROUP": 0 if self.static else group if group < K else tile["BLOCK_K"],
-            "QMIN": self.qmin, "QMAX": self.qmax,
-            "SHIFT": 0 if self.static or self.signed else 2 ** (self.bits - 1),
-            "PACKED": self.packed, **tile,
-        }  # fmt: skip
+        """The parameters of a row kernel that writes these codes, in tiles of some channels.
+
+        A tile holds whole groups, each in SPAN lanes, and whole blocks if the codes are packed.
+        """
+        return _tile(self, M, K, at_least, _launch.SMS)
+
+
+@cache
+def _tile(codes: Codes, M: int, K: int, at_least: int, sms: int) -> dict:
+    group = codes.group_size(K)
+    one = codes.static or group >= K
+    span = 1 if one else next_power_of_2(group)
+    groups = 1 if one else cdiv(K, group)
+    lanes = span
+    if codes.packed and span != group and not one:
+        lanes *= min(BLOCK // gcd(BLOCK, group), next_power_of_2(groups))
+    at_least = max(at_least, lanes, BLOCK if codes.packed else 1)
+    tile = row_launch(M, K if one else groups * span, at_least)
+    spans = {"GROUP": group, "SPAN": span}
+    if one:
+        spans = dict.fromkeys(spans, 0 if codes.static else tile["BLOCK_K"])
+    return {
+        **spans, "QMIN": codes.qmin, "QMAX": codes.qmax,
+        "SHIFT": 0 if codes.static or codes.signed else 2 ** (codes.bits - 1),
+        "PACKED": codes.packed, **tile,
+    }  # fmt: skip
+
+
+def channels_of(tile: dict) -> int:
+    """Channels in one tile of `Codes.launch`, without idle lanes."""
+    if tile["GROUP"] == tile["SPAN"]:
+        return tile["BLOCK_K"]
+    return tile["BLOCK_K"] // tile["SPAN"] * tile["GROUP"]
 
 
 def quantize_ref(y: Tensor, codes: Codes) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ The arithmetic is float32 and avoids libdevice, inline assembly and bfloat16 ari
 interpreter does not run, or runs wrongly.
 """
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -16,8 +17,14 @@ if find_spec("triton"):
     triton: Any = import_module("triton")
     tl: Any = import_module("triton.language")
     jit: Any = triton.jit
+    constexpr_function: Any = triton.constexpr_function
 else:
-    triton, tl, jit = None, SimpleNamespace(constexpr=int), lambda kernel: kernel
+    triton, tl = None, SimpleNamespace(constexpr=int)
+    jit = constexpr_function = lambda kernel: kernel
+
+
+# Inline PTX works on four bytes at once; the interpreter cannot run it and takes the other branch.
+PTX = tl.constexpr(triton is not None and os.environ.get("TRITON_INTERPRET") != "1")
 
 
 @jit
@@ -43,18 +50,32 @@ def activate_tile(y, ACTIVATION: tl.constexpr):
 
 
 @jit
-def dynamic_limit(y, clip, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
-    """The largest magnitude to represent, per group: [ROWS, BLOCK_K] to [ROWS, BLOCK_K / GROUP]."""
-    groups = tl.reshape(tl.abs(y), (ROWS, BLOCK_K // GROUP, GROUP))
+def lanes(start, K, GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The channels of a tile, and which of them there are.
+
+    A group whose size is no power of two takes SPAN lanes of a tile and leaves some idle.
+    """
+    lane = tl.arange(0, BLOCK_K)
+    if GROUP == SPAN:
+        return start + lane, start + lane < K
+    else:
+        offs_k = start + lane // SPAN * GROUP + lane % SPAN
+        return offs_k, (lane % SPAN < GROUP) & (offs_k < K)
+
+
+@jit
+def dynamic_limit(y, clip, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr):
+    """The largest magnitude to represent, per group: [ROWS, BLOCK_K] to [ROWS, BLOCK_K / SPAN]."""
+    groups = tl.reshape(tl.abs(y), (ROWS, BLOCK_K // SPAN, SPAN))
     return tl.maximum(tl.max(groups, axis=2), 1e-8) * clip
 
 
 @jit
 def dynamic_divide(
-    y, limit, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, QMAX: tl.constexpr
+    y, limit, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr, QMAX: tl.constexpr
 ):
     inverse = tl.div_rn(limit * 0.0 + QMAX, limit)
-    groups = tl.reshape(y, (ROWS, BLOCK_K // GROUP, GROUP))
+    groups = tl.reshape(y, (ROWS, BLOCK_K // SPAN, SPAN))
     return tl.reshape(groups * inverse[:, :, None], (ROWS, BLOCK_K))
 
 
@@ -70,19 +91,36 @@ def store_scale(
 
 
 @jit
+def in_order(codes, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+             SPAN: tl.constexpr):  # fmt: skip
+    """Padded groups moved together: [ROWS, BLOCK_K], zeros at the end."""
+    CHANNELS: tl.constexpr = BLOCK_K // SPAN * GROUP
+    channel = tl.arange(0, BLOCK_K)
+    lane = tl.where(channel < CHANNELS, channel // GROUP * SPAN + channel % GROUP, 0)
+    at = tl.broadcast_to(lane[None, :], (ROWS, BLOCK_K))
+    return tl.where((channel < CHANNELS)[None, :], tl.gather(codes, at, axis=1), 0)
+
+
+@jit
 def store_codes(
     q_ptr, codes, offs_m, start, M, width,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr,
+    GROUP: tl.constexpr = 0, SPAN: tl.constexpr = 0,
 ):  # fmt: skip
     """Writes [ROWS, BLOCK_K] codes as bytes, or as half-split nibbles."""
     if PACKED:
+        offs = start // 2 + tl.arange(0, BLOCK_K // 2)
+        mask_k = offs < width
+        if GROUP != SPAN:
+            codes = in_order(codes, ROWS, BLOCK_K, GROUP, SPAN)
+            if BLOCK_K // SPAN * GROUP % 128 == 0:  # what follows belongs to the next tile
+                mask_k &= tl.arange(0, BLOCK_K // 2) < BLOCK_K // SPAN * GROUP // 2
         halves = tl.reshape(codes & 15, (ROWS, BLOCK_K // 128, 2, 64))
         shift = (tl.arange(0, 2) * 4)[None, None, :, None]
         codes = tl.reshape(tl.sum(halves << shift, axis=2), (ROWS, BLOCK_K // 2))
-        offs = start // 2 + tl.arange(0, BLOCK_K // 2)
     else:
-        offs = start + tl.arange(0, BLOCK_K)
-    mask = (offs_m < M)[:, None] & (offs < width)[None, :]
+        offs, mask_k = lanes(start, width, GROUP, SPAN, BLOCK_K)
+    mask = (offs_m < M)[:, None] & mask_k[None, :]
     tl.store(q_ptr + offs_m[:, None] * width + offs[None, :], codes.to(tl.int8), mask=mask)
 
 
@@ -124,14 +162,85 @@ def dot_int8(x, w, acc, SWAP: tl.constexpr):
 
 
 @jit
-def scaled(p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_at, w_at, SWAP: tl.constexpr):
-    """(p * x_scale) * w_scale in float32; x_at and w_at are the offsets of the scales."""
+def scaled(
+    p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_at, w_at, SWAP: tl.constexpr,
+    FACTOR: tl.constexpr = 1.0,
+):  # fmt: skip
+    """(p * x_scale) * (w_scale * FACTOR) in float32; x_at and w_at are the offsets of the scales.
+
+    FACTOR is a power of two, which changes no digit.
+    """
     y = p.to(tl.float32)
     if x_scale_ptr is not None:
         x_scale = tl.load(x_scale_ptr + x_at, mask=offs_m < M, other=0.0)
         y = y * along_m(x_scale, SWAP)
-    w_scale = tl.load(w_scale_ptr + w_at, mask=offs_n < N, other=0.0)
-    return y * along_n(w_scale, SWAP)
+    if w_scale_ptr is not None:
+        w_scale = tl.load(w_scale_ptr + w_at, mask=offs_n < N, other=0.0) * FACTOR
+        y = y * along_n(w_scale, SWAP)
+    return y
+
+
+@jit
+def share_of(total, SPLIT_K: tl.constexpr):
+    """The steps along K that this program takes: first and past the last."""
+    each = tl.cdiv(total, SPLIT_K)
+    first = tl.program_id(1) * each
+    return first, tl.minimum(first + each, total)
+
+
+@jit
+def low_nibbles(byte):
+    """16 times the code: in the upper half of a byte a nibble needs no sign extension."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return (byte << 4).to(tl.int8, bitcast=True)
+
+
+@jit
+def high_nibbles(byte):
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        return (byte & 0xF0).to(tl.int8, bitcast=True)
+
+
+@jit
+def block_of(step, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """First channel of a step along K, and the end of what belongs to it: of its group, or of K."""
+    if GROUP % BLOCK_K == 0:
+        return step * BLOCK_K, K
+    else:
+        BLOCKS: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K  # of a group
+        g = step // BLOCKS
+        return g * GROUP + step % BLOCKS * BLOCK_K, tl.minimum(g * GROUP + GROUP, K)
+
+
+@jit
+def segment_of(step, K, GROUP: tl.constexpr):
+    """Where groups end inside packed bytes, a step is what a group has of one half of a block.
+
+    Returns the half's number, the group's number, and the channels of the half that belong to both.
+    """
+    SEGMENTS: tl.constexpr = (62 + GROUP) // GROUP + 1  # groups that 64 channels may touch
+    half = step // SEGMENTS
+    g = half * 64 // GROUP + step % SEGMENTS
+    offs_k = half * 64 + tl.arange(0, 64)
+    inside = (offs_k >= g * GROUP) & (offs_k < g * GROUP + GROUP) & (offs_k < K)
+    return half, tl.minimum(g, (K - 1) // GROUP), inside  # nothing is inside behind the last group
+
+
+@jit
+def store_part(parts_ptr, part, offs_m, offs_n, M, N, SWAP: tl.constexpr):
+    """Writes one split's share of the sum to parts [SPLIT_K, M, N]."""
+    row = tl.program_id(1).to(tl.int64) * M + offs_m
+    mask = along_m(offs_m < M, SWAP) & along_n(offs_n < N, SWAP)
+    tl.store(parts_ptr + along_m(row, SWAP) * N + along_n(offs_n, SWAP), part, mask=mask)
 
 
 @jit

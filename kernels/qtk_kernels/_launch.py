@@ -1,11 +1,31 @@
 """Tile sizes, warps and stages, from rules instead of a search.
 
 Nothing here was tuned on a GPU: the rules keep registers and shared memory within every device
-from sm_80 on, which `benchmarks/aot_report.py` checks by compiling.
+from sm_80 on, which `benchmarks/aot_report.py` checks by compiling. `qtk tune` measures tiles of
+matrix products on a GPU and writes `tuned/sm_<capability>.json`, which then comes first:
+
+    {"device": name, "capability": [major, minor], "versions": {"torch": ..., "triton": ...},
+     "entries": [{"kernel": "int8_linear", "M": 16, "N": 4096, "K": 4096,
+                  "tile": {"BLOCK_M": ..., ..., "num_stages": ...}, "us": 7.1}, ...]}
+
+No table is shipped that was not measured.
 """
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import torch
 
 MAX_ROW = 8192  # channels that one program holds in registers; longer rows are walked
 SMS = 128  # programs that fill a large GPU
+TUNED = Path(__file__).parent / "tuned"
+FAR = 2.0  # octaves of M, N and K together beyond which a measurement says nothing
+MAX_SPLITS = 16  # parts of a sum over K
 
 
 def next_power_of_2(n: int) -> int:
@@ -33,49 +53,140 @@ def row_launch(M: int, K: int, at_least: int = 1) -> dict[str, int]:
 
 
 def dot_width(group_size: int) -> int:
-    """Channels of one int8 dot product: the widest that groups are a multiple of."""
-    for width in (128, 64, 32):
-        if group_size % width == 0:
-            return width
-    raise ValueError(
-        f"backend 'triton' needs groups of a multiple of 32 channels, got {group_size}"
-    )
+    """Channels of one int8 dot product: the widest that groups are a multiple of.
+
+    Other groups take dot products of their own, with a masked tail.
+    """
+    widths = [width for width in (128, 64, 32) if group_size % width == 0]
+    return widths[0] if widths else min(max(next_power_of_2(group_size), 32), 128)
+
+
+def steps_of(K: int, group: int, block_k: int) -> int:
+    """Dot products along K: whole blocks, or blocks of every group where groups end inside one."""
+    if group % block_k == 0:
+        return cdiv(K, block_k)
+    return cdiv(K, group) * cdiv(group, block_k)
+
+
+def packed_steps(K: int, size: int, width: int) -> tuple[int, int]:
+    """Bytes of a dot product over packed weights [N, width], and how many there are along K."""
+    if size < K and size % 32:
+        return 64, cdiv(K, 64) * ((62 + size) // size + 1)  # as `segment_of` counts them
+    bytes_ = min(dot_width(size), 64) if size < K else 64
+    return bytes_, width // bytes_
 
 
 def gemm_launch(
+    kernel: str,
     M: int,
     N: int,
+    K: int,
     *,
+    device: torch.device | None = None,
     grouped: bool,
+    weight_bits: int = 8,
     computed_weights: bool,
     computed_tokens: bool = False,
     wide: bool = False,
-) -> dict:
-    """Tiles of a matrix product of M tokens and N output channels.
-
-    With up to 32 tokens the weights take the side of 64 or more that Hopper's tensor cores want.
+) -> dict[str, Any]:
+    """Tiles of a matrix product of M tokens and N output channels: measured, else by rule.
 
     Args:
+        kernel: name of the op, with "grouped" behind it in the tables where that applies.
+        device: whose table to read.
         grouped: there are two accumulators, one for a group and one for all of them.
+        weight_bits: of a stored weight.
         computed_weights: the kernel computes the weight operand (unpacks it) in registers. Two
             warps then keep it on mma.sync when it is the left operand: left operands that are
             computed in registers meet a defect of ptxas before 13.3 on wgmma.
         computed_tokens: the same for the activations.
         wide: the activations are floats, which take more shared memory: fewer stages.
     """
+    if _forced is not None:
+        return _forced
+    if device is not None and device.type == "cuda":
+        tile = nearest(f"{kernel} grouped" if grouped else kernel, M, N, K, _capability(device))
+        if tile is not None:
+            return tile
+    tile = _rule(M, N, grouped, computed_weights, computed_tokens, wide, SMS)
+    return {**tile, "SPLIT_K": _splits(M, N, K, weight_bits, tile)}
+
+
+_forced: dict[str, Any] | None = None
+
+
+@contextmanager
+def use_tile(tile: dict[str, Any]) -> Iterator[None]:
+    """Gives every matrix product inside a `with` block this tile: for measuring."""
+    global _forced
+    before, _forced = _forced, tile
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@cache
+def _rule(
+    M: int,
+    N: int,
+    grouped: bool,
+    computed_weights: bool,
+    computed_tokens: bool,
+    wide: bool,
+    sms: int,
+) -> dict[str, Any]:
+    """With up to 32 tokens the weights take the side of 64 that Hopper's tensor cores want."""
     if M <= 32:
-        BLOCK_M = 16 if M <= 16 else 32
-        warps = 2 if computed_weights else 4
-        return _tiles(BLOCK_M, 64, True, warps, 4)
+        return _tiles(16 if M <= 16 else 32, 64, True, 2 if computed_weights else 4, 4)
     if computed_tokens:
         return _tiles(32, 128, False, 4, 3)  # below 64 rows there is no wgmma
-    if cdiv(M, 128) * cdiv(N, 128) < SMS:
+    if cdiv(M, 128) * cdiv(N, 128) < sms:
         return _tiles(64, 64, False, 4, 3)
     return _tiles(128, 64 if grouped else 128, False, 8, 2 if wide else 3)
 
 
-def _tiles(block_m: int, block_n: int, swap: bool, warps: int, stages: int) -> dict:
+def _splits(M: int, N: int, K: int, weight_bits: int, tile: dict[str, Any]) -> int:
+    """Parts of the sum over K: four programs a processor, if that pays.
+
+    Every part keeps four blocks of 128 channels, and all of them together move (8 bytes for each
+    of M N values) at most a quarter of the bytes of the weights.
+    """
+    tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
+    if M > 64:
+        return 1
+    most = min(4 * SMS // tiles, K // 512, K * weight_bits // (256 * M), MAX_SPLITS)
+    return 1 << max(most, 1).bit_length() - 1
+
+
+def _tiles(block_m: int, block_n: int, swap: bool, warps: int, stages: int) -> dict[str, Any]:
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP_M": 8, "SWAP": swap,
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
+
+
+@cache
+def nearest(
+    kernel: str, M: int, N: int, K: int, capability: tuple[int, int]
+) -> dict[str, Any] | None:
+    """The tile measured for the nearest shape on such a device, or None if there is none near."""
+
+    def distance(entry: dict[str, Any]) -> float:
+        sizes = ((entry["M"], M), (entry["N"], N), (entry["K"], K))
+        return sum(abs(log2(a / max(b, 1))) for a, b in sizes)
+
+    entries = [entry for entry in _table(capability) if entry["kernel"] == kernel]
+    best = min(entries, key=distance, default=None)
+    return best["tile"] if best is not None and distance(best) <= FAR else None
+
+
+@cache
+def _table(capability: tuple[int, int]) -> list[dict[str, Any]]:
+    path = TUNED / "sm_{}{}.json".format(*capability)
+    return json.loads(path.read_text(encoding="utf-8"))["entries"] if path.exists() else []
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -1,45 +1,51 @@
-"""Shift, scale, rotate by a block-diagonal Hadamard matrix and quantize in one pass.
+"""Shift, scale, rotate by a block-diagonal Hadamard matrix, scale again and quantize in one pass.
 
     u        = x * multiplier + offset                          per channel
-    y        = blockdiag(H / sqrt(block)) u                     H of size block, a power of two
-    q        = clamp(round(y / step) + zero_point)              "tensor"
-    q, scale = codes of y                                       otherwise, see `_codes.py`
+    y        = blockdiag(R) u                                   R of size block, see `_hadamard.py`
+    q, scale = codes of y * out_multiplier + out_offset         see `_codes.py`
 
-M tokens, K channels, K a multiple of block.
+A static grid has its step D and its zero point p in out_multiplier = 1 / D and out_offset = p.
+
+M tokens, K channels, K a multiple of block; block = blocks * f * p, f and p orders of Hadamard
+matrices. Where f * p is a power of two the kernel adds and subtracts in log2(f * p) stages; else
+it multiplies by the two small matrices, a whole token at a time.
 """
 
-import torch
+from functools import cache
+
 from torch import Tensor
 
-from ._codes import Codes, Granularity, check_channels, quantize_ref, rows_of
+from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref, rows_of
 from ._dispatch import backend_of, on_device
-from ._lang import dynamic_divide, dynamic_limit, jit, round_codes, store_codes, store_scale, tl
+from ._hadamard import rotate, signs_on, split
+from ._lang import (
+    dynamic_divide,
+    dynamic_limit,
+    jit,
+    lanes,
+    round_codes,
+    store_codes,
+    store_scale,
+    tl,
+)
 from ._launch import cdiv, next_power_of_2
 from .shift_scale_quantize import load_y
 
 
 def check_block(K: int, block: int) -> None:
-    if block < 1 or block & (block - 1) or K % block:
-        raise ValueError(f"block must be a power of two that divides {K}, got {block}")
+    if block < 1 or K % block:
+        raise ValueError(f"block must divide {K}, got {block}")
 
 
 def hadamard(x: Tensor, block: int | None = None) -> Tensor:
-    """Applies blockdiag(H / sqrt(block)) to the last axis, in float32; its own inverse.
+    """Applies blockdiag(R) to the last axis, in float32.
 
     Args:
         x: [..., K].
-        block: a power of two that divides K; K itself if None.
+        block: divides K; K itself if None.
     """
-    K = x.shape[-1]
-    block = block or K
-    check_block(K, block)
-    y = x.float().unflatten(-1, (-1, block))  # [..., K / block, block]
-    half = 1
-    while half < block:
-        a, b = y.unflatten(-1, (-1, 2, half)).unbind(-2)
-        y = torch.stack((a + b, a - b), -2).flatten(-3)
-        half *= 2
-    return (y * block**-0.5).flatten(-2)
+    check_block(x.shape[-1], block or x.shape[-1])
+    return rotate(x.float().unflatten(-1, (-1, block or x.shape[-1]))).flatten(-2)
 
 
 def hadamard_quantize_ref(
@@ -47,15 +53,21 @@ def hadamard_quantize_ref(
     multiplier: Tensor | None,
     offset: Tensor | None,
     block: int,
-    step: float,
-    zero_point: int,
+    out_multiplier: Tensor | None,
+    out_offset: Tensor | None,
     codes: Codes,
 ) -> tuple[Tensor, Tensor | None]:
-    """The definition, in float32."""
+    """The definition, in float32.
+
+    Another order of summation moves y by a few ulp of the largest channel, so codes of two
+    implementations may differ by one where y is that close to a rounding boundary.
+    """
     u = x.float() if multiplier is None else x.float() * multiplier.float()
-    y = hadamard(u if offset is None else u + offset.float(), block)
-    if codes.static:
-        y = torch.round(y / y.new_full((), step)) + zero_point
+    u = u if offset is None else u + offset.float()
+    y = hadamard(u, block)  # x itself, where there is nothing to rotate
+    y = y.clone() if out_multiplier is None else y * out_multiplier.float()
+    if out_offset is not None:
+        y += out_offset.float()
     return quantize_ref(y, codes)
 
 
@@ -72,29 +84,112 @@ def _butterflies(y, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.conste
 
 
 @jit
+def _load_matrix(ptr, size, BLOCK: tl.constexpr):
+    """[BLOCK, BLOCK], zero beyond [size, size]."""
+    i = tl.arange(0, BLOCK)
+    mask = (i < size)[:, None] & (i < size)[None, :]
+    return tl.load(ptr + i[:, None] * size + i[None, :], mask=mask, other=0.0)
+
+
+@jit
+def _two_products(
+    u, left_ptr, right_ptr, f, p,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, F: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """left^T u right for every [F, P] of u [ROWS, BLOCKS * F * P].
+
+    The matrices hold -1, 0 and 1: with u in three parts tensor cores lose less than float32 does.
+    """
+    right = _load_matrix(right_ptr, p, P)
+    y = tl.dot(tl.reshape(u, (ROWS * BLOCKS * F, P)), right, input_precision="tf32x3")
+    y = tl.permute(tl.reshape(y, (ROWS * BLOCKS, F, P)), (0, 2, 1))
+    left = _load_matrix(left_ptr, f, F)
+    y = tl.dot(tl.reshape(y, (ROWS * BLOCKS * P, F)), left, input_precision="tf32x3")
+    y = tl.permute(tl.reshape(y, (ROWS * BLOCKS, P, F)), (0, 2, 1))
+    return tl.reshape(y, (ROWS, BLOCKS * F * P))
+
+
+@jit
+def _rotate_by_products(
+    x_ptr, multiplier_ptr, offset_ptr, left_ptr, right_ptr,
+    offs_m, M, K, f, p, stride_xm, offs_k, mask_k,
+    BLOCKS: tl.constexpr, F: tl.constexpr, P: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The rotated channels offs_k of a token, from lanes (block, i < F, j < P)."""
+    lane = tl.arange(0, BLOCKS * F * P)
+    block, i, j = lane // (F * P), lane // P % F, lane % P
+    at = (block * f + i) * p + j
+    mask_u = (i < f) & (j < p) & (at < K)
+    mask = (offs_m < M)[:, None] & mask_u[None, :]
+    u = tl.load(x_ptr + offs_m[:, None] * stride_xm + at[None, :], mask=mask, other=0.0)
+    u = u.to(tl.float32)
+    if multiplier_ptr is not None:
+        u = u * tl.load(multiplier_ptr + at, mask=mask_u, other=0.0).to(tl.float32)[None, :]
+    if offset_ptr is not None:
+        u = u + tl.load(offset_ptr + at, mask=mask_u, other=0.0).to(tl.float32)[None, :]
+    y = _two_products(u, left_ptr, right_ptr, f, p, ROWS, BLOCKS, F, P)
+    inside = offs_k % (f * p)
+    source = (offs_k // (f * p) * F + inside // p) * P + inside % p
+    source = tl.broadcast_to(tl.where(mask_k, source, 0)[None, :], (ROWS, BLOCK_K))
+    return tl.where(mask_k[None, :], tl.gather(y, source, axis=1), 0.0)
+
+
+@jit
 def _hadamard_quantize_kernel(
-    x_ptr, multiplier_ptr, offset_ptr, q_ptr, scale_ptr,
-    M, K, G, width, stride_xm, clip, norm, step, zero_point,
-    STAGES: tl.constexpr, GROUP: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    x_ptr, multiplier_ptr, offset_ptr, left_ptr, right_ptr, out_multiplier_ptr, out_offset_ptr,
+    q_ptr, scale_ptr,
+    M, K, G, f, p, width, stride_xm, clip, norm,
+    STAGES: tl.constexpr, BLOCKS: tl.constexpr, F: tl.constexpr, P: tl.constexpr,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     SHIFT: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    start = tl.program_id(1) * BLOCK_K
-    u = load_y(
-        x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm, BLOCK_K, ""
-    )  # fmt: skip
-    y = _butterflies(u, ROWS, BLOCK_K, STAGES) * norm
-    if GROUP:
-        limit = dynamic_limit(y, clip, ROWS, BLOCK_K, GROUP)
-        store_scale(scale_ptr, limit, offs_m, M, G, start // GROUP, BLOCK_K // GROUP, QMAX)
-        y = dynamic_divide(y, limit, ROWS, BLOCK_K, GROUP, QMAX)
-        codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
+    start = tl.program_id(1) * BLOCK_K  # 0 where the products need a whole token
+    offs_k, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
+    if BLOCKS:
+        y = _rotate_by_products(
+            x_ptr, multiplier_ptr, offset_ptr, left_ptr, right_ptr,
+            offs_m, M, K, f, p, stride_xm, offs_k, mask_k, BLOCKS, F, P, ROWS, BLOCK_K,
+        )  # fmt: skip
     else:
-        zero = zero_point.to(tl.float32)
-        codes = round_codes(tl.div_rn(y, y * 0.0 + step), QMIN - zero, QMAX - zero) + zero_point
-        inside = (start + tl.arange(0, BLOCK_K) < K)[None, :]
-        codes = tl.where(inside, codes, 0)  # the padding of packed codes
-    store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED)
+        u = load_y(
+            x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
+            GROUP, SPAN, BLOCK_K, "",
+        )  # fmt: skip
+        y = _butterflies(u, ROWS, BLOCK_K, STAGES)
+    y = y * norm
+    if out_multiplier_ptr is not None:
+        y = y * tl.load(out_multiplier_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+    if out_offset_ptr is not None:
+        y = y + tl.load(out_offset_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+    if GROUP:
+        limit = dynamic_limit(y, clip, ROWS, BLOCK_K, SPAN)
+        first = tl.program_id(1) * (BLOCK_K // SPAN)
+        store_scale(scale_ptr, limit, offs_m, M, G, first, BLOCK_K // SPAN, QMAX)
+        y = dynamic_divide(y, limit, ROWS, BLOCK_K, SPAN, QMAX)
+    codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
+    store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
+
+
+@cache
+def hadamard_launch(M: int, K: int, block: int, codes: Codes) -> dict:
+    """The compile-time parameters of the kernel."""
+    _, f, p = split(block)
+    order, group = f * p, codes.group_size(K)
+    odd = not codes.static and group < K and group & (group - 1)
+    if order & (order - 1) == 0 and not odd:
+        # a token with one scale is held whole; every other tile ends between two rotations
+        whole = not codes.static and group >= K
+        tile = codes.launch(M, K, at_least=max(order, next_power_of_2(K) if whole else 1))
+        return {"STAGES": order.bit_length() - 1, "BLOCKS": 0, "F": 1, "P": 1, **tile}
+    span = 1 if codes.static or group >= K else next_power_of_2(group)
+    lanes_k = K if span == 1 else cdiv(K, group) * span
+    tile = codes.launch(M, K, at_least=next_power_of_2(lanes_k))
+    F, P = max(16, next_power_of_2(f)), max(16, next_power_of_2(p))  # as tl.dot wants them
+    BLOCKS = next_power_of_2(K // order)
+    warps = min(max(BLOCKS * F * P // 1024, 4), 16)
+    return {"STAGES": 0, "BLOCKS": BLOCKS, "F": F, "P": P, **tile, "ROWS": 1, "num_warps": warps}
 
 
 def _launch_hadamard_quantize(
@@ -102,26 +197,28 @@ def _launch_hadamard_quantize(
     multiplier: Tensor | None,
     offset: Tensor | None,
     block: int,
-    step: float,
-    zero_point: int,
+    out_multiplier: Tensor | None,
+    out_offset: Tensor | None,
     codes: Codes,
 ) -> tuple[Tensor, Tensor | None]:
     K = x.shape[-1]
     x_2d = rows_of(x)
     M = x_2d.shape[0]
     q, scale = codes.empty(x)
-    G = 1 if scale is None else scale.shape[-1]
-    # a token with one scale is held whole; every other tile ends between two rotations
-    tile = codes.launch(
-        M, K, at_least=next_power_of_2(K) if G == 1 and scale is not None else block
-    )
+    _, f, p = split(block)
+    tile = hadamard_launch(M, K, block, codes)
+    matrices: tuple[Tensor | None, ...] = (None, None)
+    if tile["BLOCKS"]:
+        matrices = tuple(signs_on(n, x.device) for n in (f, p))
+    vectors = [
+        None if v is None else v.contiguous()
+        for v in (multiplier, offset, out_multiplier, out_offset)
+    ]
     with on_device(x):
-        _hadamard_quantize_kernel[(cdiv(M, tile["ROWS"]), cdiv(K, tile["BLOCK_K"]))](
-            x_2d,
-            None if multiplier is None else multiplier.contiguous(),
-            None if offset is None else offset.contiguous(),
-            q, scale, M, K, G, q.shape[-1], x_2d.stride(0), codes.clip,
-            block**-0.5, step, zero_point, STAGES=block.bit_length() - 1, **tile,
+        _hadamard_quantize_kernel[(cdiv(M, tile["ROWS"]), cdiv(K, channels_of(tile)))](
+            x_2d, *vectors[:2], *matrices, *vectors[2:], q, scale,
+            M, K, 1 if scale is None else scale.shape[-1], f, p, q.shape[-1], x_2d.stride(0),
+            codes.clip, (f * p) ** -0.5, **tile,
             enable_fp_fusion=False,  # as the reference: a product, then a sum
         )  # fmt: skip
     return q, scale
@@ -132,9 +229,9 @@ def hadamard_quantize(
     multiplier: Tensor | None = None,
     offset: Tensor | None = None,
     *,
-    block: int,
-    step: float | None = None,
-    zero_point: int = 0,
+    block: int | None = None,
+    out_multiplier: Tensor | None = None,
+    out_offset: Tensor | None = None,
     bits: int,
     granularity: Granularity = "tensor",
     signed: bool = True,
@@ -146,10 +243,9 @@ def hadamard_quantize(
 
     Args:
         x: [..., K], float32, float16 or bfloat16.
-        multiplier: [K], or None for 1.
-        offset: [K], or None for 0.
-        block: size of the rotation, a power of two that divides K.
-        step, zero_point: of the static grid ("tensor" only; there step is needed).
+        multiplier, out_multiplier: [K], or None for 1, before and behind the rotation.
+        offset, out_offset: [K], or None for 0, before and behind the rotation.
+        block: channels that are rotated together, a divisor of K; K if None.
         bits: 2 to 8.
         granularity: "tensor" (static), "token", or the size of a group of channels.
         signed: int8 codes, else uint8.
@@ -160,11 +256,13 @@ def hadamard_quantize(
         q: [..., K], int8 or uint8, or [..., ceil(K / 128) * 64], uint8, if packed.
         scale: None (static), or [..., 1] or [..., G], float32.
     """
-    check_channels(x, multiplier=multiplier, offset=offset)
+    check_channels(
+        x, multiplier=multiplier, offset=offset, out_multiplier=out_multiplier,
+        out_offset=out_offset,
+    )  # fmt: skip
     codes = Codes(bits, granularity, signed, packed, clip)
-    if codes.static and step is None:
-        raise ValueError("granularity 'tensor' needs a step, got None")
+    block = x.shape[-1] if block is None else block
     check_block(x.shape[-1], block)
     triton = backend_of(x, backend) == "triton" and x.numel()
     run = _launch_hadamard_quantize if triton else hadamard_quantize_ref
-    return run(x, multiplier, offset, block, 1.0 if step is None else step, zero_point, codes)
+    return run(x, multiplier, offset, block, out_multiplier, out_offset, codes)

@@ -9,13 +9,34 @@ M tokens, K input channels, N output channels, G groups of group_size channels (
 import torch
 from torch import Tensor
 
-from ._activation import activate, check_activation
 from ._codes import group_size_of, rows_of, scale_strides
-from ._dispatch import backend_of, cpu_has_int8, on_device
+from ._dispatch import backend_of, on_device
 from ._int4 import pack_int4, packed_width, unpack_int4
-from ._lang import along_m, along_n, dot_int8, jit, scaled, store_linear, tile_of, tl
-from ._launch import cdiv, dot_width, gemm_launch
-from .int8_linear import int8_linear, int8_linear_ref, prepare_int8, restore_int8
+from ._lang import (
+    along_m,
+    along_n,
+    dot_int8,
+    high_nibbles,
+    jit,
+    low_nibbles,
+    scaled,
+    segment_of,
+    share_of,
+    store_linear,
+    store_part,
+    tile_of,
+    tl,
+)
+from ._launch import cdiv, gemm_launch, packed_steps
+from ._split_k import add_parts, empty_parts
+from .int8_linear import (
+    Output,
+    float32_name,
+    int8_linear,
+    int8_linear_ref,
+    prepare_int8,
+    restore_int8,
+)
 
 
 def prepare_int4(w_packed: Tensor, K: int, backend: str | None = None) -> Tensor:
@@ -52,65 +73,42 @@ def int4_linear_kernel_name(operand: Tensor, *, groups: int = 1, backend: str | 
     """Which kernel `int4_linear` really runs for this operand."""
     name = backend_of(operand, backend)
     if name == "cpu":
-        onednn = operand.is_mkldnn and groups == 1
-        return (
-            "onednn.qlinear_pointwise (unpacked)"
-            if onednn
-            else (
-                "float32 chunks, unpacked"
-                if cpu_has_int8()
-                else "float32 chunks, unpacked (no int8 instructions)"
-            )
-        )
+        if operand.is_mkldnn and groups == 1:
+            return "onednn.qlinear_pointwise (unpacked)"
+        return f"{float32_name(groups)}, unpacked"
     return "triton int4_linear" if name == "triton" else "reference"
 
 
 @jit
-def _low(byte):
-    # 16 times the code: in the upper half of the byte a nibble needs no sign extension
-    return (byte << 4).to(tl.int8, bitcast=True)
-
-
-@jit
-def _high(byte):
-    return (byte & 0xF0).to(tl.int8, bitcast=True)
-
-
-@jit
-def _int4_linear_kernel(
-    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr,
-    M, N, K, x_zero_point, out_step, out_zero_point,
-    stride_xm, stride_wn, stride_xsm, stride_xsg, stride_wsn, stride_wsg,
+def _even_groups(
+    x_ptrs, w_ptrs, x_scale_ptr, w_scale_ptr, x_scale_at, w_scale_at, stride_xsg, stride_wsg,
+    offs_m, offs_n, M, N, K, steps, x_zero_point,
     GROUP: tl.constexpr, X_PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr,
-    GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+    BYTES: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    SHIFT: tl.constexpr = 8 if X_PACKED else 4  # the factors of 16, undone on the exact integers
-    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One group (the integer sum) or groups of a multiple of 32 channels (the scaled sum)."""
     offs_b = tl.arange(0, BYTES)
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_b[None, :]
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_b[None, :]
+    x_ptrs += offs_b[None, :]
+    w_ptrs += offs_b[None, :]
     mask_m, mask_n = (offs_m < M)[:, None], (offs_n < N)[:, None]
-    x_scale_at = offs_m.to(tl.int64) * stride_xsm
-    w_scale_at = offs_n * stride_wsn
     zeros = along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)
     y = zeros.to(tl.float32)
     p = zeros
     low_sum = offs_n * 0
     high_sum = offs_n * 0
 
-    for b in range(0, stride_wn, BYTES):  # rows of w are padded: no tail
+    first, last = share_of(steps, SPLIT_K)
+    for step in range(first, last):  # rows of w are padded: no tail
+        b = step * BYTES
         k = b // 64 * 128 + b % 64  # channel of the first low nibble
         w = tl.load(w_ptrs + b, mask=mask_n, other=0)  # [BLOCK_N, BYTES]
         if X_PACKED:
             x = tl.load(x_ptrs + b, mask=mask_m, other=0)  # [BLOCK_M, BYTES]
-            x_low, x_high = _low(x), _high(x)
+            x_low, x_high = low_nibbles(x), high_nibbles(x)
         else:
             x_low = tl.load(x_ptrs + k, mask=mask_m & (offs_b < K - k)[None, :], other=0)
             x_high = tl.load(x_ptrs + k + 64, mask=mask_m & (offs_b < K - k - 64)[None, :], other=0)
-        w_low, w_high = _low(w), _high(w)
+        w_low, w_high = low_nibbles(w), high_nibbles(w)
         if HAS_ZERO_POINT:
             low_sum += tl.sum(w_low.to(tl.int32), axis=1)
             high_sum += tl.sum(w_high.to(tl.int32), axis=1)
@@ -126,8 +124,8 @@ def _int4_linear_kernel(
                 low -= x_zero_point * along_n(low_sum, SWAP)
             g = k // GROUP
             y += scaled(
-                low >> SHIFT, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
-                x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP,
+                low, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
+                x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP, FACTOR,
             )  # fmt: skip
             if GROUP % 128 != 0:
                 high = dot_int8(x_high, w_high, zeros, SWAP)
@@ -135,22 +133,96 @@ def _int4_linear_kernel(
                     high -= x_zero_point * along_n(high_sum, SWAP)
                 g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie behind the last group
                 y += scaled(
-                    high >> SHIFT, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
-                    x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP,
+                    high, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
+                    x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP, FACTOR,
                 )  # fmt: skip
             low_sum = offs_n * 0
             high_sum = offs_n * 0
-
-    if GROUP == 0:
+    if GROUP:
+        return y
+    else:
         if HAS_ZERO_POINT:
             p -= x_zero_point * along_n(low_sum + high_sum, SWAP)
-        y = scaled(
-            p >> SHIFT, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_scale_at, w_scale_at, SWAP
-        )
-    store_linear(
-        out_ptr, y, bias_ptr, offs_m, offs_n, M, N, out_step, out_zero_point,
-        SWAP, ACTIVATION, 0, 0,
-    )  # fmt: skip
+        return p
+
+
+@jit
+def _odd_groups(
+    x_ptrs, w_ptrs, x_scale_ptr, w_scale_ptr, x_scale_at, w_scale_at, stride_xsg, stride_wsg,
+    offs_m, offs_n, M, N, K, steps, x_zero_point,
+    GROUP: tl.constexpr, X_PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
+    SWAP: tl.constexpr, SPLIT_K: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Groups of any size: a masked dot product for what each has of a half of a block."""
+    offs_b = tl.arange(0, 64)
+    zeros = along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)
+    y = zeros.to(tl.float32)
+    first, last = share_of(steps, SPLIT_K)
+    for step in range(first, last):
+        half, g, inside = segment_of(step, K, GROUP)
+        mask_x = (offs_m < M)[:, None] & inside[None, :]
+        byte = half // 2 * 64 + offs_b
+        w = tl.load(
+            w_ptrs + byte[None, :], mask=(offs_n < N)[:, None] & inside[None, :], other=0
+        )  # [BLOCK_N, 64]
+        w = tl.where(half % 2 == 0, low_nibbles(w), high_nibbles(w))
+        if X_PACKED:
+            x = tl.load(x_ptrs + byte[None, :], mask=mask_x, other=0)
+            x = tl.where(half % 2 == 0, low_nibbles(x), high_nibbles(x))
+        else:
+            x = tl.load(x_ptrs + (half * 64 + offs_b)[None, :], mask=mask_x, other=0)
+        p = dot_int8(x, w, zeros, SWAP)
+        if HAS_ZERO_POINT:
+            p -= x_zero_point * along_n(tl.sum(w.to(tl.int32), axis=1), SWAP)
+        y += scaled(
+            p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
+            x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP, FACTOR,
+        )  # fmt: skip
+    return y
+
+
+@jit
+def _int4_linear_kernel(
+    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, parts_ptr,
+    M, N, K, steps, x_zero_point, out_step, out_zero_point,
+    stride_xm, stride_wn, stride_xsm, stride_xsg, stride_wsn, stride_wsg,
+    GROUP: tl.constexpr, X_PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
+    ACTIVATION: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr,
+    GROUP_M: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    FACTOR: tl.constexpr = 1 / 256 if X_PACKED else 1 / 16  # undoes the 16 of `low_nibbles`
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn
+    x_scale_at = offs_m.to(tl.int64) * stride_xsm
+    w_scale_at = offs_n * stride_wsn
+    if GROUP % 32 == 0:
+        y = _even_groups(
+            x_ptrs, w_ptrs, x_scale_ptr, w_scale_ptr, x_scale_at, w_scale_at, stride_xsg,
+            stride_wsg, offs_m, offs_n, M, N, K, steps, x_zero_point,
+            GROUP, X_PACKED, HAS_ZERO_POINT, BYTES, SWAP, SPLIT_K, FACTOR,
+        )  # fmt: skip
+    else:
+        y = _odd_groups(
+            x_ptrs, w_ptrs, x_scale_ptr, w_scale_ptr, x_scale_at, w_scale_at, stride_xsg,
+            stride_wsg, offs_m, offs_n, M, N, K, steps, x_zero_point,
+            GROUP, X_PACKED, HAS_ZERO_POINT, SWAP, SPLIT_K, FACTOR,
+        )  # fmt: skip
+    if SPLIT_K > 1:
+        store_part(parts_ptr, y, offs_m, offs_n, M, N, SWAP)
+    else:
+        if GROUP == 0:
+            y = scaled(
+                y >> (8 if X_PACKED else 4), x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
+                x_scale_at, w_scale_at, SWAP,
+            )  # fmt: skip
+        store_linear(
+            out_ptr, y, bias_ptr, offs_m, offs_n, M, N, out_step, out_zero_point,
+            SWAP, ACTIVATION, QMIN, QMAX,
+        )  # fmt: skip
 
 
 def _launch_int4_linear(
@@ -163,27 +235,39 @@ def _launch_int4_linear(
     x_scale: Tensor | None,
     x_zero_point: int,
     size: int,
-    activation: str | None,
-    out_dtype: torch.dtype,
+    out: Output,
 ) -> Tensor:
     if x_q.dtype == torch.uint8 and not x_packed:
         # tensor cores multiply int8 by int8 only: flip the sign bit
         x_q, x_zero_point = (x_q ^ 0x80).view(torch.int8), x_zero_point - 128
     x_2d = rows_of(x_q)
-    M, N = x_2d.shape[0], w_packed.shape[0]
+    M, (N, width) = x_2d.shape[0], w_packed.shape
     grouped = size < K
-    out = torch.empty((*x_q.shape[:-1], N), dtype=out_dtype, device=x_q.device)
-    tile = gemm_launch(M, N, grouped=grouped, computed_weights=True, computed_tokens=x_packed)
+    bytes_, steps = packed_steps(K, size, width)
+    x_scale = None if x_scale is None else x_scale.contiguous()
+    y = torch.empty((*x_q.shape[:-1], N), dtype=out.dtype, device=x_q.device)
+    tile = gemm_launch(
+        "int4_linear W4A4" if x_packed else "int4_linear W4A8", M, N, K, device=x_q.device,
+        grouped=grouped, weight_bits=4, computed_weights=True, computed_tokens=x_packed,
+    )  # fmt: skip
+    parts = empty_parts(tile["SPLIT_K"], M, N, not grouped, x_q)
     with on_device(x_q):
-        _int4_linear_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
-            x_2d, w_packed, None if x_scale is None else x_scale.contiguous(), w_scale, bias, out,
-            M, N, K, x_zero_point * (16 if x_packed else 1), 1.0, 0,
+        _int4_linear_kernel[
+            (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), tile["SPLIT_K"])
+        ](
+            x_2d, w_packed, x_scale, w_scale, bias, y, parts,
+            M, N, K, steps, x_zero_point * (16 if x_packed else 1), out.step, out.zero_point,
             x_2d.stride(0), w_packed.stride(0), *scale_strides(x_scale), *scale_strides(w_scale),
             GROUP=size if grouped else 0, X_PACKED=x_packed, HAS_ZERO_POINT=x_zero_point != 0,
-            ACTIVATION=activation or "", BYTES=min(dot_width(size), 64) if grouped else 64, **tile,
+            **out.epilogue, BYTES=bytes_, **tile,
             enable_fp_fusion=False,  # the epilogue then rounds as the reference does
         )  # fmt: skip
-    return out
+        if parts is not None:
+            scales = (None, None) if grouped else (x_scale, w_scale)
+            shift = 0 if grouped else 8 if x_packed else 4
+            add_parts(parts, y, bias, *scales, shift=shift, out_step=out.step,
+                      out_zero_point=out.zero_point, **out.epilogue)  # fmt: skip
+    return y
 
 
 def int4_linear(
@@ -199,6 +283,10 @@ def int4_linear(
     group_size: int | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype = torch.float32,
+    out_step: float | None = None,
+    out_zero_point: int = 0,
+    out_signed: bool = True,
+    out_bits: int = 8,
     backend: str | None = None,
 ) -> Tensor:
     """Multiplies codes by packed int4 codes and scales the integers once per group.
@@ -214,11 +302,14 @@ def int4_linear(
         x_zero_point: subtracted from the codes of x.
         group_size: channels in a group, if there is more than one.
         activation: None, "gelu", "gelu_tanh" or "relu".
+        out_dtype: of the result, unless out_step is given.
+        out_step: with it the result is codes: clamp(round(y / out_step) + out_zero_point).
+        out_signed, out_bits: the grid of those codes.
 
     Returns:
-        y: [..., N], out_dtype.
+        y: [..., N], out_dtype, or int8 or uint8 codes.
     """
-    check_activation(activation)
+    out = Output(activation, out_dtype, out_step, out_zero_point, out_signed, out_bits)
     name = backend_of(x_q, backend)
     K = in_features
     width = packed_width(K) if x_packed else K
@@ -229,7 +320,7 @@ def int4_linear(
     if name == "triton" and x_q.numel() and w_scale.shape[0]:
         return _launch_int4_linear(
             x_q, restore_int4(operand, K), w_scale.contiguous(), bias, K, x_packed,
-            x_scale, x_zero_point, size, activation, out_dtype,
+            x_scale, x_zero_point, size, out,
         )  # fmt: skip
     if x_packed:
         x_q = unpack_int4(x_q, K)
@@ -237,10 +328,11 @@ def int4_linear(
         w = prepare_int4(operand, K, "cpu") if operand.dtype == torch.uint8 else operand
         return int8_linear(
             x_q, w, w_scale, bias, x_scale=x_scale, x_zero_point=x_zero_point,
-            group_size=group_size, activation=activation, out_dtype=out_dtype, backend="cpu",
+            group_size=group_size, activation=activation, out_dtype=out_dtype, out_step=out_step,
+            out_zero_point=out_zero_point, out_signed=out_signed, out_bits=out_bits, backend="cpu",
         )  # fmt: skip
     w_q = unpack_int4(restore_int4(operand, K), K)
     y = int8_linear_ref(
         x_q, w_q, w_scale, bias, x_scale=x_scale, x_zero_point=x_zero_point, group_size=group_size
     )
-    return activate(y, activation).to(out_dtype)
+    return out.of(y)

@@ -10,6 +10,10 @@ point into bias by `fold_zero_point`.
 M tokens, K input channels, N output channels, G groups of group_size channels (1 unless given).
 """
 
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,8 +21,21 @@ from ._activation import activate, check_activation
 from ._codes import group_size_of, rows_of, scale_strides
 from ._dispatch import backend_of, cpu_has_int8, on_device
 from ._int8_cpu import float32_chunks, is_onednn, onednn_linear, onednn_static
-from ._lang import along_m, along_n, dot_int8, jit, scaled, store_linear, tile_of, tl
-from ._launch import cdiv, dot_width, gemm_launch
+from ._lang import (
+    along_m,
+    along_n,
+    block_of,
+    dot_int8,
+    jit,
+    scaled,
+    share_of,
+    store_linear,
+    store_part,
+    tile_of,
+    tl,
+)
+from ._launch import cdiv, dot_width, gemm_launch, steps_of
+from ._split_k import add_parts, empty_parts
 
 
 def fold_zero_point(
@@ -50,15 +67,56 @@ def fold_zero_point(
     return (folded if bias is None else bias.double() + folded).float()
 
 
-def requantize_ref(
-    y: Tensor, out_step: float | None, out_zero_point: int, out_signed: bool, out_bits: int
-) -> Tensor:
-    """clamp(round(y / out_step) + out_zero_point), or y if there is no out_step."""
-    if out_step is None:
-        return y
-    qmin = -(2 ** (out_bits - 1)) if out_signed else 0
-    q = (torch.round(y / out_step) + out_zero_point).clamp_(qmin, qmin + 2**out_bits - 1)
-    return q.to(torch.int8 if out_signed else torch.uint8)
+@dataclass(frozen=True)
+class Output:
+    """What an integer linear layer writes: activated floats, or codes of them; checks itself.
+
+    Attributes:
+        float_dtype: of the result without a step.
+        out_step: None, or with it the result is clamp(round(y / out_step) + zero_point).
+        signed, bits: the grid of those codes.
+    """
+
+    activation: str | None = None
+    float_dtype: torch.dtype = torch.float32
+    out_step: float | None = None
+    zero_point: int = 0
+    signed: bool = True
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        check_activation(self.activation)
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"out_bits must be 2 to 8, got {self.bits}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.out_step is None:
+            return self.float_dtype
+        return torch.int8 if self.signed else torch.uint8
+
+    @property
+    def step(self) -> float:
+        return 1.0 if self.out_step is None else self.out_step
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @cached_property
+    def epilogue(self) -> dict[str, Any]:
+        """Compile-time parameters of `store_linear`."""
+        codes = self.out_step is not None
+        qmin, qmax = (self.qmin, self.qmin + 2**self.bits - 1) if codes else (0, 0)
+        return {"ACTIVATION": self.activation or "", "QMIN": qmin, "QMAX": qmax}
+
+    def of(self, y: Tensor) -> Tensor:
+        """The definition, from y in float32."""
+        y = activate(y, self.activation)
+        if self.out_step is None:
+            return y.to(self.float_dtype)
+        q = torch.round(y / self.out_step) + self.zero_point
+        return q.clamp_(self.qmin, self.qmin + 2**self.bits - 1).to(self.dtype)
 
 
 def int8_linear_ref(
@@ -107,24 +165,30 @@ def restore_int8(operand: Tensor) -> Tensor:
     return operand.to_dense().T.contiguous() if operand.is_mkldnn else operand
 
 
+def float32_name(groups: int) -> str:
+    """What replaces oneDNN on a CPU, and why."""
+    has = groups > 1 or cpu_has_int8()
+    return "float32 chunks" if has else "float32 chunks (no int8 instructions)"
+
+
 def int8_linear_kernel_name(operand: Tensor, *, groups: int = 1, backend: str | None = None) -> str:
     """Which kernel `int8_linear` really runs for this operand."""
     name = backend_of(operand, backend)
     if name == "cpu":
         onednn = operand.is_mkldnn and groups == 1
-        return "onednn.qlinear_pointwise" if onednn else "float32 chunks (no int8 instructions)"
+        return "onednn.qlinear_pointwise" if onednn else float32_name(groups)
     return "triton int8_linear" if name == "triton" else "reference"
 
 
 @jit
 def _int8_linear_kernel(
-    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr,
-    M, N, K, x_zero_point, out_step, out_zero_point,
+    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, parts_ptr,
+    M, N, K, steps, x_zero_point, out_step, out_zero_point,
     stride_xm, stride_xsm, stride_xsg, stride_wsn, stride_wsg,
     GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, ACTIVATION: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+    GROUP_M: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -140,8 +204,10 @@ def _int8_linear_kernel(
     p = zeros
     w_sum = offs_n * 0
 
-    for k in range(0, K, BLOCK_K):
-        mask_k = (offs_k < K - k)[None, :]
+    first, last = share_of(steps, SPLIT_K)
+    for step in range(first, last):
+        k, end = block_of(step, K, GROUP, BLOCK_K)
+        mask_k = (offs_k < end - k)[None, :]
         x = tl.load(x_ptrs + k, mask=(offs_m < M)[:, None] & mask_k, other=0)  # [BLOCK_M, BLOCK_K]
         w = tl.load(w_ptrs + k, mask=(offs_n < N)[:, None] & mask_k, other=0)  # [BLOCK_N, BLOCK_K]
         if HAS_ZERO_POINT:
@@ -159,16 +225,19 @@ def _int8_linear_kernel(
         else:
             p = dot_int8(x, w, p, SWAP)
 
-    if not GROUP:
-        if HAS_ZERO_POINT:
-            p -= x_zero_point * along_n(w_sum, SWAP)
-        y = scaled(
-            p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_scale_at, w_scale_at, SWAP
+    if not GROUP and HAS_ZERO_POINT:
+        p -= x_zero_point * along_n(w_sum, SWAP)
+    if SPLIT_K > 1:
+        store_part(parts_ptr, y if GROUP else p, offs_m, offs_n, M, N, SWAP)
+    else:
+        if not GROUP:
+            y = scaled(
+                p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_scale_at, w_scale_at, SWAP
+            )
+        store_linear(
+            out_ptr, y, bias_ptr, offs_m, offs_n, M, N, out_step, out_zero_point,
+            SWAP, ACTIVATION, QMIN, QMAX,
         )  # fmt: skip
-    store_linear(
-        out_ptr, y, bias_ptr, offs_m, offs_n, M, N, out_step, out_zero_point,
-        SWAP, ACTIVATION, QMIN, QMAX,
-    )  # fmt: skip
 
 
 def _launch_int8_linear(
@@ -179,12 +248,7 @@ def _launch_int8_linear(
     x_scale: Tensor | None,
     x_zero_point: int,
     size: int,
-    activation: str | None,
-    out_dtype: torch.dtype,
-    out_step: float | None,
-    out_zero_point: int,
-    out_signed: bool,
-    out_bits: int,
+    out: Output,
 ) -> Tensor:
     if x_q.dtype == torch.uint8:
         # tensor cores multiply int8 by int8 only: flip the sign bit
@@ -193,23 +257,28 @@ def _launch_int8_linear(
     M, K = x_2d.shape
     N = w_q.shape[0]
     grouped = size < K
-    if out_step is not None:
-        out_dtype = torch.int8 if out_signed else torch.uint8
-    qmin = -(2 ** (out_bits - 1)) if out_signed else 0
-    out = torch.empty((*x_q.shape[:-1], N), dtype=out_dtype, device=x_q.device)
-    tile = gemm_launch(M, N, grouped=grouped, computed_weights=False)
+    group, block_k = (size, dot_width(size)) if grouped else (0, 128)
+    x_scale = None if x_scale is None else x_scale.contiguous()
+    y = torch.empty((*x_q.shape[:-1], N), dtype=out.dtype, device=x_q.device)
+    tile = gemm_launch(
+        "int8_linear", M, N, K, device=x_q.device, grouped=grouped, computed_weights=False
+    )
+    parts = empty_parts(tile["SPLIT_K"], M, N, not grouped, x_q)
     with on_device(x_q):
-        _int8_linear_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
-            x_2d, w_q.contiguous(), None if x_scale is None else x_scale.contiguous(), w_scale,
-            bias, out, M, N, K, x_zero_point, out_step or 1.0, out_zero_point,
+        _int8_linear_kernel[
+            (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), tile["SPLIT_K"])
+        ](
+            x_2d, w_q.contiguous(), x_scale, w_scale, bias, y, parts,
+            M, N, K, steps_of(K, group, block_k), x_zero_point, out.step, out.zero_point,
             x_2d.stride(0), *scale_strides(x_scale), *scale_strides(w_scale),
-            GROUP=size if grouped else 0, HAS_ZERO_POINT=x_zero_point != 0,
-            ACTIVATION=activation or "",
-            QMIN=qmin if out_step else 0, QMAX=qmin + 2**out_bits - 1 if out_step else 0,
-            BLOCK_K=dot_width(size) if grouped else 128, **tile,
+            GROUP=group, HAS_ZERO_POINT=x_zero_point != 0, **out.epilogue, BLOCK_K=block_k, **tile,
             enable_fp_fusion=False,  # the epilogue then rounds as the reference does
         )  # fmt: skip
-    return out
+        if parts is not None:
+            scales = (None, None) if grouped else (x_scale, w_scale)
+            add_parts(parts, y, bias, *scales, out_step=out.step, out_zero_point=out.zero_point,
+                      **out.epilogue)  # fmt: skip
+    return y
 
 
 def int8_linear(
@@ -247,7 +316,7 @@ def int8_linear(
     Returns:
         y: [..., N], out_dtype, or int8 or uint8 codes.
     """
-    check_activation(activation)
+    out = Output(activation, out_dtype, out_step, out_zero_point, out_signed, out_bits)
     name = backend_of(x_q, backend)
     K, N = x_q.shape[-1], w_scale.shape[0]
     G = max(w_scale.shape[1], 1 if x_scale is None else x_scale.shape[-1])
@@ -264,9 +333,8 @@ def int8_linear(
     w_scale = w_scale.contiguous()
     if name == "triton" and x_q.numel() and N:
         return _launch_int8_linear(
-            x_q, restore_int8(operand), w_scale, bias, x_scale, x_zero_point, size,
-            activation, out_dtype, out_step, out_zero_point, out_signed, out_bits,
-        )  # fmt: skip
+            x_q, restore_int8(operand), w_scale, bias, x_scale, x_zero_point, size, out
+        )
     if onednn and G == 1 and x_scale is None:
         return onednn_static(
             x_q, operand, w_scale, bias, x_zero_point, activation,
@@ -284,7 +352,4 @@ def int8_linear(
             x_q, restore_int8(operand), w_scale, bias,
             x_scale=x_scale, x_zero_point=x_zero_point, group_size=group_size,
         )  # fmt: skip
-    y = activate(y, activation)
-    if out_step is not None:
-        return requantize_ref(y, out_step, out_zero_point, out_signed, out_bits)
-    return y.to(out_dtype)
+    return out.of(y)

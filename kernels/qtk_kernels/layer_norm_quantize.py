@@ -17,9 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._codes import Codes, Granularity, check_channels, quantize_ref, rows_of
+from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref, rows_of
 from ._dispatch import backend_of, on_device
-from ._lang import dynamic_divide, dynamic_limit, jit, round_codes, store_codes, store_scale, tl
+from ._lang import (
+    dynamic_divide,
+    dynamic_limit,
+    jit,
+    lanes,
+    round_codes,
+    store_codes,
+    store_scale,
+    tl,
+)
 from ._launch import cdiv
 
 EMIT = ("norm", "sum")
@@ -53,60 +62,81 @@ def layer_norm_quantize_ref(
 
 
 @jit
-def _load_h(x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm, BLOCK_K: tl.constexpr):
-    offs_k = start + tl.arange(0, BLOCK_K)
-    mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
-    x_at = offs_m[:, None] * stride_xm + offs_k[None, :]
-    h = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_K]
-    if residual_ptr is not None:
-        r_at = offs_m[:, None] * stride_rm + offs_k[None, :]
-        h = h + tl.load(residual_ptr + r_at, mask=mask, other=0.0).to(tl.float32)
-    return h
+def _load(at, mask, FULL: tl.constexpr):
+    if FULL:  # a mask costs an instruction a register
+        return tl.load(at).to(tl.float32)
+    else:
+        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @jit
-def _squares(h, mean, start, K, BLOCK_K: tl.constexpr):
+def _load_h(
+    x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    offs_k, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
+    mask = mask_k[None, :]
+    h = _load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask, FULL)
+    if residual_ptr is not None:
+        h = h + _load(residual_ptr + offs_m[:, None] * stride_rm + offs_k[None, :], mask, FULL)
+    return h  # [ROWS, BLOCK_K]
+
+
+@jit
+def _squares(
+    h, mean, start, K, GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
     """Sum of squared deviations, [ROWS, 1]; masked channels would add mean squared each."""
-    inside = (start + tl.arange(0, BLOCK_K) < K)[None, :]
-    d = tl.where(inside, h - mean, 0.0)
+    d = h - mean
+    if not FULL:
+        _, inside = lanes(start, K, GROUP, SPAN, BLOCK_K)
+        d = tl.where(inside[None, :], d, 0.0)
     return tl.sum(d * d, axis=1)[:, None]
 
 
 @jit
-def _affine(xhat, weight_ptr, bias_ptr, start, K, BLOCK_K: tl.constexpr):
-    offs_k = start + tl.arange(0, BLOCK_K)
-    weight = tl.load(weight_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
-    return xhat * weight[None, :] + bias[None, :]  # masked channels are 0
+def _affine(
+    xhat, weight_ptr, bias_ptr, start, K,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    offs_k, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
+    # as [1, BLOCK_K] they share the layout of x, and need no way through shared memory
+    at, mask = offs_k[None, :], mask_k[None, :]
+    weight, bias = _load(weight_ptr + at, mask, FULL), _load(bias_ptr + at, mask, FULL)
+    return xhat * weight + bias  # masked channels are 0
 
 
 @jit
 def _finish(
     h, mean, rstd, limit,
     weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
-    offs_m, start, M, K, G, width, clip,
-    GROUP: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SHIFT: tl.constexpr,
-    PACKED: tl.constexpr, WALK: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    offs_m, step, M, K, G, width, clip,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    SHIFT: tl.constexpr, PACKED: tl.constexpr, KNOWN: tl.constexpr, CHANNELS: tl.constexpr,
+    FULL: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Writes everything there is to write about one tile."""
+    start = step * CHANNELS
     xhat = (h - mean) * rstd
     if emitted_ptr is not None:
-        offs_k = start + tl.arange(0, BLOCK_K)
-        mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+        offs_k, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
+        mask = (offs_m < M)[:, None] & mask_k[None, :]
         emitted = h
         if norm_weight_ptr is not None:
-            emitted = _affine(xhat, norm_weight_ptr, norm_bias_ptr, start, K, BLOCK_K)
+            emitted = _affine(
+                xhat, norm_weight_ptr, norm_bias_ptr, start, K, GROUP, SPAN, BLOCK_K, FULL
+            )
         tl.store(emitted_ptr + offs_m[:, None] * K + offs_k[None, :], emitted, mask=mask)
-    y = _affine(xhat, weight_ptr, bias_ptr, start, K, BLOCK_K)
+    y = _affine(xhat, weight_ptr, bias_ptr, start, K, GROUP, SPAN, BLOCK_K, FULL)
     if GROUP:
-        if not WALK:
-            limit = dynamic_limit(y, clip, ROWS, BLOCK_K, GROUP)
-            store_scale(
-                scale_ptr, limit, offs_m, M, G, start // GROUP, BLOCK_K // GROUP, QMAX
-            )  # fmt: skip
-        y = dynamic_divide(y, limit, ROWS, BLOCK_K, GROUP, QMAX)
+        if not KNOWN:
+            limit = dynamic_limit(y, clip, ROWS, BLOCK_K, SPAN)
+            first = step * (BLOCK_K // SPAN)
+            store_scale(scale_ptr, limit, offs_m, M, G, first, BLOCK_K // SPAN, QMAX)
+        y = dynamic_divide(y, limit, ROWS, BLOCK_K, SPAN, QMAX)
     codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
-    store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED)
+    store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
 
 
 @jit
@@ -114,45 +144,97 @@ def _layer_norm_quantize_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr,
     q_ptr, scale_ptr, emitted_ptr,
     M, K, G, width, stride_xm, stride_rm, eps, clip,
-    GROUP: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SHIFT: tl.constexpr,
-    PACKED: tl.constexpr, WALK: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    SHIFT: tl.constexpr, PACKED: tl.constexpr, WALK: tl.constexpr, FULL: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    h = _load_h(x_ptr, residual_ptr, offs_m, 0, M, K, stride_xm, stride_rm, BLOCK_K)
+    offs_m = tl.minimum(offs_m, M - 1)  # the last row may be written several times, the same
+    h = _load_h(
+        x_ptr,
+        residual_ptr,
+        offs_m,
+        0,
+        M,
+        K,
+        stride_xm,
+        stride_rm,
+        GROUP,
+        SPAN,
+        BLOCK_K,
+        FULL,
+    )
     total = tl.sum(h, axis=1)[:, None]  # [ROWS, 1]
-    for start in range(BLOCK_K, K, BLOCK_K):  # only of a row longer than a tile, here and below
-        h = _load_h(x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm, BLOCK_K)
-        total += tl.sum(h, axis=1)[:, None]
+    if WALK:  # a row longer than a tile is read once for each of its sums
+        for start in range(CHANNELS, K, CHANNELS):
+            h = _load_h(
+                x_ptr,
+                residual_ptr,
+                offs_m,
+                start,
+                M,
+                K,
+                stride_xm,
+                stride_rm,
+                GROUP,
+                SPAN,
+                BLOCK_K,
+                FULL,
+            )
+            total += tl.sum(h, axis=1)[:, None]
     mean = total / K
     if WALK:
-        h = _load_h(x_ptr, residual_ptr, offs_m, 0, M, K, stride_xm, stride_rm, BLOCK_K)
-    squares = _squares(h, mean, 0, K, BLOCK_K)
-    for start in range(BLOCK_K, K, BLOCK_K):
-        h = _load_h(x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm, BLOCK_K)
-        squares += _squares(h, mean, start, K, BLOCK_K)
+        squares = tl.zeros([ROWS, 1], tl.float32)
+        for start in range(0, K, CHANNELS):
+            h = _load_h(
+                x_ptr,
+                residual_ptr,
+                offs_m,
+                start,
+                M,
+                K,
+                stride_xm,
+                stride_rm,
+                GROUP,
+                SPAN,
+                BLOCK_K,
+                FULL,
+            )
+            squares += _squares(h, mean, start, K, GROUP, SPAN, BLOCK_K, FULL)
+    else:
+        squares = _squares(h, mean, 0, K, GROUP, SPAN, BLOCK_K, FULL)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(squares / K + eps))
     limit = tl.zeros([ROWS, 1], tl.float32)
     if WALK:
-        if GROUP == BLOCK_K:
-            for start in range(0, K, BLOCK_K):
-                h = _load_h(x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm, BLOCK_K)
-                y = _affine((h - mean) * rstd, weight_ptr, bias_ptr, start, K, BLOCK_K)
+        if GROUP == BLOCK_K:  # one scale for the whole row
+            for start in range(0, K, CHANNELS):
+                h = _load_h(
+                    x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm,
+                GROUP, SPAN, BLOCK_K, FULL,
+                )  # fmt: skip
+                y = _affine(
+                    (h - mean) * rstd, weight_ptr, bias_ptr, start, K, GROUP, SPAN, BLOCK_K, FULL
+                )
                 limit = tl.maximum(limit, dynamic_limit(y, clip, ROWS, BLOCK_K, BLOCK_K))
             store_scale(scale_ptr, limit, offs_m, M, G, 0, 1, QMAX)
-        for start in range(0, K, BLOCK_K):
-            h = _load_h(x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm, BLOCK_K)
+        for step in range(0, tl.cdiv(K, CHANNELS)):
+            h = _load_h(
+                x_ptr, residual_ptr, offs_m, step * CHANNELS, M, K, stride_xm, stride_rm,
+                GROUP, SPAN, BLOCK_K, FULL,
+            )  # fmt: skip
             _finish(
                 h, mean, rstd, limit,
                 weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
-                offs_m, start, M, K, G, width, clip,
-                GROUP, QMIN, QMAX, SHIFT, PACKED, GROUP == BLOCK_K, ROWS, BLOCK_K,
+                offs_m, step, M, K, G, width, clip,
+                GROUP, SPAN, QMIN, QMAX, SHIFT, PACKED, GROUP == BLOCK_K, CHANNELS, FULL,
+                ROWS, BLOCK_K,
             )  # fmt: skip
     else:
         _finish(
             h, mean, rstd, limit,
             weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
             offs_m, 0, M, K, G, width, clip,
-            GROUP, QMIN, QMAX, SHIFT, PACKED, False, ROWS, BLOCK_K,
+            GROUP, SPAN, QMIN, QMAX, SHIFT, PACKED, False, CHANNELS, FULL, ROWS, BLOCK_K,
         )  # fmt: skip
 
 
@@ -177,13 +259,15 @@ def _launch_layer_norm_quantize(
     q, scale = codes.empty(x)
     emitted = None if emit is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = codes.launch(M, K)
+    channels = channels_of(tile)
     with on_device(x):
         _layer_norm_quantize_kernel[(cdiv(M, tile["ROWS"]),)](
             x_2d, r_2d, weight.contiguous(), bias.contiguous(), *norm, q, scale, emitted,
             M, K, 1 if scale is None else scale.shape[-1], q.shape[-1],
             x_2d.stride(0), 0 if r_2d is None else r_2d.stride(0), eps, codes.clip,
-            WALK=tile["BLOCK_K"] < K, **tile,
-            enable_fp_fusion=False,  # as the reference: a product, then a sum
+            WALK=channels < K, FULL=K % channels == 0 and channels == tile["BLOCK_K"],
+            CHANNELS=channels, **tile,
+            # a fused sum only moves y within the bound that another order of summation needs
         )  # fmt: skip
     return q, scale, emitted
 

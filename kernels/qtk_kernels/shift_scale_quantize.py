@@ -11,13 +11,14 @@ caller passes multiplier = 1 / (s D) and offset = p - z / (s D).
 
 from torch import Tensor
 
-from ._codes import Codes, Granularity, check_channels, quantize_ref, rows_of
+from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref, rows_of
 from ._dispatch import backend_of, on_device
 from ._lang import (
     activate_tile,
     dynamic_divide,
     dynamic_limit,
     jit,
+    lanes,
     round_codes,
     store_codes,
     store_scale,
@@ -39,20 +40,20 @@ def shift_scale_quantize_ref(
 @jit
 def load_y(
     x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
-    BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    offs_k = start + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
+    offs_k, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
     mask = (offs_m < M)[:, None] & mask_k[None, :]
     x_at = offs_m[:, None] * stride_xm + offs_k[None, :]
     y = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_K]
     y = activate_tile(y, ACTIVATION)
+    # as [1, BLOCK_K] the vectors share the layout of x, and need no way through shared memory
     if multiplier_ptr is not None:
-        multiplier = tl.load(multiplier_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-        y = y * multiplier[None, :]
+        at = multiplier_ptr + offs_k[None, :]
+        y = y * tl.load(at, mask=mask_k[None, :], other=0.0).to(tl.float32)
     if offset_ptr is not None:
-        offset = tl.load(offset_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-        y = y + offset[None, :]
+        at = offset_ptr + offs_k[None, :]
+        y = y + tl.load(at, mask=mask_k[None, :], other=0.0).to(tl.float32)
     return y  # masked channels are 0: they cannot win a maximum, and pack as 0
 
 
@@ -60,8 +61,8 @@ def load_y(
 def _shift_scale_quantize_kernel(
     x_ptr, multiplier_ptr, offset_ptr, q_ptr, scale_ptr,
     M, K, G, width, stride_xm, clip,
-    GROUP: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SHIFT: tl.constexpr,
-    PACKED: tl.constexpr, WALK: tl.constexpr, ACTIVATION: tl.constexpr,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    SHIFT: tl.constexpr, PACKED: tl.constexpr, WALK: tl.constexpr, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -70,31 +71,34 @@ def _shift_scale_quantize_kernel(
         for start in range(0, K, BLOCK_K):
             y = load_y(
                 x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
-                BLOCK_K, ACTIVATION,
+                GROUP, SPAN, BLOCK_K, ACTIVATION,
             )  # fmt: skip
             limit = tl.maximum(limit, dynamic_limit(y, clip, ROWS, BLOCK_K, BLOCK_K))
         store_scale(scale_ptr, limit, offs_m, M, G, 0, 1, QMAX)
         for start in range(0, K, BLOCK_K):
             y = load_y(
                 x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
-                BLOCK_K, ACTIVATION,
+                GROUP, SPAN, BLOCK_K, ACTIVATION,
             )  # fmt: skip
             y = dynamic_divide(y, limit, ROWS, BLOCK_K, BLOCK_K, QMAX)
             codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
-            store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED)
+            store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
     else:
+        first = 0  # of the groups
         start = tl.program_id(1) * BLOCK_K
-        y = load_y(
-            x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm, BLOCK_K, ACTIVATION
-        )
         if GROUP:
-            limit = dynamic_limit(y, clip, ROWS, BLOCK_K, GROUP)
-            store_scale(
-                scale_ptr, limit, offs_m, M, G, start // GROUP, BLOCK_K // GROUP, QMAX
-            )  # fmt: skip
-            y = dynamic_divide(y, limit, ROWS, BLOCK_K, GROUP, QMAX)
+            first = tl.program_id(1) * (BLOCK_K // SPAN)
+            start = first * GROUP
+        y = load_y(
+            x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
+            GROUP, SPAN, BLOCK_K, ACTIVATION,
+        )  # fmt: skip
+        if GROUP:
+            limit = dynamic_limit(y, clip, ROWS, BLOCK_K, SPAN)
+            store_scale(scale_ptr, limit, offs_m, M, G, first, BLOCK_K // SPAN, QMAX)
+            y = dynamic_divide(y, limit, ROWS, BLOCK_K, SPAN, QMAX)
         codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
-        store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED)
+        store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
 
 
 def launch_shift_scale_quantize(
@@ -108,7 +112,7 @@ def launch_shift_scale_quantize(
     G = 1 if scale is None else scale.shape[-1]
     tile = codes.launch(M, K)
     walk = codes.granularity == "token" and tile["BLOCK_K"] < K
-    grid = (cdiv(M, tile["ROWS"]), 1 if walk else cdiv(K, tile["BLOCK_K"]))
+    grid = (cdiv(M, tile["ROWS"]), 1 if walk else cdiv(K, channels_of(tile)))
     with on_device(x):
         _shift_scale_quantize_kernel[grid](
             x_2d,

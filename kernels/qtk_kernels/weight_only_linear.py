@@ -14,8 +14,22 @@ from torch import Tensor
 from ._codes import group_size_of, rows_of, scale_strides
 from ._dispatch import INTERPRETED, backend_of, on_device
 from ._int4 import pack_int4, packed_width, unpack_int4
-from ._lang import along_m, along_n, jit, store_linear, tile_of, tl
-from ._launch import cdiv, dot_width, gemm_launch
+from ._lang import (
+    PTX,
+    along_m,
+    along_n,
+    block_of,
+    constexpr_function,
+    jit,
+    segment_of,
+    share_of,
+    store_linear,
+    store_part,
+    tile_of,
+    tl,
+)
+from ._launch import cdiv, dot_width, gemm_launch, packed_steps, steps_of
+from ._split_k import add_parts, empty_parts
 
 
 def dequantize_ref(
@@ -84,22 +98,64 @@ def weight_only_kernel_name(
 
 
 @jit
-def _nibble_to_float(nibble, DTYPE: tl.constexpr):
-    """Two's-complement nibbles in 0 .. 15 to floats, by OR-ing them into a float's mantissa."""
-    code = (nibble ^ 8).to(tl.int16)  # code + 8
-    if DTYPE.is_fp16():
-        return (code | 0x6400).to(tl.float16, bitcast=True) - 1032.0  # 1024 + 8
-    elif DTYPE.is_bf16():
-        return (code | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0  # 128 + 8
+def _nibbles_to_float(w, HIGH: tl.constexpr, DTYPE: tl.constexpr):
+    """Two's-complement nibbles to floats, by putting them into a float's mantissa.
+
+    code + 8 under the exponent of 128 (bfloat16) or 1024 (float16), less 136 or 1032.
+    """
+    if PTX and DTYPE.is_bf16():
+        return tl.inline_asm_elementwise(
+            _unpack_ptx("0x43434343", "fma.rn.bf16x2", "0x3F803F80", "0xC308C308", HIGH),
+            "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif PTX and DTYPE.is_fp16():
+        return tl.inline_asm_elementwise(
+            _unpack_ptx("0x64646464", "fma.rn.f16x2", "0x3C003C00", "0xE408E408", HIGH),
+            "=r,=r,r", [w], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
     else:
-        return code.to(tl.float32) - 8.0
+        nibble = w >> 4 if HIGH else w & 15
+        return ((nibble ^ 8).to(tl.float32) - 8.0).to(DTYPE)
+
+
+@constexpr_function
+def _unpack_ptx(exponent, fma, one, minus, high):
+    """Four nibbles of a register to four floats: mask and flip, spread, subtract."""
+    source = "shr.b32 t, $2, 4;" if high else "mov.b32 t, $2;"
+    return (
+        f"{{ .reg .b32 t, u, v, one, minus; mov.b32 one, {one}; mov.b32 minus, {minus}; "
+        + source
+        + " lop3.b32 t, t, 0x0F0F0F0F, 0x08080808, 0x6A; "
+        f"prmt.b32 u, t, {exponent}, 0x4140; prmt.b32 v, t, {exponent}, 0x4342; "
+        f"{fma} $0, u, one, minus; {fma} $1, v, one, minus; }}"
+    )
 
 
 @jit
-def _byte_to_float(w, DTYPE: tl.constexpr):
+def _bytes_to_float(w, DTYPE: tl.constexpr):
     """int8 to floats, by way of a float32 mantissa: bfloat16's is too short."""
-    code = (w ^ -128).to(tl.uint8, bitcast=True).to(tl.int32)  # code + 128
-    return ((code | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0).to(DTYPE)
+    if PTX and DTYPE.is_bf16():
+        return tl.inline_asm_elementwise(
+            _widen_ptx("bf16x2"), "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    elif PTX and DTYPE.is_fp16():
+        return tl.inline_asm_elementwise(
+            _widen_ptx("f16x2"), "=r,=r,r", [w], dtype=tl.float16, is_pure=True, pack=4
+        )
+    else:
+        code = (w ^ -128).to(tl.uint8, bitcast=True).to(tl.int32)  # code + 128
+        return ((code | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0).to(DTYPE)
+
+
+@constexpr_function
+def _widen_ptx(pair):
+    """Four bytes of a register to four floats: -8388736 is 0xCB000080."""
+    lines = ["{ .reg .b32 t; .reg .f32 a, b, c, d; xor.b32 t, $2, 0x80808080;"]
+    for i, name in enumerate("abcd"):
+        lines.append(f"prmt.b32 {name}, t, 0x4B000000, 0x765{i};")
+        lines.append(f"add.f32 {name}, {name}, 0fCB000080;")
+    lines.append(f"cvt.rn.{pair}.f32 $0, b, a; cvt.rn.{pair}.f32 $1, d, c; }}")
+    return " ".join(lines).replace(".reg .f32", ".reg .b32")
 
 
 @jit
@@ -124,63 +180,151 @@ def _add_group(
 
 
 @jit
-def _weight_only_linear_kernel(
-    x_ptr, w_ptr, w_scale_ptr, zero_point_ptr, bias_ptr, out_ptr,
-    M, N, K, stride_xm, stride_wn, stride_sn, stride_sg,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
-    GROUP_M: tl.constexpr, SWAP: tl.constexpr,
+def _bytes(
+    x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
+    M, N, K, steps,
+    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr,
+    SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_b = tl.arange(0, WIDTH)  # of bytes of w: one channel each, or two if PACKED
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_b[None, :]
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn + offs_b[None, :]
-    mask_m, mask_n = (offs_m < M)[:, None], (offs_n < N)[:, None]
-    scale_at = offs_n * stride_sn
+    """The scaled sum over int8 weights."""
+    offs_k = tl.arange(0, WIDTH)
     zeros = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
     y = zeros
     p = zeros
     x_sum = (offs_m * 0).to(tl.float32)
-
-    for b in range(0, stride_wn, WIDTH):
-        k = b // 64 * 128 + b % 64 if PACKED else b  # channel of the first byte's (low) code
-        mask_w = mask_n if PACKED else mask_n & (offs_b < K - b)[None, :]
-        w = tl.load(w_ptrs + b, mask=mask_w, other=0)  # [BLOCK_N, WIDTH]
-        mask_x = mask_m & (offs_b < K - k)[None, :]
-        x = tl.load(x_ptrs + k, mask=mask_x, other=0.0)  # [BLOCK_M, WIDTH]
+    first, last = share_of(steps, SPLIT_K)
+    for step in range(first, last):
+        k, end = block_of(step, K, GROUP, WIDTH)
+        inside = (offs_k < end - k)[None, :]
+        w = tl.load(w_ptrs + k + offs_k[None, :], mask=(offs_n < N)[:, None] & inside, other=0)
+        x = tl.load(x_ptrs + k + offs_k[None, :], mask=(offs_m < M)[:, None] & inside, other=0.0)
         if HAS_ZERO_POINT:
             x_sum += tl.sum(x.to(tl.float32), axis=1)
-        w_low = _nibble_to_float(w & 15, DTYPE) if PACKED else _byte_to_float(w, DTYPE)
-        p = _dot(x.to(DTYPE), w_low, p, SWAP)
-        if GROUP and not (PACKED and GROUP % 128 == 0):
-            at = scale_at + k // GROUP * stride_sg
+        p = _dot(x.to(DTYPE), _bytes_to_float(w, DTYPE), p, SWAP)
+        if GROUP:
             y = _add_group(
-                y, p, x_sum, zero_point_ptr, w_scale_ptr, at, offs_n, N, HAS_ZERO_POINT, SWAP
-            )
+                y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at + k // GROUP * stride_sg,
+                offs_n, N, HAS_ZERO_POINT, SWAP,
+            )  # fmt: skip
             p = zeros
             x_sum = (offs_m * 0).to(tl.float32)
-        if PACKED:
-            mask_x = mask_m & (offs_b < K - k - 64)[None, :]
-            x = tl.load(x_ptrs + k + 64, mask=mask_x, other=0.0)
-            if HAS_ZERO_POINT:
-                x_sum += tl.sum(x.to(tl.float32), axis=1)
-            p = _dot(x.to(DTYPE), _nibble_to_float(w >> 4, DTYPE), p, SWAP)
-            if GROUP:
-                # padding may lie behind the last group
-                at = scale_at + tl.minimum(k + 64, K - 1) // GROUP * stride_sg
-                y = _add_group(
-                    y, p, x_sum, zero_point_ptr, w_scale_ptr, at, offs_n, N, HAS_ZERO_POINT, SWAP
-                )
-                p = zeros
-                x_sum = (offs_m * 0).to(tl.float32)
-
-    if GROUP == 0:
+    if not GROUP:
         y = _add_group(
             y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at, offs_n, N, HAS_ZERO_POINT, SWAP
         )
-    store_linear(out_ptr, y, bias_ptr, offs_m, offs_n, M, N, 1.0, 0, SWAP, "", 0, 0)
+    return y
+
+
+@jit
+def _even_nibbles(
+    x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
+    M, N, K, steps,
+    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr,
+    SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """The scaled sum over packed weights in one group or groups of a multiple of 32 channels."""
+    offs_b = tl.arange(0, WIDTH)
+    x_ptrs += offs_b[None, :]
+    mask_m = (offs_m < M)[:, None]
+    zeros = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
+    y = zeros
+    p = zeros
+    x_sum = (offs_m * 0).to(tl.float32)
+    first, last = share_of(steps, SPLIT_K)
+    for step in range(first, last):
+        b = step * WIDTH
+        k = b // 64 * 128 + b % 64  # channel of the first low nibble
+        w = tl.load(w_ptrs + b + offs_b[None, :], mask=(offs_n < N)[:, None], other=0)
+        x = tl.load(x_ptrs + k, mask=mask_m & (offs_b < K - k)[None, :], other=0.0)
+        if HAS_ZERO_POINT:
+            x_sum += tl.sum(x.to(tl.float32), axis=1)
+        p = _dot(x.to(DTYPE), _nibbles_to_float(w, False, DTYPE), p, SWAP)
+        if GROUP % 128 != 0:
+            y = _add_group(
+                y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at + k // GROUP * stride_sg,
+                offs_n, N, HAS_ZERO_POINT, SWAP,
+            )  # fmt: skip
+            p = zeros
+            x_sum = (offs_m * 0).to(tl.float32)
+        x = tl.load(x_ptrs + k + 64, mask=mask_m & (offs_b < K - k - 64)[None, :], other=0.0)
+        if HAS_ZERO_POINT:
+            x_sum += tl.sum(x.to(tl.float32), axis=1)
+        p = _dot(x.to(DTYPE), _nibbles_to_float(w, True, DTYPE), p, SWAP)
+        if GROUP:
+            g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie behind the last group
+            y = _add_group(
+                y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at + g * stride_sg,
+                offs_n, N, HAS_ZERO_POINT, SWAP,
+            )  # fmt: skip
+            p = zeros
+            x_sum = (offs_m * 0).to(tl.float32)
+    if not GROUP:
+        y = _add_group(
+            y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at, offs_n, N, HAS_ZERO_POINT, SWAP
+        )
+    return y
+
+
+@jit
+def _odd_nibbles(
+    x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
+    M, N, K, steps,
+    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr,
+    SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """Packed weights in groups of any size: a masked product for each part of a half of a block."""
+    offs_b = tl.arange(0, 64)
+    zeros = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
+    y = zeros
+    first, last = share_of(steps, SPLIT_K)
+    for step in range(first, last):
+        half, g, inside = segment_of(step, K, GROUP)
+        byte = (half // 2 * 64 + offs_b)[None, :]
+        w = tl.load(w_ptrs + byte, mask=(offs_n < N)[:, None] & inside[None, :], other=0)
+        w = tl.where(half % 2 == 0, w & 15, w >> 4)
+        x_at = (half * 64 + offs_b)[None, :]
+        x = tl.load(x_ptrs + x_at, mask=(offs_m < M)[:, None] & inside[None, :], other=0.0)
+        p = _dot(x.to(DTYPE), _nibbles_to_float(w, False, DTYPE), zeros, SWAP)
+        y = _add_group(
+            y, p, tl.sum(x.to(tl.float32), axis=1), zero_point_ptr, w_scale_ptr,
+            scale_at + g * stride_sg, offs_n, N, HAS_ZERO_POINT, SWAP,
+        )  # fmt: skip
+    return y
+
+
+@jit
+def _weight_only_linear_kernel(
+    x_ptr, w_ptr, w_scale_ptr, zero_point_ptr, bias_ptr, out_ptr, parts_ptr,
+    M, N, K, steps, stride_xm, stride_wn, stride_sn, stride_sg,
+    GROUP: tl.constexpr, PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP_M: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn
+    scale_at = offs_n * stride_sn
+    if not PACKED:
+        y = _bytes(
+            x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
+            M, N, K, steps, GROUP, HAS_ZERO_POINT, DTYPE, WIDTH, SWAP, SPLIT_K,
+        )  # fmt: skip
+    elif GROUP % 32 == 0:
+        y = _even_nibbles(
+            x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
+            M, N, K, steps, GROUP, HAS_ZERO_POINT, DTYPE, WIDTH, SWAP, SPLIT_K,
+        )  # fmt: skip
+    else:
+        y = _odd_nibbles(
+            x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
+            M, N, K, steps, GROUP, HAS_ZERO_POINT, DTYPE, SWAP, SPLIT_K,
+        )  # fmt: skip
+    if SPLIT_K > 1:
+        store_part(parts_ptr, y, offs_m, offs_n, M, N, SWAP)
+    else:
+        store_linear(out_ptr, y, bias_ptr, offs_m, offs_n, M, N, 1.0, 0, SWAP, "", 0, 0)
 
 
 def _launch_weight_only_linear(
@@ -194,21 +338,33 @@ def _launch_weight_only_linear(
 ) -> Tensor:
     x_2d = rows_of(x)
     (M, K), N = x_2d.shape, w.shape[0]
-    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     grouped = size < K
-    tile = gemm_launch(M, N, grouped=grouped, computed_weights=True, wide=True)
-    width = min(dot_width(size), 64) if grouped else 64
+    tile = gemm_launch(
+        f"weight_only_linear W{4 if packed else 8}A16", M, N, K, device=x.device, grouped=grouped,
+        weight_bits=4 if packed else 8, computed_weights=True, wide=True,
+    )  # fmt: skip
+    if packed:
+        width, steps = packed_steps(K, size, w.shape[1])
+    else:
+        width = min(dot_width(size), 64) if grouped else 64
+        steps = steps_of(K, size if grouped else 0, width)
     # the interpreter multiplies bfloat16 wrongly
     exact = x.dtype == torch.bfloat16 and INTERPRETED
     dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, tl.float32)
+    parts = empty_parts(tile["SPLIT_K"], M, N, False, x)
     with on_device(x):
-        _weight_only_linear_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
-            x_2d, w, w_scale, w_zero_point, bias, out,
-            M, N, K, x_2d.stride(0), w.stride(0), *scale_strides(w_scale),
+        _weight_only_linear_kernel[
+            (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), tile["SPLIT_K"])
+        ](
+            x_2d, w, w_scale, w_zero_point, bias, y, parts,
+            M, N, K, steps, x_2d.stride(0), w.stride(0), *scale_strides(w_scale),
             GROUP=size if grouped else 0, PACKED=packed, HAS_ZERO_POINT=w_zero_point is not None,
             DTYPE=tl.float32 if exact else dtype, WIDTH=width, **tile,
         )  # fmt: skip
-    return out
+        if parts is not None:
+            add_parts(parts, y, bias, ACTIVATION="", QMIN=0, QMAX=0)
+    return y
 
 
 def weight_only_linear(

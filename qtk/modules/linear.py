@@ -22,6 +22,7 @@ from qtk.pack import dense
 from qtk.scheme import Format, Scheme
 from qtk_kernels._dispatch import backend_of
 from qtk_kernels._int4 import pack_int4, unpack_int4
+from qtk_kernels.hadamard_quantize import hadamard_quantize
 from qtk_kernels.int4_linear import (
     int4_linear,
     int4_linear_kernel_name,
@@ -226,8 +227,12 @@ class QuantLinear(nn.Module):
         """[..., K] -> codes [..., K] and their scale (None when static); floats stay floats."""
         plan, a = self.plan, self.scheme.a
         if self.rotation:
-            x = x.float() if plan.before is None else x.float() * plan.before[0] + plan.before[1]
-            return self.quantize_rotated(rotate(x))
+            assert a is not None
+            return hadamard_quantize(
+                x, *(plan.before or (None, None)), out_multiplier=plan.multiplier,
+                out_offset=plan.offset, bits=a.bits, granularity=a.granularity,
+                signed=plan.signed, clip=plan.clip, backend=plan.backend,
+            )  # fmt: skip
         if a is None:
             if plan.multiplier is not None and plan.offset is not None:
                 x = (x.float() * plan.multiplier + plan.offset).to(x.dtype)

@@ -16,19 +16,27 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = [
     "layer_norm_quantize w8 token K=768",
     "gelu_quantize w4 g128 K=4096",
-    "int8_linear M=1 g=0",
+    "layer_norm_quantize w8 tensor K=4096, no residual",
+    "hadamard_quantize w8 token K=768 block=768 (24x32)",
+    "int4_linear W4A8 M=16 g=100",
+    "add_parts i32",
+    "fp8_linear M=1 g=0 split=8",
+    "fp8_linear M=8192 g=0",
+    "int8_linear M=1 g=0 split=8",
     "int8_linear M=8192 g=128",
     "int4_linear W4A8 M=8192 g=0",
     "int4_linear W4A4 M=256 g=128",
-    "weight_only_linear W4A16 M=1 g=128",
+    "weight_only_linear W4A16 M=1 g=128 split=8",
     "weight_only_linear W4A16 M=8192 g=128",
 ]
 TENSOR_CORE = {  # on sm_90: wgmma, but mma.sync where a left operand is unpacked in registers
-    "int8_linear M=1 g=0": "wgmma.mma_async.m64n16k32.s32.s8.s8",
+    "fp8_linear M=1 g=0 split=8": "wgmma.mma_async.m64n16k32.f32.e4m3.e4m3",
+    "fp8_linear M=8192 g=0": "wgmma.mma_async.m64n128k32.f32.e4m3.e4m3",
+    "int8_linear M=1 g=0 split=8": "wgmma.mma_async.m64n16k32.s32.s8.s8",
     "int8_linear M=8192 g=128": "wgmma.mma_async.m64n64k32.s32.s8.s8",
     "int4_linear W4A8 M=8192 g=0": "wgmma.mma_async.m64n128k32.s32.s8.s8",
     "int4_linear W4A4 M=256 g=128": "mma.m16n8k32.satfinite.s32.s8.s8.s32",
-    "weight_only_linear W4A16 M=1 g=128": "mma.m16n8k16.f32.bf16.bf16.f32",
+    "weight_only_linear W4A16 M=1 g=128 split=8": "mma.m16n8k16.f32.bf16.bf16.f32",
     "weight_only_linear W4A16 M=8192 g=128": "wgmma.mma_async.m64n64k16.f32.bf16.bf16",
 }
 PROGRAM = """
@@ -38,7 +46,8 @@ import aot_report
 names = json.loads(sys.argv[1])
 variants = {v.name: v for v in [*aot_report.row_variants(), *aot_report.gemm_variants()]}
 rows = [asdict(aot_report.report(variants[n], 90)) for n in names]
-rows += [asdict(aot_report.report(variants[n], 80)) for n in names if "8192" in n]
+large = [n for n in names if "8192" in n and "fp8" not in n]
+rows += [asdict(aot_report.report(variants[n], 80)) for n in large]
 print(json.dumps(rows))
 """
 
@@ -79,3 +88,30 @@ def test_weights_are_not_converted_one_by_one(compiled):
 
 def test_wgmma_is_not_serialized(compiled):
     assert [r["variant"] for r in compiled if r["serialized"]] == []
+
+
+def test_integer_sums_are_not_converted_inside_the_loop(compiled):
+    """One conversion at the end; groups convert one sum each, as their scales demand."""
+    loops = {r["variant"]: r["loop_i2f"] for r in compiled if "g=0" in r["variant"]}
+    assert loops and not any(loops.values())
+
+
+def test_unpacking_is_done_on_registers_of_four_bytes(compiled):
+    """At most two logic instructions for four weights of W4A8 on wgmma, addresses included.
+
+    One by one they took eight.
+    """
+    row = next(r for r in compiled if r["variant"] == "int4_linear W4A8 M=8192 g=0")
+    assert row["loop"] > 0 and row["unpack"] <= 2
+
+
+def test_rows_are_loaded_16_bytes_at_a_time(compiled):
+    for row in compiled:
+        if row["variant"].startswith(("layer_norm", "gelu")):
+            assert row["wide_loads"] > 0 and row["narrow_loads"] == 0
+
+
+def test_layer_norm_issues_few_instructions_for_an_element(compiled):
+    """The goal is 12; measured are 19 without a residual, and this keeps them from growing."""
+    row = next(r for r in compiled if r["variant"].endswith("no residual"))
+    assert row["per_element"] <= 21

@@ -55,7 +55,7 @@ def test_w4a4_equals_int8_linear_on_the_same_codes(shape, x_zero_point):
         assert torch.equal(y, want)
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("group_size", [7, 20, 32, 64, 96, 100, 128, 256])
 @pytest.mark.parametrize("x_packed", [False, True])
 @pytest.mark.parametrize("grouped_x", [False, True])
 def test_groups(group_size, x_packed, grouped_x):

@@ -10,6 +10,7 @@ OUTPUTS = [
     {"bits": 8},
     {"bits": 4, "granularity": "token", "signed": False, "clip": 0.9},
     {"bits": 8, "granularity": 32},
+    {"bits": 8, "granularity": 10},
 ]
 
 

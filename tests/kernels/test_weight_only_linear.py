@@ -34,7 +34,7 @@ def exact_value(x, w_q, w_scale, bias, zero_point, group_size):
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bits", [3, 8])
-@pytest.mark.parametrize("group_size", [None, 32, 128])
+@pytest.mark.parametrize("group_size", [None, 20, 32, 128])
 @pytest.mark.parametrize("zero_point", [False, True])
 def test_product_in_float32(shape, bits, group_size, zero_point, backend):
     x, w_q, w_scale, bias, zero = inputs(*shape, bits, group_size, zero_point, torch.float32)

@@ -1,0 +1,116 @@
+"""What a call of a kernel costs on the host, without the launch itself.
+
+    python -m benchmarks.bench_overhead
+
+The launch is replaced by nothing, so that what remains is ours: checks, shapes, strides, tiles and
+the allocation of the result. Needs no GPU; measured on the CPU that it names. Writes
+benchmarks/results/host_overhead.json.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the first import: lets CPU tensors through
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.bench_cpu_models import cpu_name
+from qtk_kernels import (
+    _split_k,
+    fp8_linear,
+    gelu_quantize,
+    hadamard_quantize,
+    int4_linear,
+    int8_linear,
+    layer_norm_quantize,
+    shift_scale_quantize,
+    weight_only_linear,
+)
+from qtk_kernels._int4 import pack_int4
+
+RESULTS = Path(__file__).parent / "results" / "host_overhead.json"
+
+
+class Nothing:
+    """Stands for a kernel; launches nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """One call of each op, 16 tokens, 768 channels."""
+    M, N, K = 16, 768, 768
+    x, v = torch.randn(M, K), torch.rand(K)
+    x_q = torch.randint(-8, 8, (M, K), dtype=torch.int8)
+    w_q = torch.randint(-8, 8, (N, K), dtype=torch.int8)
+    w_4, w_scale, x_scale, bias = pack_int4(w_q), torch.rand(N, 1), torch.rand(M, 1), torch.rand(N)
+    x_8, w_8 = fp8_linear.to_fp8(x)[0], fp8_linear.to_fp8(w_q)[0]
+    token: dict[str, Any] = {"bits": 8, "granularity": "token", "backend": "triton"}
+    scaled: dict[str, Any] = {"x_scale": x_scale, "backend": "triton"}
+    return {
+        "shift_scale_quantize": lambda: shift_scale_quantize.shift_scale_quantize(x, v, v, **token),
+        "activation_quantize": lambda: gelu_quantize.activation_quantize(
+            x, v, v, activation="gelu", **token
+        ),
+        "layer_norm_quantize": lambda: layer_norm_quantize.layer_norm_quantize(
+            x, v, v, 1e-5, residual=x, emit="sum", **token
+        ),
+        "hadamard_quantize": lambda: hadamard_quantize.hadamard_quantize(x, v, v, **token),
+        "int8_linear": lambda: int8_linear.int8_linear(x_q, w_q, w_scale, bias, **scaled),
+        "int4_linear": lambda: int4_linear.int4_linear(
+            x_q, w_4, w_scale, bias, in_features=K, **scaled
+        ),
+        "weight_only_linear": lambda: weight_only_linear.weight_only_linear(
+            x, w_4, w_scale, bias, bits=4, in_features=K, backend="triton"
+        ),
+        "fp8_linear": lambda: fp8_linear.fp8_linear(x_8, w_8, w_scale, bias, **scaled),
+    }
+
+
+def stub() -> None:
+    """Replaces every kernel that a launcher calls."""
+    _split_k._add_parts_kernel = Nothing()
+    shift_scale_quantize._shift_scale_quantize_kernel = Nothing()
+    for module in (layer_norm_quantize, hadamard_quantize, int8_linear, int4_linear,
+                   weight_only_linear, fp8_linear):  # fmt: skip
+        setattr(module, f"_{module.__name__.split('.')[-1]}_kernel", Nothing())
+
+
+def microseconds(call: Callable[[], Any], repeats: int = 2000) -> float:
+    """Median of single calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e6 * median(times)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    ops = calls()
+    stub()
+    rows = [[name, f"{microseconds(call):.1f}"] for name, call in ops.items()]
+    result = {
+        "title": "Host time of a kernel call, without the launch",
+        "hardware": cpu_name(),
+        "versions": {"torch": torch.__version__},
+        "columns": ["op", "microseconds"],
+        "rows": rows,
+        "notes": "launch replaced by nothing; checks, tiles and the allocation of results remain; "
+        "CPU tensors, so what a GPU's allocator costs is not in it",
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for row in rows:
+        print(*row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Every kernel against its reference, at random odd shapes, dtypes and layouts.
+
+    python -m benchmarks.check_gpu [cases]        on a GPU; with TRITON_INTERPRET=1 on a CPU
+
+Outputs are poisoned before a kernel runs, so that what it does not write is seen. The bounds are
+those of the tests: equal codes but next to a rounding boundary, and K float32 roundings.
+"""
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from qtk_kernels._int4 import pack_int4, unpack_int4
+from qtk_kernels.fp8_linear import fp8_linear, to_fp8
+from qtk_kernels.gelu_quantize import activation_quantize
+from qtk_kernels.hadamard_quantize import hadamard_quantize
+from qtk_kernels.int4_linear import int4_linear
+from qtk_kernels.int8_linear import int8_linear
+from qtk_kernels.layer_norm_quantize import layer_norm_quantize
+from qtk_kernels.shift_scale_quantize import shift_scale_quantize
+from qtk_kernels.weight_only_linear import weight_only_linear
+
+ULP = 2.0**-24
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SIZES = (1, 2, 3, 7, 16, 31, 33, 64, 65, 100, 129, 197, 256, 300)
+WIDTHS = (*SIZES, 384, 768, 1025)
+
+
+@contextmanager
+def poisoned() -> Any:
+    """`torch.empty` returns garbage that no op writes by chance."""
+    empty = torch.empty
+
+    def poison(*args: Any, **kwargs: Any) -> Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(77) if out.numel() else out
+
+    torch.empty = poison  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.empty = empty
+
+
+def both(op: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, Any]:
+    """What the kernel gives into poisoned memory, and the reference."""
+    with poisoned():
+        got = op(*args, **options, backend="triton")
+    return got, op(*args, **options, backend="reference")
+
+
+def quantizers(rng: random.Random, device: str) -> None:
+    """Codes differ by one at most, and only in one of a thousand; scales by a few roundings."""
+    K, M = rng.choice(WIDTHS), rng.choice(SIZES[:8])
+    x = strided(torch.randn(M, K, device=device) * 4, rng).to(rng.choice(DTYPES))
+    a, b = torch.rand(K, device=device) * 10, torch.randn(K, device=device)
+    packed = rng.random() < 0.3
+    granularity = rng.choice(["tensor", "token", 32, 128, rng.randint(1, K)])
+    options: dict[str, Any] = {
+        "bits": rng.randint(2, 4 if packed else 8), "granularity": granularity,
+        "signed": packed or rng.random() < 0.5, "packed": packed,
+    }  # fmt: skip
+    op = rng.choice(["shift_scale", "activation", "layer_norm", "hadamard"])
+    if op == "shift_scale":
+        got, want = both(shift_scale_quantize, x, a, b, **options)
+    elif op == "activation":
+        options["activation"] = rng.choice(["gelu", "gelu_tanh", "relu"])
+        got, want = both(activation_quantize, x, a, b, **options)
+    elif op == "hadamard":
+        divisors = [d for d in range(1, K + 1) if K % d == 0]
+        got, want = both(hadamard_quantize, x, a, b, block=rng.choice(divisors), **options)
+    else:
+        emit = rng.choice([None, "sum", "norm"])
+        norm = {"norm_weight": a, "norm_bias": b} if emit == "norm" else {}
+        got, want = both(
+            layer_norm_quantize, x, a, b, 1e-5, residual=x, emit=emit, **norm, **options
+        )
+        if emit:
+            eps = torch.finfo(x.dtype).eps
+            near(got[2], want[2], (2 * eps + K * ULP) * want[2].abs() + (K + 8) * ULP * 40)
+    codes = [unpack_int4(q, K) if packed else q for q in (got[0], want[0])]
+    differ = (codes[0].int() - codes[1].int()).abs()
+    assert differ.max() <= 1, f"{op} {options}: codes differ by {differ.max()}"
+    exact = op == "shift_scale"
+    share = differ.float().mean()
+    assert not differ.any() if exact else share <= max(2e-3, 2 / differ.numel()), (op, options)
+    if want[1] is not None:
+        near(got[1], want[1], (0 if exact else (K + 8) * 4 * ULP) * want[1])
+
+
+def integer_linears(rng: random.Random, device: str) -> None:
+    """One group gives equal bits; several add their parts in another order."""
+    M, N, K = rng.choice(SIZES), rng.choice(SIZES), rng.choice(WIDTHS)
+    op = rng.choice(["W8A8", "W4A8", "W4A4"])
+    top = 128 if op == "W8A8" else 8
+    w_q = torch.randint(-top, top, (N, K), dtype=torch.int8, device=device)
+    unsigned = op != "W4A4" and rng.random() < 0.4
+    top = 8 if op == "W4A4" else 128
+    x_q = torch.randint(-top, top, (M, K), dtype=torch.int8, device=device)
+    size = rng.choice([None, 32, 64, 128, rng.randint(1, K)])
+    G = 1 if size is None else -(-K // size)
+    args: dict[str, Any] = {
+        "x_scale": torch.rand(M, rng.choice([1, G]), device=device) if rng.random() < 0.6 else None,
+        "x_zero_point": rng.choice([0, 3, -100]), "group_size": size,
+    }  # fmt: skip
+    if G == 1 and rng.random() < 0.3:
+        args |= {"out_step": 0.5, "out_zero_point": 3, "out_bits": rng.choice([4, 8])}
+    w_scale, bias = torch.rand(N, G, device=device) * 1e-2, torch.randn(N, device=device)
+    x = x_q.view(torch.uint8) if unsigned else x_q
+    if op == "W8A8":
+        got, want = both(int8_linear, strided(x, rng), w_q, w_scale, bias, **args)
+    else:
+        packed = op == "W4A4"
+        x = pack_int4(x_q) if packed else strided(x, rng)
+        args |= {"in_features": K, "x_packed": packed}
+        got, want = both(int4_linear, x, pack_int4(w_q), w_scale, bias, **args)
+    if G == 1:
+        assert torch.equal(got, want), (op, M, N, K, args)
+        return
+    codes = x_q.view(torch.uint8) if unsigned else x_q
+    part = (codes.double() - args["x_zero_point"]).abs() @ w_q.double().abs().T
+    scale = 1.0 if args["x_scale"] is None else args["x_scale"].amax(1, keepdim=True)
+    near(got, want, (2 * G + 16) * ULP * (part * scale * w_scale.amax(1) + bias.abs()))
+
+
+def float_linears(rng: random.Random, device: str) -> None:
+    """K float32 roundings, and one of the result."""
+    M, N, K = rng.choice(SIZES), rng.choice(SIZES), rng.choice(WIDTHS)
+    bias = torch.randn(N, device=device)
+    x, w = torch.randn(M, K, device=device), torch.randn(N, K, device=device)
+    if rng.random() < 0.3 and (device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)):
+        (x_q, x_scale), (w_8, w_scale) = to_fp8(x), to_fp8(w)
+        got, want = both(fp8_linear, x_q, w_8, w_scale, bias, x_scale=x_scale)
+        magnitude = (x_q.double() * x_scale).abs() @ (w_8.double() * w_scale).abs().T
+        lost = 2.0**-13 if device == "cuda" else K * ULP  # 14 bits in a tensor core
+        near(got, want, (lost + 8 * ULP) * magnitude + 8 * ULP * bias.abs())
+        return
+    bits, dtype = rng.choice([3, 4, 8]), rng.choice(DTYPES)
+    x = strided(x.to(dtype), rng)
+    top = 2 ** (bits - 1)
+    w_q = torch.randint(-top, top, (N, K), dtype=torch.int8, device=device)
+    size = rng.choice([None, 32, 64, 128, rng.randint(1, K)])
+    G = 1 if size is None else -(-K // size)
+    w_scale = torch.rand(N, G, device=device) * 0.1
+    zero = torch.randn(N, G, device=device) if rng.random() < 0.5 else None
+    got, want = both(
+        weight_only_linear, x, pack_int4(w_q) if bits <= 4 else w_q, w_scale, bias,
+        w_zero_point=zero, bits=bits, in_features=K, group_size=size,
+    )  # fmt: skip
+    widest = (w_q.abs().double() + (0 if zero is None else zero.abs().amax(1, keepdim=True))).mul(
+        w_scale.amax(1, keepdim=True)
+    )
+    magnitude = x.double().abs() @ widest.T + bias.abs()
+    rounding = 2 * torch.finfo(dtype).eps * want.double().abs()
+    near(got, want, rounding + 2 * (K + 8) * ULP * magnitude)
+
+
+def strided(x: Tensor, rng: random.Random) -> Tensor:
+    """x itself, or a view of the same values in wider rows."""
+    return x if rng.random() < 0.6 else torch.cat([x, x], -1)[:, : x.shape[1]]
+
+
+def near(got: Tensor, want: Tensor, tolerance: Tensor) -> None:
+    worst = ((got.double() - want.double()).abs() - tolerance).max()
+    assert worst <= 0, f"{worst:.3g} beyond the bound"
+
+
+CHECKS = (quantizers, integer_linears, float_linears)
+
+
+def check(seed: int, device: str) -> None:
+    """One random case."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    rng.choice(CHECKS)(rng, device)
+
+
+def main(cases: int) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    failed = 0
+    for seed in range(cases):
+        try:
+            check(seed, device)
+        except AssertionError as error:
+            failed += 1
+            print(f"seed {seed}: {error}", flush=True)
+    print(f"{cases - failed} of {cases} random cases agree with the reference on {device}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000))

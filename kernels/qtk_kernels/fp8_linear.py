@@ -1,0 +1,186 @@
+"""Linear layer on e4m3 activations and e4m3 weights: FP8.
+
+    y[m, n] = (sum_k x_q[m, k] * w_q[n, k]) * x_scale[m] * w_scale[n] + bias[n]         float32
+    out     = activation(y)
+
+Static activations have no x_scale: their scale is folded into w_scale by the caller. Products of
+e4m3 values are exact in float32. Tensor cores of Hopper add them with about 14 bits; the kernel
+therefore adds every 128 channels to a float32 sum of its own.
+
+M tokens, K input channels, N output channels. Tensor cores multiply e4m3 from sm_89 on.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._activation import activate, check_activation
+from ._codes import EPS, rows_of, scale_strides
+from ._dispatch import backend_of, on_device
+from ._lang import (
+    along_m,
+    along_n,
+    jit,
+    scaled,
+    share_of,
+    store_linear,
+    store_part,
+    tile_of,
+    tl,
+)
+from ._launch import cdiv, gemm_launch
+from ._split_k import add_parts, empty_parts
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+BLOCK_K = 128
+
+
+def to_fp8(x: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tensor]:
+    """Rounds to e4m3 with one scale a row (a token, an output channel) or one for everything.
+
+    Args:
+        x: [..., K], floating point.
+
+    Returns:
+        q: [..., K], e4m3, nearest even.
+        scale: [..., 1], or [] if not per_row, float32; q * scale is close to x.
+    """
+    x = x.float()
+    limit = x.abs().amax(-1, keepdim=True) if per_row else x.abs().max()
+    scale = limit.clamp(min=EPS) / LARGEST
+    return (x / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
+
+
+def fp8_linear_ref(
+    x_q: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, x_scale: Tensor | None
+) -> Tensor:
+    """The definition of y: the sum in float64, then float32 in the order written."""
+    y = (x_q.double() @ w_q.double().T).float()  # [..., N]
+    y = y if x_scale is None else y * x_scale
+    y = y * w_scale[:, 0]
+    return y if bias is None else y + bias.float()
+
+
+@jit
+def _fp8_linear_kernel(
+    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, parts_ptr,
+    M, N, K, steps, stride_xm, stride_xsm,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    y = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
+    first, last = share_of(steps, SPLIT_K)
+    for step in range(first, last):
+        k = step * BLOCK_K
+        mask_k = (offs_k < K - k)[None, :]
+        x = tl.load(x_ptrs + k, mask=(offs_m < M)[:, None] & mask_k, other=0.0)
+        w = tl.load(w_ptrs + k, mask=(offs_n < N)[:, None] & mask_k, other=0.0)
+        # a limit of 128 adds every block to y in float32
+        if SWAP:
+            y = tl.dot(w, tl.trans(x), y, max_num_imprecise_acc=BLOCK_K)
+        else:
+            y = tl.dot(x, tl.trans(w), y, max_num_imprecise_acc=BLOCK_K)
+    if SPLIT_K > 1:
+        store_part(parts_ptr, y, offs_m, offs_n, M, N, SWAP)
+    else:
+        y = scaled(
+            y, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
+            offs_m.to(tl.int64) * stride_xsm, offs_n, SWAP,
+        )  # fmt: skip
+        store_linear(out_ptr, y, bias_ptr, offs_m, offs_n, M, N, 1.0, 0, SWAP, ACTIVATION, 0, 0)
+
+
+def _launch_fp8_linear(
+    x_q: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    x_2d = rows_of(x_q)
+    (M, K), N = x_2d.shape, w_q.shape[0]
+    x_scale = None if x_scale is None else x_scale.contiguous()
+    y = torch.empty((*x_q.shape[:-1], N), dtype=out_dtype, device=x_q.device)
+    tile = gemm_launch(
+        "fp8_linear", M, N, K, device=x_q.device, grouped=False, computed_weights=False
+    )
+    parts = empty_parts(tile["SPLIT_K"], M, N, False, x_q)
+    epilogue: dict[str, Any] = {"ACTIVATION": activation or ""}
+    with on_device(x_q):
+        _fp8_linear_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), tile["SPLIT_K"])](
+            x_2d, w_q.contiguous(), x_scale, w_scale, bias, y, parts,
+            M, N, K, cdiv(K, BLOCK_K), x_2d.stride(0), scale_strides(x_scale)[0],
+            **epilogue, BLOCK_K=BLOCK_K, **tile,
+            enable_fp_fusion=False,  # the epilogue then rounds as the reference does
+        )  # fmt: skip
+        if parts is not None:
+            add_parts(parts, y, bias, x_scale, w_scale, **epilogue, QMIN=0, QMAX=0)
+    return y
+
+
+def fp8_linear_kernel_name(operand: Tensor, *, backend: str | None = None) -> str:
+    """Which kernel `fp8_linear` really runs for this operand."""
+    name = backend_of(operand, backend)
+    return {"triton": "triton fp8_linear", "cpu": "float32 linear"}.get(name, "reference")
+
+
+def fp8_linear(
+    x_q: Tensor,
+    operand: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Tensor:
+    """Multiplies e4m3 by e4m3 and scales the sum.
+
+    Args:
+        x_q: [..., K], e4m3, from `to_fp8`.
+        operand: the weights [N, K], e4m3, from `to_fp8`; every backend reads them as they are.
+        w_scale: [N, 1], float32.
+        bias: [N], or None.
+        x_scale: None (static), or [..., 1], float32.
+        activation: None, "gelu", "gelu_tanh" or "relu".
+
+    Returns:
+        y: [..., N], out_dtype.
+
+    Raises:
+        ValueError: a dtype or a shape is not as above.
+    """
+    check_activation(activation)
+    name = backend_of(x_q, backend)
+    if x_q.dtype != E4M3 or operand.dtype != E4M3:
+        raise ValueError(f"codes must be {E4M3}, got {x_q.dtype} and {operand.dtype}")
+    K, N = x_q.shape[-1], w_scale.shape[0]
+    if operand.shape != (N, K) or w_scale.shape != (N, 1):
+        raise ValueError(
+            f"operand must be [{N}, {K}] and w_scale [{N}, 1], "
+            f"got {list(operand.shape)} and {list(w_scale.shape)}"
+        )
+    if x_scale is not None and x_scale.shape != (*x_q.shape[:-1], 1):
+        want = [*x_q.shape[:-1], 1]
+        raise ValueError(f"x_scale must be {want}, got {list(x_scale.shape)}")
+    w_scale = w_scale.contiguous()
+    if name == "triton" and x_q.numel() and N:
+        return _launch_fp8_linear(x_q, operand, w_scale, bias, x_scale, activation, out_dtype)
+    if name == "cpu":
+        y = x_q.float() @ operand.float().T
+        y = (y if x_scale is None else y * x_scale) * w_scale[:, 0]
+        y = y if bias is None else y + bias.float()
+    else:
+        y = fp8_linear_ref(x_q, operand, w_scale, bias, x_scale)
+    return activate(y, activation).to(out_dtype)

@@ -1,0 +1,105 @@
+"""Tiles: rules, tables, and sums split among programs."""
+
+import json
+
+import pytest
+import torch
+
+from qtk_kernels import _launch
+from qtk_kernels._int4 import pack_int4
+from qtk_kernels._launch import gemm_launch, nearest, packed_steps, steps_of
+from qtk_kernels.int4_linear import int4_linear
+from qtk_kernels.int8_linear import int8_linear
+from qtk_kernels.weight_only_linear import weight_only_linear
+
+RULE = {"grouped": False, "computed_weights": True, "weight_bits": 4}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A table for a device of capability 9.0."""
+    tile = {"BLOCK_M": 16, "BLOCK_N": 128, "GROUP_M": 1, "SWAP": True, "SPLIT_K": 2,
+            "num_warps": 4, "num_stages": 3}  # fmt: skip
+    entries = [
+        {"kernel": "int8_linear", "M": M, "N": 4096, "K": 4096, "tile": {**tile, "GROUP_M": M}}
+        for M in (1, 64)
+    ]
+    (tmp_path / "sm_90.json").write_text(json.dumps({"entries": entries}))
+    monkeypatch.setattr(_launch, "TUNED", tmp_path)
+    _launch._table.cache_clear()
+    nearest.cache_clear()
+    yield
+    _launch._table.cache_clear()
+    nearest.cache_clear()
+
+
+def test_the_nearest_measured_shape_counts(table):
+    assert nearest("int8_linear", 1, 4096, 4096, (9, 0))["GROUP_M"] == 1
+    assert nearest("int8_linear", 50, 5120, 4096, (9, 0))["GROUP_M"] == 64
+
+
+def test_far_shapes_other_kernels_and_other_devices_have_no_entry(table):
+    assert nearest("int8_linear", 8, 512, 512, (9, 0)) is None
+    assert nearest("int4_linear W4A8", 1, 4096, 4096, (9, 0)) is None
+    assert nearest("int8_linear", 1, 4096, 4096, (8, 0)) is None
+
+
+def test_no_table_is_shipped_that_nobody_measured():
+    for path in _launch.TUNED.glob("*.json"):
+        entries = json.loads(path.read_text())["entries"]
+        assert all(entry["us"] > 0 for entry in entries)
+
+
+@pytest.mark.parametrize("M", [1, 16, 64, 65, 4096])
+def test_splits_fill_the_device_and_leave_work_for_each(M):
+    tile = gemm_launch("int4_linear W4A8", M, 4096, 4096, **RULE)
+    split = tile["SPLIT_K"]
+    assert split * 512 <= 4096 and split & (split - 1) == 0
+    assert split > 1 if M == 1 else split == 1 if M > 64 else True
+
+
+def test_steps_cover_k_once():
+    assert steps_of(300, 0, 128) == 3
+    assert steps_of(300, 64, 64) == 5
+    assert steps_of(300, 100, 64) == 6  # two for each group
+    assert packed_steps(300, 300, 192) == (64, 3)
+    assert packed_steps(300, 20, 192) == (64, 5 * 5)
+
+
+@pytest.fixture
+def split_in_three(monkeypatch):
+    monkeypatch.setattr(_launch, "_splits", lambda *_: 3)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_split_integer_sums_give_the_same_bits(split_in_three, dynamic):
+    M, N, K = 5, 300, 900
+    x_q = torch.randint(-8, 8, (M, K), dtype=torch.int8)
+    w_q = torch.randint(-8, 8, (N, K), dtype=torch.int8)
+    w_scale, bias = torch.rand(N, 1) * 1e-2, torch.randn(N)
+    args = {"x_scale": torch.rand(M, 1) if dynamic else None, "x_zero_point": 3,
+            "out_step": 0.1, "out_zero_point": -2}  # fmt: skip
+    want = int8_linear(x_q, w_q, w_scale, bias, **args, backend="reference")
+    assert torch.equal(int8_linear(x_q, w_q, w_scale, bias, **args, backend="triton"), want)
+    packed = pack_int4(w_q)
+    for x, x_packed in ((x_q, False), (pack_int4(x_q), True)):
+        y = int4_linear(
+            x, packed, w_scale, bias, in_features=K, x_packed=x_packed, **args, backend="triton"
+        )
+        assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("group_size", [None, 50, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_split_float_sums_are_close_and_do_not_change(split_in_three, group_size, bits):
+    M, N, K = 3, 40, 700
+    w_q = torch.randint(-8, 8, (N, K), dtype=torch.int8)
+    G = -(-K // group_size) if group_size else 1
+    w_scale, x = torch.rand(N, G), torch.randn(M, K)
+    args = {"bits": bits, "in_features": K, "group_size": group_size}
+    w = pack_int4(w_q) if bits == 4 else w_q
+    want = weight_only_linear(x, w, w_scale, **args, backend="reference")
+    got = [weight_only_linear(x, w, w_scale, **args, backend="triton") for _ in range(2)]
+    assert torch.equal(*got)
+    magnitude = x.abs() @ (w_q.abs() * w_scale.amax(1, keepdim=True)).T
+    assert ((got[0] - want).abs() <= 2 * (K + 8) * 2.0**-24 * magnitude).all()

@@ -1,0 +1,15 @@
+"""Every kernel against its reference, over shapes, dtypes, layouts and groups drawn at random."""
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.check_gpu import check
+
+
+@settings(
+    max_examples=200, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(seed=st.integers(0, 2**31))
+def test_kernels_equal_their_references(device, seed):
+    check(seed, device)
