@@ -25,10 +25,11 @@ ALLOWED = {
     "qtk.modules": LOW | {"qtk.pack", "qtk.modules", "qtk_kernels"},
     "qtk.recipes": {"qtk.discover", "qtk.errors", "qtk.scheme"},
     "qtk.assign": LOW | {"qtk.observe"},
+    "qtk.attend": CORE,
     "qtk.checkpoint": LOW | {"qtk.modules"},
     "qtk.integrations": LOW | {"qtk.checkpoint"},
     "qtk.pipeline": CORE
-    | {"qtk.assign", "qtk.recipes", "qtk.checkpoint", "qtk.integrations", "qtk"},
+    | {"qtk.assign", "qtk.attend", "qtk.recipes", "qtk.checkpoint", "qtk.integrations", "qtk"},
     "qtk.fidelity": CORE | {"qtk.fidelity"},
     "qtk.report": LOW | {"qtk.checkpoint", "qtk.integrations", "qtk.fidelity", "qtk.report"},
 }

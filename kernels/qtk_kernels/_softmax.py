@@ -125,8 +125,8 @@ def probabilities_ref(
         per_value = torch.ones_like(total)
     else:
         step = t.new_full((), 1 / softmax.top) if step is None else step
-        values = torch.round(p / total / step).clamp(0, softmax.top)
-        per_value = 1 / step
+        values = torch.round(p * (1 / (total * step))).clamp(0, softmax.top)
+        per_value = torch.ones_like(total) / step
     return values, values.sum(-1, keepdim=True) if softmax.renormalize else per_value
 
 

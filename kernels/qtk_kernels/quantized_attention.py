@@ -4,7 +4,7 @@
     u_ij     = score_ij * k_scale_j                       where k_scale is given
     t_ij     = u_ij * a_i,   a_i = q_scale_i * (scale * log2(e))
     P_ij, L_i = values and their divisor                  see `_softmax.py`; 0 where hidden
-    out_id   = v_scale_d * (sum_j P_ij v_jd) / L_i        0 for a row that sees nothing
+    out_id   = v_scale_d * (sum_j P_ij v_jd) * (1 / L_i)  0 for a row that sees nothing
     codes    = clamp(round(out * multiplier + offset))    where an epilogue is asked for
 
 operands of the first product: floats, int8 codes, or packed int4 codes (`pack_heads`); q_scale and
@@ -89,7 +89,7 @@ def operand_dtype(v: Tensor, softmax: Softmax) -> torch.dtype:
 
 
 def scores_ref(
-    q: Tensor, k: Tensor, D: int, a: Tensor, k_scale: Tensor | None, allowed: Tensor | None
+    q: Tensor, k: Tensor, D: int, k_scale: Tensor | None, allowed: Tensor | None
 ) -> Tensor:
     """u, [B, H, Tq, Tk] float32, MASKED where hidden. Codes are exact: D * 127**2 < 2**24."""
     if q.dtype == torch.uint8:
@@ -98,6 +98,22 @@ def scores_ref(
     if k_scale is not None:
         u = u * k_scale[..., None, :]
     return u if allowed is None else u.masked_fill(~allowed, MASKED)
+
+
+def weights_ref(
+    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, a: Tensor, k_scale: Tensor | None,
+    allowed: Tensor | None, step: Tensor | None, grid: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """P [B, H, Tq, Tk] and L [B, H, Tq, 1], float32; arguments as `quantized_attention_ref`."""
+    u = scores_ref(q, k, v.shape[-1], k_scale, allowed)
+    if softmax.kind == "code":
+        top = u.amax(-1, keepdim=True) * a[..., None]
+        x = fma(u, a[..., None].double(), anchored(top, softmax.steps, grid))
+        P = bytes_of(x, softmax.steps).view(torch.float8_e5m2).float()
+        return P, P.sum(-1, keepdim=True)
+    step = None if step is None else step[:, None, None]
+    P, L = probabilities_ref(u * a[..., None], softmax, step)
+    return (P if v.dtype == torch.float8_e4m3fn else P.to(operand_dtype(v, softmax)).float()), L
 
 
 def quantized_attention_ref(
@@ -113,23 +129,12 @@ def quantized_attention_ref(
         step: [H], of "matthew".
         grid: anchor "code" at the ceiling of the maximum.
     """
-    B, H, Tq, _ = q.shape
-    u = scores_ref(q, k, v.shape[-1], a, k_scale, allowed)
-    if softmax.kind == "code":
-        top = u.amax(-1, keepdim=True) * a[..., None]
-        x = fma(u, a[..., None].double(), anchored(top, softmax.steps, grid))
-        P = bytes_of(x, softmax.steps).view(torch.float8_e5m2).float()
-        L = P.sum(-1, keepdim=True)
-    else:
-        P, L = probabilities_ref(
-            u * a[..., None], softmax, None if step is None else step[:, None, None]
-        )
-        P = P if v.dtype == torch.float8_e4m3fn else P.to(operand_dtype(v, softmax)).float()
+    P, L = weights_ref(q, k, v, softmax, a, k_scale, allowed, step, grid)
     wide = torch.float64 if P.shape[-1] > WHOLE and not v.is_floating_point() else torch.float32
-    y = (P.to(wide) @ v.to(wide)).float() / torch.where(L > 0, L, 1.0)
+    y = (P.to(wide) @ v.to(wide)).float() * (1 / torch.where(L > 0, L, 1.0))
     if v_scale is not None:
         y = y * v_scale[..., None, :]
-    return y.transpose(1, 2).reshape(B, Tq, H * v.shape[-1])
+    return y.transpose(1, 2).flatten(2)
 
 
 @jit
@@ -187,8 +192,8 @@ def _values(
             k = (STEPS * (tl.log2(total)[:, None] - t) + 12582912.0) - 12582912.0
             return tl.where(k < TOP, tl.exp2(-k / STEPS), 0.0)
         elif KIND == "uniform":
-            p = tl.div_rn(tl.exp2(t), t * 0.0 + total[:, None])
-            return round_codes(tl.div_rn(p, t * 0.0 + step), 0.0, TOP * 1.0).to(tl.float32)
+            inverse = tl.div_rn(total * 0.0 + 1.0, total * step)
+            return round_codes(tl.exp2(t) * inverse[:, None], 0.0, TOP * 1.0).to(tl.float32)
         else:
             return tl.exp2(t)
 
@@ -383,7 +388,7 @@ def _quantized_attention_kernel(
         if V_FP8:
             total = total * 32768.0
     total = tl.where(total > 0, total, 1.0)
-    y = tl.div_rn(acc.to(tl.float32), acc.to(tl.float32) * 0.0 + total[:, None])
+    y = acc.to(tl.float32) * tl.div_rn(total * 0.0 + 1.0, total)[:, None]
     if v_scale_ptr is not None:
         offs_d = tl.arange(0, BLOCK_D)
         vs_at = b * stride_vsb + h * stride_vsh + offs_d * stride_vsd
@@ -463,10 +468,10 @@ def _group(scale: Tensor | None, T: int) -> int:
     return 1 if scale is None else max(cdiv(T, scale.shape[-1]), 1)
 
 
-def _per_token(scale: Tensor | None, T: int, B: int, H: int) -> Tensor | None:
+def _per_token(scale: Tensor, T: int, B: int, H: int) -> Tensor:
     """[B, H, G] to [B, H, T]."""
-    if scale is None:
-        return None
+    if scale.shape[-1] == T:
+        return scale.expand(B, H, T)
     index = torch.arange(T, device=scale.device) // _group(scale, T)
     return scale.expand(B, H, -1)[..., index]
 
@@ -561,16 +566,39 @@ def quantized_attention(
             q, k, v, kind, multiplier, q_scale, k_scale, v_scale, mask, step, causal, grid,
             epilogue, out_dtype, block_n,
         )  # fmt: skip
-    a = torch.full((), multiplier, dtype=torch.float32, device=q.device).expand(B, H, Tq)
+    a, k_scale, mask = _expanded(q, k, multiplier, q_scale, k_scale, mask, causal)
+    y = quantized_attention_ref(q, k, v, kind, a, k_scale, v_scale, mask, step, grid)
+    if epilogue is None:
+        return y.to(out_dtype)
+    top = 2 ** (epilogue.bits - 1)
+    return (y * epilogue.multiplier + epilogue.offset).round().clamp(-top, top - 1).to(torch.int8)
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, v: Tensor, *, softmax: str = "float", bits: int = 8, steps: int = 1,
+    renormalize: bool = False, step: Tensor | None = None, q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None, scale: float | None = None, mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """What `quantized_attention` multiplies v with, [B, H, Tq, Tk] float32, by the definition."""
+    kind = Softmax(softmax, bits, steps, renormalize)
+    _check(q, k, v, kind, q_scale, k_scale, None, step)
+    multiplier = (v.shape[3] ** -0.5 if scale is None else scale) * LOG2_E * kind.units
+    a, k_scale, mask = _expanded(q, k, multiplier, q_scale, k_scale, mask, causal)
+    P, L = weights_ref(q, k, v, kind, a, k_scale, mask, step, k.shape[2] > WHOLE)
+    return P / torch.where(L > 0, L, 1.0)
+
+
+def _expanded(
+    q: Tensor, k: Tensor, multiplier: float, q_scale: Tensor | None, k_scale: Tensor | None,
+    mask: Tensor | None, causal: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """a [B, H, Tq], k_scale [B, H, Tk] and one mask, as the reference reads them."""
+    (B, H, Tq, _), Tk = q.shape, k.shape[2]
+    a = torch.full((B, H, Tq), multiplier, dtype=torch.float32, device=q.device)
     if q_scale is not None:
         a = _per_token(q_scale, Tq, B, H) * a
     if causal:
         below = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
         mask = below if mask is None else mask & below
-    y = quantized_attention_ref(
-        q, k, v, kind, a, _per_token(k_scale, Tk, B, H), v_scale, mask, step, grid
-    )
-    if epilogue is None:
-        return y.to(out_dtype)
-    top = 2 ** (epilogue.bits - 1)
-    return (y * epilogue.multiplier + epilogue.offset).round().clamp(-top, top - 1).to(torch.int8)
+    return a, None if k_scale is None else _per_token(k_scale, Tk, B, H), mask
