@@ -170,11 +170,12 @@ def skeleton(model: nn.Module, record: Record) -> None:
                 module.embedding_dim, module.num_embeddings, layer.scheme,
                 dtype=module.weight.dtype, device=module.weight.device,
             )  # fmt: skip
-        elif module is not None and is_patch_conv(module):
-            assert isinstance(module, nn.Conv2d)
-            empty = QuantPatchConv.like(
-                module, layer.scheme, bias=layer.bias, backend=backend, device=module.weight.device
-            )
+        elif isinstance(module, nn.Conv2d) and is_patch_conv(module):
+            linear = QuantLinear(
+                module.weight[0].numel(), module.out_channels, layer.scheme, bias=layer.bias,
+                backend=backend, device=module.weight.device,
+            )  # fmt: skip
+            empty = QuantPatchConv(linear, module.kernel_size, module.weight.dtype)
         elif isinstance(module, nn.Linear):
             empty = QuantLinear(
                 module.in_features, module.out_features, layer.scheme, bias=layer.bias,

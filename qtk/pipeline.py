@@ -26,6 +26,7 @@ from qtk.modules.patch import QuantPatchConv, is_patch_conv
 from qtk.numerics import expand_groups, scale_and_zero_point, sqnr
 from qtk.observe import Site, imagine, walk
 from qtk.observe.batches import prepare
+from qtk.observe.probe import block_gradients
 from qtk.recipes import Recipe
 from qtk.round import Problem
 from qtk.scheme import FLOAT, AttentionScheme, Format, Scheme
@@ -119,7 +120,14 @@ def quantize(
     qmodel = (source if inplace else copy.deepcopy(source)).eval()
 
     layers: dict[str, checkpoint.Layer] = {}
-    sites = imagine(qmodel, blocks, seed) if batches is None else walk(qmodel, blocks, batches)
+    gradients = None
+    if batches is not None and recipe.needs_gradients:
+        gradients = block_gradients(qmodel, blocks, batches, seed)
+    sites = (
+        imagine(qmodel, blocks, seed)
+        if batches is None
+        else walk(qmodel, blocks, batches, gradients=gradients)
+    )
     with torch.no_grad(), _progress(sites, 4 * len(blocks), progress) as bar:
         for site in bar:
             for scheme, part in by_scheme(site, schemes):
@@ -137,9 +145,10 @@ def quantize(
     for name, scheme in extra.items():
         layer = quantize_outside(qmodel.get_submodule(name), scheme, backend)
         qmodel.set_submodule(name, layer)
-        kept = layer.scheme if isinstance(layer, QuantLinear) else replace(scheme, a=None)
+        inner = layer.linear if isinstance(layer, QuantPatchConv) else layer
+        kept = inner.scheme if isinstance(inner, QuantLinear) else replace(scheme, a=None)
         layers[checkpoint.base_name(qmodel, name)] = checkpoint.Layer(
-            kept, layer.bias is not None, transform=False
+            kept, inner.bias is not None, transform=False
         )
     told = {
         "method": recipe.public_method, "rounding": recipe.rounding, "ranges": recipe.ranges,
@@ -205,7 +214,12 @@ def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -
     if fmt.granularity == "token":
         clip = rule.find_clip(batches, fmt, importance) if hasattr(rule, "find_clip") else 1.0
         return replace(grid, clip=clip)
-    lo, hi = rule.find(batches, fmt, importance)
+    if site.probe is not None and hasattr(rule, "NEEDS_PROBE"):
+        lo, hi = rule.find(
+            batches, fmt, importance, site.probe.changed(change.inputs, change.weight)
+        )
+    else:
+        lo, hi = rule.find(batches, fmt, importance)
     scale, zero_point = scale_and_zero_point(lo, hi, fmt)
     return replace(grid, scale=scale, zero_point=zero_point)
 
@@ -220,11 +234,12 @@ def quantize_outside(module: nn.Module, scheme: Scheme, backend: str) -> nn.Modu
         return QuantEmbedding.from_codes(codes, scale, only_w, module.weight.dtype)
     a = scheme.a and Format(scheme.a.bits, granularity="token")
     scheme = replace(scheme, a=a)
+    if isinstance(module, nn.Conv2d) and not is_patch_conv(module):
+        raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
+    linear = QuantLinear.from_codes(codes, scale, module.bias, InputGrid(a), scheme, backend)
     if isinstance(module, nn.Conv2d):
-        if not is_patch_conv(module):
-            raise ModelError(f"{module}: only convolutions that cut patches are quantized; skip it")
-        return QuantPatchConv.of_conv(module, codes, scale, InputGrid(a), scheme, backend)
-    return QuantLinear.from_codes(codes, scale, module.bias, InputGrid(a), scheme, backend)
+        return QuantPatchConv(linear, module.kernel_size, module.weight.dtype)
+    return linear
 
 
 def _change(site: Site, scheme: Scheme, recipe: Recipe) -> Change:

@@ -4,51 +4,38 @@ is a linear layer on patches, and one dynamic scale a patch needs no calibration
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from qtk.modules.linear import InputGrid, QuantLinear
-from qtk.scheme import Scheme
+from qtk.modules.linear import QuantLinear
 
 
-class QuantPatchConv(QuantLinear):
-    """Conv2d with kernel = stride. C channels, [kh, kw] pixels; K = C kh kw, P patches."""
+class QuantPatchConv(nn.Module):
+    """Conv2d with kernel = stride. C channels, [kh, kw] pixels, N output channels."""
 
-    def __init__(
-        self, kernel: tuple[int, ...], in_features: int, out_features: int, scheme: Scheme,
-        **kwargs: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(in_features, out_features, scheme, **kwargs)
-        self.kernel_size = kernel
+    def __init__(self, linear: QuantLinear, kernel_size: tuple[int, ...], dtype: torch.dtype):
+        super().__init__()
+        self.linear, self.kernel_size, self.dtype = linear, kernel_size, dtype
 
-    @classmethod
-    def like(cls, conv: nn.Conv2d, scheme: Scheme, **kwargs: Any) -> "QuantPatchConv":
-        """An empty one for a float convolution."""
-        K = conv.weight[0].numel()
-        return cls(conv.kernel_size, K, conv.out_channels, scheme, **kwargs)
-
-    @classmethod
-    def of_conv(
-        cls, conv: nn.Conv2d, codes: Tensor, scale: Tensor, grid: InputGrid, scheme: Scheme,
-        backend: str,
-    ) -> "QuantPatchConv":  # fmt: skip
-        """A layer ready to run; codes [N, K] and scale [N, G] as `QuantLinear.from_codes`."""
-        linear = QuantLinear.from_codes(codes, scale, conv.bias, grid, scheme, backend)
-        layer = cls.like(
-            conv, scheme, bias=conv.bias is not None, backend=backend, device=codes.device
-        )
-        layer.load_state_dict(linear.state_dict())
-        layer.prepare()
-        return layer
+    @property
+    def weight(self) -> Tensor:
+        """Nothing, in the dtype of the images that the layer reads: what transformers asks for."""
+        return self.linear.weight_scale.new_empty(0, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, height, width] -> [B, N, height / kh, width / kw]."""
         height, width = (n // k for n, k in zip(x.shape[2:], self.kernel_size, strict=True))
-        patches = nn.functional.unfold(x, self.kernel_size, stride=self.kernel_size)  # [B, K, P]
-        y: Tensor = super().forward(patches.transpose(1, 2))
+        patches = nn.functional.unfold(x, self.kernel_size, stride=self.kernel_size)
+        y: Tensor = self.linear(patches.transpose(1, 2))  # [B, height * width / (kh kw), N]
         return y.transpose(1, 2).unflatten(-1, (height, width))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantPatchConv":
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        return self
 
-def is_patch_conv(module: nn.Module) -> bool:
+
+def is_patch_conv(module: nn.Module | None) -> bool:
     """Whether a module is a convolution that cuts an image into patches."""
     return (
         isinstance(module, nn.Conv2d)
