@@ -181,8 +181,8 @@ class AttentionScheme:
     def name(self) -> str:
         """In words."""
         operands = "float" if self.bits is None else f"int{self.bits}"
-        softmax = self.softmax if self.softmax_bits is None else f"{self.softmax}{self.softmax_bits}"
-        return f"{operands} products, softmax {softmax}"
+        bits = "" if self.softmax_bits is None else f" {self.softmax_bits}-bit"
+        return f"{operands} products, {self.softmax}{bits} softmax"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

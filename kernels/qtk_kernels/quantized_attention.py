@@ -556,7 +556,7 @@ def quantized_attention(
     """
     kind = Softmax(softmax, bits, steps, renormalize)
     _check(q, k, v, kind, q_scale, k_scale, v_scale, step)
-    (B, H, Tq, _), (Tk, D) = q.shape, v.shape[2:]
+    Tk, D = v.shape[2:]
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, True where a key may be seen, got {mask.dtype}")
     grid = softmax == "code" and (Tk > WHOLE if grid is None else grid)

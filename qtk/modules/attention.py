@@ -106,7 +106,7 @@ class QuantAttention(nn.Module):
 
     def codes(
         self, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """q, k and v as codes, with the scales of q and k; floats stay as they are."""
         bits = self.scheme.bits
         if bits is None or self.v_scale is None:

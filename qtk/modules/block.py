@@ -159,7 +159,7 @@ def attention(
     qkv: Tensor, block: Block, mask: Tensor | None, cache: Any = None,
     products: QuantAttention | None = None,
 ) -> Tensor:  # fmt: skip
-    """softmax(q k^T / sqrt(D)) v, by `products` or in floating point: [B, T, 3 * H] -> [B, T, H]."""
+    """softmax(q k^T / sqrt(D)) v, quantized or in floating point: [B, T, 3 * H] -> [B, T, H]."""
     B, T, width = qkv.shape
     D = width // (3 * block.heads)
     q, k, v = qkv.view(B, T, 3, block.heads, D).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]

@@ -20,7 +20,7 @@ from qtk.models import Block
 Batch = dict[str, Any]
 Gradients = dict[str, list[Tensor]]
 
-TOKENS = 2048  # that errors are carried through the block for; a search sees them once a candidate
+TOKENS = 768  # that errors are carried through the block for; a search sees them once a candidate
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Probe:
         return difference[:, part.mask].flatten(1), gradient[part.mask].flatten()
 
     def gradient(self, name: str, part: Part) -> Tensor:
-        return self.gradients[name][part.batch][: len(part.hidden)]
+        return self.gradients[name][part.batch].expand(*part.mask.shape, -1)
 
     def run(self, part: Part, deltas: dict[str, Tensor], C: int) -> Tensor:
         """[C, B, T, H], the block's output with something added to its linears' outputs."""
@@ -149,7 +149,8 @@ def block_gradients(
         seed: of the labels that are drawn.
 
     Returns:
-        {full name: [[B, T, C] float32, ...]}, divided by their root mean square.
+        {full name: [[T, C] float32, ...]}, root mean squares over the sequences of a batch, scaled
+        so that the mean square of all is 1.
     """
     generator = torch.Generator().manual_seed(seed)
     names = [n for b in blocks for n in (b.name, *(n for g in b.groups for n in g.linears))]
@@ -160,21 +161,27 @@ def block_gradients(
             _leaf, with_kwargs=True
         )]  # fmt: skip
         for name in names:
-
-            def keep(_: Any, __: Any, out: Any, name: str = name) -> None:
-                outputs[name] = out if isinstance(out, Tensor) else out[0]
-
-            handles.append(model.get_submodule(name).register_forward_hook(keep))
+            handles.append(model.get_submodule(name).register_forward_hook(_keeper(outputs, name)))
         try:
             score = _score(model(**batch), batch, generator)
         finally:
             for handle in handles:
                 handle.remove()
-        shapes = batch[model.main_input_name].shape[:1]  # type: ignore[index]
+        B = len(outputs[blocks[0].name])
         grads = torch.autograd.grad(score, [outputs[name] for name in names])
         for name, grad in zip(names, grads, strict=True):
-            found[name].append(grad.detach().float().unflatten(0, (shapes[0], -1)).flatten(1, -2))
+            grad = grad.detach().float().reshape(B, -1, grad.shape[-1])
+            found[name].append(grad.square().mean(0).sqrt())  # one draw a sequence is noise
     return {name: _normalized(grads) for name, grads in found.items()}
+
+
+def _keeper(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+    """A forward hook that stores what a module puts out."""
+
+    def keep(_: Any, __: Any, out: Any) -> None:
+        outputs[name] = out if isinstance(out, Tensor) else out[0]
+
+    return keep
 
 
 def _leaf(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -21,8 +21,8 @@ from qtk.numerics import fake_quantize, scale_and_zero_point
 from qtk.ranges import Range
 from qtk.scheme import Format
 
-TOGETHER = [0.9**k for k in range(24)]  # shares of the full range, both ends at once
-APART = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5]  # then one end after the other
+TOGETHER = [0.87**k for k in range(16)]  # shares of the full range, both ends at once
+APART = [0.65, 0.75, 0.87, 1.0, 1.15, 1.35]  # then one end after the other
 BATCH = 8  # candidates in one pass through the block
 
 NEEDS_PROBE = True  # `find` takes a fourth argument

@@ -26,7 +26,9 @@ def test_kernel_equals_reference(shape, steps, device, assert_codes_agree):
 def test_codes_are_rounded_logarithms(steps, backend):
     x = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.0625, 0.0625]]))
     q = log_softmax_quantize(x, steps=steps, backend=backend)
-    assert (unpack_int4(q, 5) & 15).tolist() == [[steps, 2 * steps, 3 * steps, 4 * steps, 4 * steps]]
+    assert (unpack_int4(q, 5) & 15).tolist() == [
+        [steps, 2 * steps, 3 * steps, 4 * steps, 4 * steps]
+    ]
     p = log_dequantize(q, 5, steps=steps, backend=backend)
     assert torch.equal(p, x.exp().mul(64).round() / 64)
 
