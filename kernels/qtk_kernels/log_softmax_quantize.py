@@ -103,9 +103,7 @@ def log_softmax_quantize(
     return q
 
 
-def log_dequantize(
-    q: Tensor, K: int, *, steps: int = 1, backend: str | None = None
-) -> Tensor:
+def log_dequantize(q: Tensor, K: int, *, steps: int = 1, backend: str | None = None) -> Tensor:
     """Inverse of `log_softmax_quantize` but for the rounding: probabilities, [..., K] float32."""
     Softmax("log2", bits=4, steps=steps)
     if backend_of(q, backend) != "triton" or not q.numel():

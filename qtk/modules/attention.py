@@ -131,8 +131,10 @@ class QuantAttention(nn.Module):
         """The name of what really computes."""
         device = next((b for b in self.buffers()), torch.empty(0))
         backend = backend_of(device, self.backend)
-        return "triton quantized_attention" if backend == "triton" else (
-            "torch quantized_attention (codes in float32 products)"
+        return (
+            "triton quantized_attention"
+            if backend == "triton"
+            else ("torch quantized_attention (codes in float32 products)")
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantAttention":

@@ -275,9 +275,7 @@ def make_parts(module: nn.Module, block: Block) -> Parts | None:
     norm1 = _norm(module.get_submodule(block.norm1), q if block.pre_norm else fc1)
     norm2 = _norm(module.get_submodule(block.norm2), fc1)
     parent = module.get_submodule(block.q.rpartition(".")[0])
-    return Parts(
-        _join(q, k, v), (q, out, fc1, fc2), norm1, norm2, getattr(parent, CHILD, None)
-    )
+    return Parts(_join(q, k, v), (q, out, fc1, fc2), norm1, norm2, getattr(parent, CHILD, None))
 
 
 def _same_input(q: QuantLinear, k: QuantLinear, v: QuantLinear) -> bool:
