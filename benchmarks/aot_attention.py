@@ -58,7 +58,9 @@ def variant(
         per_head: k_scale is one a head, folded into q_scale by the caller.
         masked: a padding mask, else T keys fill the tiles.
     """
-    tile = quantized_attention.attention_tile(T, T, kind in ("code", "float"), v == "fp8")
+    grid = kind == "code" and quantized_attention.WHOLE < T
+    one_pass = grid or kind == "float"
+    tile = quantized_attention.attention_tile(T, T, one_pass, v == "fp8")
     packed = qk == "u8"
     types = {"q_ptr": f"*{qk}", "k_ptr": f"*{qk}", "v_ptr": "*i8"}
     if v == "bf16":
@@ -73,13 +75,15 @@ def variant(
     width = HEAD // 2 if packed else HEAD
     params = {
         "KIND": kind, "STEPS": steps, "TOP": 255, "OFFSET": OFFSET.get(steps, 0.0),
-        "RENORMALIZE": False, "ONE_TILE": tile["BLOCK_N"] >= T, "CAUSAL": False,
+        "RENORMALIZE": False, "ONE_TILE": tile["BLOCK_N"] >= T, "GRID": grid, "CAUSAL": False,
         "TAIL": masked or T % tile["BLOCK_N"] > 0, "PACKED": packed, "V_FP8": v == "fp8",
         "QMIN": -128 if codes_out else 0, "QMAX": 127 if codes_out else 0, "EXACT": False,
-        "BLOCK_W": max(width, 32), "BLOCK_D": HEAD, "D": HEAD, "width": width,
+        "BLOCK_W": max(width, 32), "BLOCK_D": HEAD, "D": HEAD, "width": width, "Tq": T, "Tk": T,
         "stride_vt": 3 * HEAD * 12 if v == "bf16" else 1,
         "stride_vd": 1 if v == "bf16" else T, **tile,
     }  # fmt: skip
+    params |= {f"stride_{x}t": 3 * HEAD * 12 for x in "qk"}  # numbers that a launch specializes on
+    params |= {f"stride_{x}{axis}": 3 * HEAD * 12 * 16 for x in "qkv" for axis in "bh"}
     return aot_report.Variant(name, quantized_attention._quantized_attention_kernel, types, params)
 
 
@@ -88,20 +92,23 @@ def variants() -> list[aot_report.Variant]:
     out = [aot_report.Variant(
         "flash bf16 T=4096 (plain)", flash_attention_kernel,
         dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16"),
-        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": HEAD, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": HEAD, "Tq": 4096, "Tk": 4096, "stride_t": 3 * HEAD * 12,
+         "stride_b": 3 * HEAD * 12 * 16, "stride_h": HEAD, "num_warps": 8, "num_stages": 2},
     )]  # fmt: skip
-    for T in (4096, 512, 256):
-        for steps in (1, 4):
-            out.append(variant(f"code{steps} i8 fp8 T={T}", T, "code", "i8", "fp8", steps=steps))
+    out += [
+        variant("code1 i8 fp8 T=4096", 4096, "code", "i8", "fp8", steps=1),
+        variant("code4 i8 fp8 token scales T=4096", 4096, "code", "i8", "fp8", steps=4,
+                per_head=False),
+        variant("code4 int4 fp8 T=4096", 4096, "code", "u8", "fp8", steps=4),
+        variant("code4 bf16 bf16 T=4096", 4096, "code", "bf16", "bf16", steps=4),
+        variant("log2 i8 fp8 T=4096", 4096, "log2", "i8", "fp8"),
+        variant("float bf16 bf16 T=4096", 4096, "float", "bf16", "bf16"),
+    ]  # fmt: skip
+    for T in (4096, 512, 256, 128):
         out += [
-            variant(f"code4 bf16 bf16 T={T}", T, "code", "bf16", "bf16", steps=4),
+            variant(f"code4 i8 fp8 T={T}", T, "code", "i8", "fp8", steps=4),
             variant(f"code4 i8 i8 T={T}", T, "code", "i8", "i8", steps=4),
-            variant(f"code4 i8 fp8 token scales T={T}", T, "code", "i8", "fp8", steps=4,
-                    per_head=False),
-            variant(f"code4 int4 fp8 T={T}", T, "code", "u8", "fp8", steps=4),
             variant(f"uniform i8 i8 T={T}", T, "uniform", "i8", "i8"),
-            variant(f"log2 i8 fp8 T={T}", T, "log2", "i8", "fp8"),
-            variant(f"float bf16 bf16 T={T}", T, "float", "bf16", "bf16"),
         ]  # fmt: skip
     out.append(variant("code4 i8 fp8 codes out T=197", 197, "code", "i8", "fp8", steps=4,
                        masked=True, codes_out=True))  # fmt: skip

@@ -146,7 +146,18 @@ def anchor_tile(top, STEPS: tl.constexpr, OFFSET: tl.constexpr):
 
 
 @jit
-def code_tile(x, STEPS: tl.constexpr):
+def code_tile(x, STEPS: tl.constexpr, INTERPRETED: tl.constexpr):
     """e5m2 of m t + K: the integer part of x in [32 m, 64 m) lies in bits 16 to 22 of a float32."""
-    bits = tl.maximum(x, 32.0 * STEPS).to(tl.int32, bitcast=True) >> 16
-    return (bits & (128 - 4 // STEPS)).to(tl.int8).to(tl.float8e5, bitcast=True)
+    bits = tl.maximum(x, 32.0 * STEPS).to(tl.int32, bitcast=True)
+    if INTERPRETED:
+        byte = ((bits >> 16) & (128 - 4 // STEPS)).to(tl.int8)
+    else:  # the third bytes of four numbers in three permutations and one mask
+        MASK: tl.constexpr = (
+            "0x7c7c7c7c" if STEPS == 1 else ("0x7e7e7e7e" if STEPS == 2 else "0x7f7f7f7f")
+        )
+        byte = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x0062; prmt.b32 b, $3, $4, 0x0062; "
+            "prmt.b32 a, a, b, 0x5410; and.b32 $0, a, " + MASK + "; }",
+            "=r,r,r,r,r", [bits], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    return byte.to(tl.float8e5, bitcast=True)

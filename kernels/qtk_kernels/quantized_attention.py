@@ -16,8 +16,8 @@ operands of the second: P times v, by v's dtype
                    float16, which "code" and "log2" with one step need not be, and v in it exactly
     float8_e4m3fn  "code", "log2" with one step and up to 4 bits: P as e5m2 bytes
 
-"code": where all keys fit one tile (T <= WHOLE) M is the row's exact maximum, else its ceiling, so
-that one pass over k and v suffices and tiles of any size, in any order, give the same codes; only
+"code": up to WHOLE keys M is the row's exact maximum (one tile holds the row, or its scores are
+computed twice), beyond its ceiling, so that one pass over k and v suffices and tiles of any size, in any order, give the same codes; only
 float32 additions depend on the order, and those of 2**n (1 + f / 4) that span less than 24 bits do
 not. m t + K is one rounding of u_ij * (m a_i) + K. A code that a later maximum pushes below 2**-15
 keeps its share, less than 2**-30 of the row's largest.
@@ -49,7 +49,8 @@ from ._softmax import (
     probabilities_ref,
 )
 
-WHOLE = 512  # keys of a score row that one tile holds
+WHOLE = 512  # keys of a row that is anchored at its exact maximum
+ONE_TILE = 256  # keys of a row that a program holds: 128 scores a thread
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _values(
 ):  # fmt: skip
     """P in float32, but the bytes of "code", for which `top` is K."""
     if KIND == "code":
-        return code_tile(fma_tile(u, a[:, None], top[:, None], EXACT), STEPS)
+        return code_tile(fma_tile(u, a[:, None], top[:, None], EXACT), STEPS, EXACT)
     else:
         t = u * a[:, None] - top[:, None]
         if KIND == "log2":
@@ -271,7 +272,7 @@ def _quantized_attention_kernel(
     stride_qsb, stride_qsh, stride_qst, stride_ksb, stride_ksh, stride_kst,
     stride_vsb, stride_vsh, stride_vsd, q_group, k_group, multiplier,
     KIND: tl.constexpr, STEPS: tl.constexpr, TOP: tl.constexpr, OFFSET: tl.constexpr,
-    RENORMALIZE: tl.constexpr, ONE_TILE: tl.constexpr, CAUSAL: tl.constexpr, TAIL: tl.constexpr,
+    RENORMALIZE: tl.constexpr, ONE_TILE: tl.constexpr, GRID: tl.constexpr, CAUSAL: tl.constexpr, TAIL: tl.constexpr,
     PACKED: tl.constexpr, V_FP8: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -332,7 +333,7 @@ def _quantized_attention_kernel(
         acc = _product(p, v, KIND, TOP, V_FP8)
         if KIND == "code" or RENORMALIZE:
             total = _total(p, KIND, BLOCK_N)
-    elif KIND == "code" or KIND == "float":  # one pass, earlier tiles rescaled
+    elif KIND == "float" or GRID:  # one pass, earlier tiles rescaled
         for start in range(0, end, BLOCK_N):
             u = _scores(
                 q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, Tq, Tk, width,
@@ -354,7 +355,7 @@ def _quantized_attention_kernel(
             acc = acc * alpha[:, None] + _product(p, v, KIND, TOP, V_FP8)
             total = total * alpha + _total(p, KIND, BLOCK_N)
             top = new
-    else:  # one pass for the float normaliser, one for the codes
+    else:  # one pass for the maximum and the float normaliser, one for the codes
         for start in range(0, end, BLOCK_N):
             u = _scores(
                 q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, Tq, Tk, width,
@@ -362,9 +363,12 @@ def _quantized_attention_kernel(
                 CAUSAL, TAIL, PACKED, BLOCK_W,
             )  # fmt: skip
             new = tl.maximum(top, tl.max(u, axis=1) * a)
-            total = total * tl.exp2(top - new)
-            total += tl.sum(tl.exp2(u * a[:, None] - new[:, None]), axis=1)
+            if KIND != "code":
+                total = total * tl.exp2(top - new)
+                total += tl.sum(tl.exp2(u * a[:, None] - new[:, None]), axis=1)
             top = new
+        if KIND == "code":
+            top = anchor_tile(top, STEPS, OFFSET)
         total = tl.where(total > 0, total, 1.0)
         summed = tl.zeros([BLOCK_M], tl.float32)
         for start in range(0, end, BLOCK_N):
@@ -376,8 +380,9 @@ def _quantized_attention_kernel(
             p = _values(u, a, top, total, step, KIND, STEPS, TOP, EXACT)
             v = _load_v(v_ptr, start + offs_n, Tk, D, stride_vt, stride_vd, BLOCK_D)
             acc += _product(p, v, KIND, TOP, V_FP8)
-            summed += tl.sum(p, axis=1)
-        if RENORMALIZE:
+            if KIND == "code" or RENORMALIZE:
+                summed += _total(p, KIND, BLOCK_N)
+        if KIND == "code" or RENORMALIZE:
             total = summed
 
     if KIND == "uniform" and not RENORMALIZE:
@@ -402,17 +407,18 @@ def attention_tile(Tq: int, Tk: int, one_pass: bool, fp8: bool) -> dict[str, int
     """Rows, keys and warps of a program: a rule, not tuned on a GPU.
 
     Args:
-        one_pass: the kind needs no whole row; else rows of up to WHOLE keys are held at once.
+        one_pass: nothing about a whole row has to be known before its codes are.
         fp8: the second product's operands are float8, which are native from 64 rows on.
     """
-    if Tk <= WHOLE:
+    rows, warps = 128, 8  # four warps for each 64 rows, or scores would be held twice
+    if Tk <= ONE_TILE:
         BLOCK_N = max(next_power_of_2(Tk), 32)
-        rows = 64 if BLOCK_N <= 256 else 32
-        warps = 4 if BLOCK_N <= 128 else 8
     else:
-        BLOCK_N, rows, warps = (128 if fp8 and one_pass else 64), 128, 8
+        BLOCK_N = 128 if fp8 and one_pass else 64
+    if Tq <= 64 or Tk <= ONE_TILE // 2:
+        rows, warps = 64, 4
     if Tq <= 16 and not fp8:
-        rows, warps = 16, 4
+        rows = 16
     return {"BLOCK_M": rows, "BLOCK_N": BLOCK_N, "num_warps": warps, "num_stages": 2}
 
 
@@ -424,11 +430,9 @@ def _launch(
 ) -> Tensor:  # fmt: skip
     (B, H, Tq, width), Tk, D = q.shape, k.shape[2], v.shape[3]
     fp8 = v.dtype == torch.float8_e4m3fn
-    tile = attention_tile(Tq, Tk, softmax.kind in ("code", "float"), fp8)
+    tile = attention_tile(Tq, Tk, grid or softmax.kind == "float", fp8)
     tile["BLOCK_N"] = block_n or tile["BLOCK_N"]
     one_tile = not grid and Tk <= tile["BLOCK_N"]
-    if softmax.kind == "code" and not grid and not one_tile:
-        raise ValueError(f"backend 'triton' anchors {Tk} keys at their maximum in one tile only")
     out = torch.empty(B, Tq, H * D, dtype=torch.int8 if epilogue else out_dtype, device=q.device)
     mask = None if allowed is None else allowed.expand(B, H, Tq, Tk).view(torch.uint8)
     scale_strides = [_strides(s, (B, H)) for s in (q_scale, k_scale, v_scale)]
@@ -444,7 +448,7 @@ def _launch(
             _group(q_scale, Tq), _group(k_scale, Tk), multiplier,
             KIND="uniform" if softmax.uniform else softmax.kind, STEPS=softmax.steps,
             TOP=softmax.top, OFFSET=OFFSET.get(softmax.steps, 0.0),
-            RENORMALIZE=softmax.renormalize, ONE_TILE=one_tile, CAUSAL=causal,
+            RENORMALIZE=softmax.renormalize, ONE_TILE=one_tile, GRID=grid, CAUSAL=causal,
             TAIL=causal or mask is not None or Tk % tile["BLOCK_N"] > 0,
             PACKED=q.dtype == torch.uint8, V_FP8=fp8, QMIN=-top, QMAX=max(top - 1, 0),
             EXACT=INTERPRETED, BLOCK_W=max(next_power_of_2(width), 32),
