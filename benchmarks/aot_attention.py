@@ -84,7 +84,7 @@ def variant(
     }  # fmt: skip
     params |= {f"stride_{x}t": 3 * HEAD * 12 for x in "qk"}  # numbers that a launch specializes on
     params |= {f"stride_{x}{axis}": 3 * HEAD * 12 * 16 for x in "qkv" for axis in "bh"}
-    return aot_report.Variant(name, quantized_attention._quantized_attention_kernel, types, params)
+    return aot_report.Variant(name, quantized_attention.quantized_attention_kernel, types, params)
 
 
 def variants() -> list[aot_report.Variant]:
@@ -92,7 +92,8 @@ def variants() -> list[aot_report.Variant]:
     out = [aot_report.Variant(
         "flash bf16 T=4096 (plain)", flash_attention_kernel,
         dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16"),
-        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": HEAD, "Tq": 4096, "Tk": 4096, "stride_t": 3 * HEAD * 12,
+        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": HEAD, "Tq": 4096, "Tk": 4096,
+         "stride_t": 3 * HEAD * 12,
          "stride_b": 3 * HEAD * 12 * 16, "stride_h": HEAD, "num_warps": 8, "num_stages": 2},
     )]  # fmt: skip
     out += [

@@ -21,7 +21,7 @@ def sites(name):
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "BertModel", "OPTForCausalLM"])
 def test_gradients_are_those_of_the_model(name):
-    model, found, gradients = sites(name)
+    _, found, gradients = sites(name)
     for site in found:
         for linear in [site.block.name, *site.linears]:
             grad = gradients[linear][0]
@@ -35,7 +35,7 @@ def test_gradients_are_those_of_the_model(name):
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "BertModel", "OPTForCausalLM"])
 def test_an_error_is_carried_through_the_rest_of_the_block(name):
     """The probe's difference is that of a block whose linear's input really has the error."""
-    model, found, _ = sites(name)
+    _, found, _ = sites(name)
     for site in found[4:]:  # of the second block
         part, module = site.probe.parts[0], site.probe.module
         error = torch.randn_like(part.x) * 0.01
