@@ -98,21 +98,22 @@ def variants() -> list[aot_report.Variant]:
     )]  # fmt: skip
     out += [
         variant("code1 i8 fp8 T=4096", 4096, "code", "i8", "fp8", steps=1),
+        variant("code4 i8 fp8 T=4096", 4096, "code", "i8", "fp8", steps=4),
+        variant("code4 i8 fp8 T=256", 256, "code", "i8", "fp8", steps=4),
+        variant("code4 i8 i8 T=512", 512, "code", "i8", "i8", steps=4),
+        variant("code4 bf16 bf16 T=4096", 4096, "code", "bf16", "bf16", steps=4),
+        variant("float bf16 bf16 T=4096", 4096, "float", "bf16", "bf16"),
+        variant("uniform i8 i8 T=256", 256, "uniform", "i8", "i8"),
+        variant("code4 int4 fp8 T=4096", 4096, "code", "u8", "fp8", steps=4),
         variant("code4 i8 fp8 token scales T=4096", 4096, "code", "i8", "fp8", steps=4,
                 per_head=False),
-        variant("code4 int4 fp8 T=4096", 4096, "code", "u8", "fp8", steps=4),
-        variant("code4 bf16 bf16 T=4096", 4096, "code", "bf16", "bf16", steps=4),
+        variant("code4 i8 fp8 codes out T=197", 197, "code", "i8", "fp8", steps=4, masked=True,
+                codes_out=True),
         variant("log2 i8 fp8 T=4096", 4096, "log2", "i8", "fp8"),
-        variant("float bf16 bf16 T=4096", 4096, "float", "bf16", "bf16"),
+        variant("code4 i8 fp8 T=512", 512, "code", "i8", "fp8", steps=4),
+        variant("uniform i8 i8 T=4096", 4096, "uniform", "i8", "i8"),
+        variant("code4 i8 i8 T=128", 128, "code", "i8", "i8", steps=4),
     ]  # fmt: skip
-    for T in (4096, 512, 256, 128):
-        out += [
-            variant(f"code4 i8 fp8 T={T}", T, "code", "i8", "fp8", steps=4),
-            variant(f"code4 i8 i8 T={T}", T, "code", "i8", "i8", steps=4),
-            variant(f"uniform i8 i8 T={T}", T, "uniform", "i8", "i8"),
-        ]  # fmt: skip
-    out.append(variant("code4 i8 fp8 codes out T=197", 197, "code", "i8", "fp8", steps=4,
-                       masked=True, codes_out=True))  # fmt: skip
     return out
 
 
@@ -159,26 +160,24 @@ def longest_loop(sass: str) -> list[Instruction] | None:
 
 
 def main() -> None:
-    rows = []
-    for item in variants():
-        for arch in aot_report.ARCHS:
-            if arch == 80 and item.params.get("V_FP8"):
-                continue  # sm_80 has no float8_e4m3fn
-            row = report(item, arch)
-            rows.append(row)
-            print(
-                f"{row.variant:34} sm_{row.arch:<4} {row.registers:4} regs {row.spill_bytes:5} "
-                f"spilled {row.mufu_in_loop:4} MUFU {row.per_score:6.2f} a score  "
-                f"{row.tensor_core}{'  SERIALIZED' if row.serialized else ''}",
-                flush=True,
-            )
     aot_report.RESULTS.mkdir(exist_ok=True)
+    versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
     with (aot_report.RESULTS / "aot_attention.csv").open("w", newline="") as file:
-        names = [f.name for f in fields(Row)]
-        writer = csv.DictWriter(file, ["triton", "torch", *names])
+        writer = csv.DictWriter(file, ["triton", "torch", *(f.name for f in fields(Row))])
         writer.writeheader()
-        versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
-        writer.writerows({**versions, **asdict(row)} for row in rows)
+        for item in variants():
+            for arch in aot_report.ARCHS:
+                if arch == 80 and item.params.get("V_FP8"):
+                    continue  # sm_80 has no float8_e4m3fn
+                row = report(item, arch)
+                writer.writerow({**versions, **asdict(row)})
+                file.flush()
+                print(
+                    f"{row.variant:34} sm_{row.arch:<4} {row.registers:4} regs "
+                    f"{row.spill_bytes:5} spilled {row.mufu_in_loop:4} MUFU {row.per_score:6.2f} "
+                    f"a score  {row.tensor_core}{'  SERIALIZED' if row.serialized else ''}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ operands of the second: P times v, by v's dtype
 "code": up to WHOLE keys M is the row's exact maximum (one tile holds the row, or its scores are
 computed twice), beyond its ceiling, so that one pass over k and v suffices and tiles of any size,
 in any order, give the same codes; only float32 additions depend on the order, and those of
-2**n (1 + f / 4) that span less than 24 bits do not. m t + K is one rounding of u_ij * (m a_i) + K. A code that a later maximum pushes below 2**-15
-keeps its share, less than 2**-30 of the row's largest.
+2**n (1 + f / 4) that span less than 24 bits do not. m t + K is one rounding of u_ij * (m a_i) + K.
+A code that a later maximum pushes below 2**-15 keeps its share, less than 2**-30 of the largest.
 
 B batch, H heads, T tokens, D head size. Source of the idea: FQ-ViT, arXiv 2111.13824, for codes
 in the logarithm; that their bytes are fp8 operands, and need no exponential, is this project's.
