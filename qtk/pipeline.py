@@ -28,6 +28,7 @@ from qtk.observe import Site, imagine, walk
 from qtk.observe.batches import prepare
 from qtk.observe.probe import block_gradients
 from qtk.recipes import Recipe
+from qtk.reconstruct import reconstruct_block, reconstruct_model
 from qtk.round import Problem
 from qtk.scheme import FLOAT, AttentionScheme, Format, Scheme
 from qtk.transform import Change
@@ -54,6 +55,7 @@ def quantize(
     skip: Sequence[str] | None = None,
     backend: str = "auto",
     preset: str | None = None,
+    resume: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
     inplace: bool = False,
@@ -67,7 +69,8 @@ def quantize(
             Without any, activations are dynamic and the norms' own parameters give shift and scale.
         tokenizer: tokenizer or image processor for `calib`; looked for beside the model.
         method: the equivalent transform: "os+", "smoothquant", "rotate", "none".
-        rounding: how weights become codes: "nearest", "gptq".
+        rounding: how weights become codes: "nearest", "gptq", "adaround", "flexround", "block"
+            (each block learned), "tuned" (the whole model learned, end to end).
         ranges: where static activation grids end; "auto" or a file in qtk/ranges.
         activations: "static" (one scale a tensor) or "token" (dynamic, one scale a token).
         attention: operands of attention's two products: "float", or "int8" to "int4", which
@@ -83,6 +86,7 @@ def quantize(
         backend: "auto" (by device), "triton", "cpu" or "reference".
         preset: "fast", "balanced" (the default) or "best": fills in method, rounding and ranges
             where they are not given; `qtk.recipes` says with what, benchmarks what each costs.
+        resume: a file that "tuned" keeps its state in, and goes on from after an interruption.
         seed: of everything drawn at random.
         progress: shows a bar over the blocks.
         inplace: changes `model` itself instead of a copy.
@@ -117,19 +121,26 @@ def quantize(
     batches = None if calib is None else prepare(source, calib, tokenizer, seed)
     if batches is None and any(scheme.a for scheme in schemes.values()):
         _say_what_data_would_give()
-    qmodel = (source if inplace else copy.deepcopy(source)).eval()
+    rounder = load("round", recipe.rounding)
+    learns_model, learns_block = hasattr(rounder, "refine_model"), hasattr(rounder, "refine_block")
+    _check_learning(recipe.rounding, learns_model, learns_block, batches, resume)
+    teacher = copy.deepcopy(source).eval() if learns_model and inplace else source
+    qmodel = (source if inplace else copy.deepcopy(source)).eval().requires_grad_(False)
 
     layers: dict[str, checkpoint.Layer] = {}
     gradients = None
     if batches is not None and recipe.needs_gradients:
         gradients = block_gradients(qmodel, blocks, batches, seed)
-    sites = (
-        imagine(qmodel, blocks, seed)
-        if batches is None
-        else walk(qmodel, blocks, batches, gradients=gradients)
-    )
-    with torch.no_grad(), _progress(sites, 4 * len(blocks), progress) as bar:
-        for site in bar:
+    with torch.no_grad(), _progress(progress) as bar:
+        if batches is None:
+            sites = imagine(qmodel, blocks, seed)
+        else:
+            learn = partial(reconstruct_block, rounder, seed=seed, report=bar.learning)
+            sites = walk(
+                qmodel, blocks, batches, gradients=gradients,
+                after_block=learn if learns_block else None,
+            )  # fmt: skip
+        for site in bar.over(sites, 4 * len(blocks)):
             for scheme, part in by_scheme(site, schemes):
                 if scheme.w is None:
                     continue
@@ -142,6 +153,12 @@ def quantize(
             if products is not None and site.group.name == "qkv":
                 found = quantize_attention(site, qmodel, products, backend)
                 install(qmodel.get_submodule(site.block.attention), found)
+        if learns_model:
+            assert batches is not None
+            path = None if resume is None else Path(resume)
+            reconstruct_model(rounder, qmodel, teacher, batches, seed, bar.learning, path)
+    if learns_model or learns_block:  # what each layer gave before it was learned is of no use
+        layers = {name: replace(layer, sqnr=None) for name, layer in layers.items()}
     for name, scheme in extra.items():
         layer = quantize_outside(qmodel.get_submodule(name), scheme, backend)
         qmodel.set_submodule(name, layer)
@@ -260,11 +277,43 @@ def _say_what_data_would_give() -> None:
     )
 
 
+def _check_learning(
+    rounding: str, learns_model: bool, learns_block: bool, batches: Any, resume: Any
+) -> None:
+    if batches is None and (learns_model or learns_block):
+        raise SchemeError(
+            f"rounding={rounding!r} learns from data: give calib, or another rounding"
+        )
+    if resume is not None and not learns_model:
+        raise SchemeError(f"resume goes with rounding='tuned', not with {rounding!r}")
+
+
+class _Bar:
+    """A bar on the terminal, or nothing."""
+
+    def __init__(self, bar: Any = None) -> None:
+        self.bar = bar
+        self.task = None if bar is None else bar.add_task("quantizing", total=None)
+
+    def over(self, sites: Iterator[Site], total: int) -> Iterator[Site]:
+        """The sites, shown as they pass."""
+        for done, site in enumerate(sites):
+            block = site.block.name.split(".")[-1]
+            self._show(f"{block}.{site.group.name}", done, total)
+            yield site
+
+    def learning(self, done: int, total: int, loss: float) -> None:
+        self._show(f"learning, loss {loss:.4g}", done, total)
+
+    def _show(self, text: str, done: int, total: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, description=text, completed=done, total=total)
+
+
 @contextmanager
-def _progress(sites: Iterator[Site], total: int, show: bool) -> Iterator[Iterator[Site]]:
-    """The sites, with a bar on the terminal while they pass."""
+def _progress(show: bool) -> Iterator[_Bar]:
     if not show:
-        yield sites
+        yield _Bar()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -273,12 +322,4 @@ def _progress(sites: Iterator[Site], total: int, show: bool) -> Iterator[Iterato
         TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     )  # fmt: skip
     with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
-        task = bar.add_task("quantizing", total=total)
-
-        def watched() -> Iterator[Site]:
-            for site in sites:
-                bar.update(task, description=f"{site.block.name.split('.')[-1]}.{site.group.name}")
-                yield site
-                bar.advance(task)
-
-        yield watched()
+        yield _Bar(bar)

@@ -6,7 +6,7 @@ so that a site knows both what its linears get and what they should have got.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ class Site:
 
 
 @dataclass
-class _Call:
+class Call:
     """One batch on its way through the blocks."""
 
     hidden: Tensor  # [B, T, H], quantized stream
@@ -87,8 +87,12 @@ def walk(
     batches: Sequence[Batch],
     max_tokens: int = MAX_TOKENS,
     gradients: Gradients | None = None,
+    after_block: Callable[[nn.Module, Sequence[Call]], None] | None = None,
 ) -> Iterator[Site]:
     """Yields every site of every block, in the order of computation.
+
+    `after_block` sees each block once all its sites are replaced, with the quantized stream before
+    it (`hidden`) and the float stream behind it (`float_hidden`).
 
     The memory held is one block's inputs (twice), one float copy of the block, and at most
     `max_tokens` rows of each of its sites.
@@ -104,13 +108,15 @@ def walk(
                 weights = {n: m.weight.detach().float() for n, m in site.linears.items()}
                 site.probe = Probe(module, block, weights, parts, gradients)
             yield site
+        if after_block is not None:
+            after_block(module, calls)
         for call in calls:
-            call.hidden = _run(module, call.hidden, call)
+            call.hidden = run(module, call.hidden, call)
 
 
-def _first_calls(model: nn.Module, block: Block, batches: Sequence[Batch]) -> list[_Call]:
+def _first_calls(model: nn.Module, block: Block, batches: Sequence[Batch]) -> list[Call]:
     """Runs the model up to its first block and keeps what that block was called with."""
-    calls: list[_Call] = []
+    calls: list[Call] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
@@ -123,7 +129,7 @@ def _first_calls(model: nn.Module, block: Block, batches: Sequence[Batch]) -> li
         if mask is None or tuple(mask.shape) != tuple(hidden.shape[:2]):
             mask = torch.ones(hidden.shape[:2])
         mask = mask.bool().to(hidden.device)
-        calls.append(_Call(hidden, hidden, tuple(rest), kwargs, mask))
+        calls.append(Call(hidden, hidden, tuple(rest), kwargs, mask))
         raise _Stop
 
     handle = model.get_submodule(block.name).register_forward_pre_hook(stop, with_kwargs=True)
@@ -146,18 +152,19 @@ def _first_calls(model: nn.Module, block: Block, batches: Sequence[Batch]) -> li
     return calls
 
 
-def _run(module: nn.Module, hidden: Tensor, call: _Call) -> Tensor:
+def run(module: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """A block's output [B, T, H], called as the model called it."""
     out = module(hidden, *call.args, **call.kwargs)
     return out if isinstance(out, Tensor) else out[0]
 
 
 def _run_float(
-    module: nn.Module, block: Block, calls: list[_Call], max_tokens: int
+    module: nn.Module, block: Block, calls: list[Call], max_tokens: int
 ) -> dict[str, Tensor]:
     """Moves the float stream over the block; returns the float rows of each group."""
     rows: dict[str, list[Tensor]] = {group.name: [] for group in block.groups}
     handles = []
-    current: list[_Call] = []
+    current: list[Call] = []
     for group in block.groups:
 
         def keep(_: nn.Module, args: tuple[Tensor, ...], name: str = group.name) -> None:
@@ -169,14 +176,14 @@ def _run_float(
         handles.append(linear.register_forward_pre_hook(keep))
     for call in calls:
         current[:] = [call]
-        call.float_hidden = _run(module, call.float_hidden, call)
+        call.float_hidden = run(module, call.float_hidden, call)
     for handle in handles:
         handle.remove()
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 def _observe(
-    model: nn.Module, module: nn.Module, block: Block, group: Group, calls: list[_Call],
+    model: nn.Module, module: nn.Module, block: Block, group: Group, calls: list[Call],
     float_rows: Tensor, max_tokens: int,
 ) -> Site:  # fmt: skip
     """Runs the block on the quantized stream until the group's linears are reached."""
@@ -184,7 +191,7 @@ def _observe(
     site = Site(block, group, linears, float_rows=float_rows)
     lo: list[Tensor] = []
     hi: list[Tensor] = []
-    current: list[_Call] = []
+    current: list[Call] = []
     kept = 0
 
     def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -204,7 +211,7 @@ def _observe(
         for call in calls:
             current[:] = [call]
             try:
-                _run(module, call.hidden, call)
+                run(module, call.hidden, call)
             except _Stop:
                 continue
     finally:

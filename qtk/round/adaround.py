@@ -1,0 +1,64 @@
+"""AdaRound, Nagel et al. 2020, https://arxiv.org/abs/2004.10568, one layer at a time.
+
+    code = floor(w / s) + h(V),    h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1)
+    minimise  error(code * s - w) + lambda sum(1 - |2 h - 1|^beta)
+
+beta falls from 20 to 2 after a warm-up without the second term, which pushes every h to 0 or 1
+(eq. 21 to 25). The error is exact: a quadratic form in the inputs' Gram matrix, so that a step
+costs one small matrix product however many tokens there are.
+"""
+
+import torch
+from torch import Tensor
+
+from qtk.numerics import expand_groups, quantize
+from qtk.round import Problem, Rounded, best_scale
+from qtk.round._least_squares import better, error, target
+from qtk.round.nearest import find as find_nearest
+
+STEPS = 300  # each on the whole calibration set at once, where the paper takes 10,000 on samples
+RATE = 0.03
+WARM_UP = 0.2  # share of the steps
+ZETA, GAMMA = 1.1, -0.1
+BETA = (20.0, 2.0)
+PULL = 0.01  # lambda, relative to what rounding to nearest costs
+
+
+def find(problem: Problem) -> Rounded:
+    """Codes and scale; nearest rounding where there is no data, or where a row is better so."""
+    if problem.inputs is None:
+        return find_nearest(problem)
+    fmt = problem.fmt
+    weight, hessian = target(problem)
+    scale = best_scale(weight, fmt, hessian.diag())
+    full = expand_groups(scale, weight.shape[1], fmt.group_size).expand_as(weight)
+    nearest = quantize(weight, full, 0, fmt)
+    cost = float(error(nearest * full - weight, hessian).sum()) or 1.0
+    below = (weight / full).floor()
+    with torch.enable_grad():
+        V = learned(weight, full, below, hessian, cost, (fmt.qmin, fmt.qmax))
+    codes = (below + (V >= 0)).clamp(fmt.qmin, fmt.qmax)  # h(V) >= 1/2
+    return better(codes, nearest, full, weight, hessian), scale
+
+
+def learned(
+    weight: Tensor, scale: Tensor, below: Tensor, hessian: Tensor, cost: float,
+    limits: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """V [N, K] after the descent; its sign says up or down."""
+    part = (weight / scale - below).clamp(0.01, 0.99)
+    V = -torch.log((ZETA - GAMMA) / (part - GAMMA) - 1)  # h(V) = the fraction: float weights
+    V.requires_grad_(True)
+    optimizer = torch.optim.Adam([V], lr=RATE)
+    for step in range(STEPS):
+        h = (V.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        w_hat = (below + h).clamp(*limits) * scale
+        loss = error(w_hat - weight, hessian).sum() / cost
+        progress = (step / STEPS - WARM_UP) / (1 - WARM_UP)
+        if progress > 0:
+            beta = BETA[1] + (BETA[0] - BETA[1]) * (1 - progress)
+            loss = loss + PULL * (1 - (2 * h - 1).abs().pow(beta)).mean() * len(hessian)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return V.detach()
