@@ -30,8 +30,8 @@ ALLOWED = {
     "qtk.integrations": LOW | {"qtk.checkpoint"},
     "qtk.reconstruct": CORE,
     "qtk.pipeline": CORE
-    | {"qtk.assign", "qtk.attend", "qtk.recipes", "qtk.checkpoint", "qtk.integrations", "qtk"},
-    | {"qtk.reconstruct", "qtk.assign", "qtk.recipes", "qtk.checkpoint", "qtk.integrations", "qtk"},
+    | {"qtk.reconstruct", "qtk.assign", "qtk.attend", "qtk.recipes", "qtk.checkpoint"}
+    | {"qtk.integrations", "qtk"},
     "qtk.fidelity": CORE | {"qtk.fidelity"},
     "qtk.report": LOW | {"qtk.checkpoint", "qtk.integrations", "qtk.fidelity", "qtk.report"},
 }
