@@ -76,9 +76,9 @@ class QuantAttention(nn.Module):
         causal: bool,
     ) -> Tensor:  # fmt: skip
         backend = backend_of(q, self.backend)
-        operands, scales = self.codes(q, k, v)
+        (q, k, v), scales = self.codes(q, k, v)
         return quantized_attention(
-            *operands, **scales, v_scale=None if self.v_scale is None else self.v_scale[None],
+            q, k, v, **scales, v_scale=None if self.v_scale is None else self.v_scale[None],
             **self.softmax(), scale=scale, mask=mask, causal=causal, out_dtype=q.dtype,
             backend=backend,
         )  # fmt: skip
@@ -90,9 +90,9 @@ class QuantAttention(nn.Module):
         """The quantized probabilities, [B, H, Tq, Tk] float32; arguments as `forward`."""
         if mask is not None and mask.dtype != torch.bool:
             mask = mask >= 0
-        operands, scales = self.codes(q, k, v)
+        (q, k, v), scales = self.codes(q, k, v)
         return attention_weights(
-            *operands, **scales, **self.softmax(), scale=scale, mask=mask, causal=causal
+            q, k, v, **scales, **self.softmax(), scale=scale, mask=mask, causal=causal
         )
 
     def softmax(self) -> dict[str, Any]:
