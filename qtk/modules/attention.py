@@ -75,11 +75,11 @@ class QuantAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None,
         causal: bool,
     ) -> Tensor:  # fmt: skip
-        backend = backend_of(q, self.backend)
+        backend, dtype = backend_of(q, self.backend), q.dtype
         (q, k, v), scales = self.codes(q, k, v)
         return quantized_attention(
             q, k, v, **scales, v_scale=None if self.v_scale is None else self.v_scale[None],
-            **self.softmax(), scale=scale, mask=mask, causal=causal, out_dtype=q.dtype,
+            **self.softmax(), scale=scale, mask=mask, causal=causal, out_dtype=dtype,
             backend=backend,
         )  # fmt: skip
 
