@@ -58,7 +58,7 @@ def asked_for(
     outside = {
         n: m
         for n, m in model.named_modules()
-        if n not in inside and (isinstance(m, nn.Linear) or type(m) is nn.Embedding)
+        if n not in inside and (isinstance(m, nn.Linear) or type(m) in (nn.Embedding, nn.Conv2d))
     }
     found: dict[str, Scheme] = {}
     for pattern, scheme in special.items():

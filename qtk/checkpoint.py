@@ -9,13 +9,18 @@ from torch import Tensor, nn
 
 from qtk.errors import CheckpointError, ModelError, SchemeError
 from qtk.models import describe
+from qtk.modules.attention import CHILD, QuantAttention, install
 from qtk.modules.block import FusedBlock, fuse
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.linear import QuantLinear
-from qtk.scheme import Scheme
+from qtk.modules.patch import QuantPatchConv, is_patch_conv
+from qtk.scheme import AttentionScheme, Scheme
 
-VERSION = 1  # of the layout on disk; a newer one is refused
-POSITIVE = ("weight_scale", "input_scale", "input_channel_scale", "input_clip")
+VERSION = 2  # of the layout on disk; a newer one is refused
+# 2 brought quantized attention and patch embeddings; what has neither is written as 1
+POSITIVE = (
+    "weight_scale", "input_scale", "input_channel_scale", "input_clip", "v_scale", "softmax_step",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,20 +56,22 @@ class Record:
         layers: by module name inside the base model (without "bert.", "model." or "vit.").
         recipe: method, rounding, ranges, calibration size, seed: for people to read.
         backend: what was asked for: "auto", "triton", "cpu" or "reference".
+        attention: how every block's products and softmax compute, None for floating point.
     """
 
     layers: dict[str, Layer]
     recipe: dict[str, Any] = field(default_factory=dict)
     backend: str = "auto"
-    version: int = VERSION
+    attention: AttentionScheme | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "version": self.version,
+        data = {
+            "version": VERSION if self.attention else 1,
             "backend": self.backend,
             "recipe": self.recipe,
             "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
         }
+        return {**data, "attention": self.attention.to_dict()} if self.attention else data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Record":
@@ -81,12 +88,16 @@ class Record:
                 f"the checkpoint is of layout {version}, this qtk reads up to {VERSION}; "
                 "install a newer qtk"
             )
-        layers = data.get("layers")
-        if not isinstance(layers, dict) or not layers:
+        layers, attention = data.get("layers"), data.get("attention")
+        if not isinstance(layers, dict) or not (layers or attention):
             raise CheckpointError("the checkpoint's quantization_config lists no layers")
+        try:
+            scheme = None if attention is None else AttentionScheme.from_dict(attention)
+        except (SchemeError, TypeError) as error:
+            raise CheckpointError(f"the checkpoint describes attention badly: {error}") from None
         return cls(
             {name: Layer.from_dict(layer) for name, layer in layers.items()},
-            data.get("recipe", {}), data.get("backend", "auto"), version,
+            data.get("recipe", {}), data.get("backend", "auto"), scheme,
         )  # fmt: skip
 
 
@@ -119,6 +130,11 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding
     """The integer linears and embeddings of a model by full name."""
     kinds = (QuantLinear, QuantEmbedding)
     return {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def quantized_attentions(model: nn.Module) -> dict[str, QuantAttention]:
+    """The quantized attention products of a model by full name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantAttention)}
 
 
 def fused_blocks(model: nn.Module) -> dict[str, FusedBlock]:
@@ -154,6 +170,12 @@ def skeleton(model: nn.Module, record: Record) -> None:
                 module.embedding_dim, module.num_embeddings, layer.scheme,
                 dtype=module.weight.dtype, device=module.weight.device,
             )  # fmt: skip
+        elif isinstance(module, nn.Conv2d) and is_patch_conv(module):
+            linear = QuantLinear(
+                module.weight[0].numel(), module.out_channels, layer.scheme, bias=layer.bias,
+                backend=backend, device=module.weight.device,
+            )  # fmt: skip
+            empty = QuantPatchConv(linear, module.kernel_size, module.weight.dtype)
         elif isinstance(module, nn.Linear):
             empty = QuantLinear(
                 module.in_features, module.out_features, layer.scheme, bias=layer.bias,
@@ -166,6 +188,14 @@ def skeleton(model: nn.Module, record: Record) -> None:
                 "layer; load it as the class it was saved from"
             )
         model.set_submodule(full, empty)
+    if record.attention is not None:
+        for block in describe(model):
+            q: Any = model.get_submodule(f"{block.name}.{block.q}")
+            empty = QuantAttention(
+                block.heads, q.out_features // block.heads, record.attention, backend=backend,
+                device=next(q.buffers() if isinstance(q, QuantLinear) else q.parameters()).device,
+            )  # fmt: skip
+            model.get_submodule(block.attention).add_module(CHILD, empty)
 
 
 def check_tensors(model: nn.Module) -> None:
@@ -183,6 +213,15 @@ def check_tensors(model: nn.Module) -> None:
         )  # fmt: skip
         for key, wanted in empty.named_buffers(recurse=False):
             value = getattr(layer, key)
+            fault = None if value.is_meta else _fault(key, value, wanted)
+            if fault:
+                raise CheckpointError(f"the checkpoint's {name}.{key} {fault}")
+    for name, products in quantized_attentions(model).items():
+        like = QuantAttention(
+            products.heads, products.head_size, products.scheme, device="meta"
+        ).named_buffers()
+        for key, wanted in like:
+            value = getattr(products, key)
             fault = None if value.is_meta else _fault(key, value, wanted)
             if fault:
                 raise CheckpointError(f"the checkpoint's {name}.{key} {fault}")
@@ -205,6 +244,8 @@ def finish(model: nn.Module) -> None:
     """Makes a filled skeleton run: kernels' layouts, fused blocks, no float gradients."""
     for layer in quantized_layers(model).values():
         layer.prepare()
+    for name, products in quantized_attentions(model).items():
+        install(model.get_submodule(name.rpartition(".")[0]), products)
     fuse(model, describe(model))
     model.requires_grad_(False)
 

@@ -15,19 +15,23 @@ from torch import Tensor, nn
 
 from qtk import checkpoint
 from qtk.assign import asked_for, assign, by_scheme, special_schemes
+from qtk.attend import quantize_attention
 from qtk.discover import load
-from qtk.errors import SchemeError
+from qtk.errors import ModelError, SchemeError
 from qtk.integrations.transformers import attach, load_float
 from qtk.models import describe
+from qtk.modules.attention import install
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.linear import InputGrid, QuantLinear, resolve_backend
+from qtk.modules.patch import QuantPatchConv, is_patch_conv
 from qtk.numerics import expand_groups, scale_and_zero_point, sqnr
 from qtk.observe import Site, imagine, walk
 from qtk.observe.batches import prepare
+from qtk.observe.probe import block_gradients
 from qtk.recipes import Recipe
 from qtk.reconstruct import reconstruct_block, reconstruct_model
 from qtk.round import Problem
-from qtk.scheme import FLOAT, Format, Scheme
+from qtk.scheme import FLOAT, AttentionScheme, Format, Scheme
 from qtk.sensitivity import KEPT_BITS, sensitive, share_of
 from qtk.transform import Change
 
@@ -71,7 +75,12 @@ def quantize(
             (each block learned), "tuned" (the whole model learned, end to end).
         ranges: where static activation grids end; "auto" or a file in qtk/ranges.
         activations: "static" (one scale a tensor) or "token" (dynamic, one scale a token).
-        attention, softmax, softmax_bits: the attention products and the softmax; "float".
+        attention: operands of attention's two products: "float", or "int8" to "int4", which
+            needs `calib` for v's scales; q and k have one dynamic scale a token and head.
+        softmax: "float", "uniform", "matthew" (APQ-ViT; needs `calib`), "log2", "log-sqrt2", or
+            "code" (logarithmic, without an exponential); see `qtk_kernels/_softmax.py`.
+        softmax_bits: of its codes; by default the activations' for "uniform" and "matthew", 4 for
+            the logarithms. Of "code" 5, 6 or 7: one, two or four steps an octave (the default).
         group_size: weights that share a scale along the input; None is a whole row.
         bits: {pattern of module names: (w, a)}, first match wins, the rest as `w` and `a` say.
             Heads, pooler and embeddings stay in floating point unless a pattern names them alone.
@@ -94,10 +103,9 @@ def quantize(
     """
     _check_seed(seed)
     torch.manual_seed(seed)
-    _only_float("attention", attention)
-    _only_float("softmax", softmax)
-    if softmax_bits is not None:
-        raise SchemeError("softmax_bits goes with an integer softmax; this version has none")
+    products = AttentionScheme.of(attention, softmax, softmax_bits, a)
+    if products is not None and products.needs_data and calib is None:
+        raise SchemeError(f"{products.name} needs calibration data: pass calib=")
     scheme_of = partial(
         Scheme.of,
         activations=activations if calib is not None or activations != "static" else "token",
@@ -114,7 +122,7 @@ def quantize(
     resolve_backend(next(source.parameters()), backend)
     schemes = assign(blocks, default, special)
     extra = asked_for(source, blocks, special)
-    if not extra and all(scheme.w is None for scheme in schemes.values()):
+    if not extra and products is None and all(scheme.w is None for scheme in schemes.values()):
         raise SchemeError("nothing is left to quantize: w=16, or skip matches every linear")
     batches = None if calib is None else prepare(source, calib, tokenizer, seed)
     if batches is None and any(scheme.a for scheme in schemes.values()):
@@ -137,12 +145,18 @@ def quantize(
         blocks = prepare_model(qmodel, blocks)
 
     layers: dict[str, checkpoint.Layer] = {}
+    gradients = None
+    if batches is not None and recipe.needs_gradients:
+        gradients = block_gradients(qmodel, blocks, batches, seed)
     with torch.no_grad(), _progress(progress) as bar:
         if batches is None:
             sites = imagine(qmodel, blocks, seed)
         else:
             learn = partial(reconstruct_block, rounder, seed=seed, report=bar.learning)
-            sites = walk(qmodel, blocks, batches, after_block=learn if learns_block else None)
+            sites = walk(
+                qmodel, blocks, batches, gradients=gradients,
+                after_block=learn if learns_block else None,
+            )  # fmt: skip
         for site in bar.over(sites, 4 * len(blocks)):
             for scheme, part in by_scheme(site, schemes):
                 if scheme.w is None:
@@ -153,6 +167,9 @@ def quantize(
                     layers[checkpoint.base_name(qmodel, name)] = checkpoint.Layer(
                         scheme, linear.bias is not None, linear.transform, linear.rotation, quality
                     )
+            if products is not None and site.group.name == "qkv":
+                found = quantize_attention(site, qmodel, products, backend)
+                install(qmodel.get_submodule(site.block.attention), found)
         if learns_model:
             assert batches is not None
             path = None if resume is None else Path(resume)
@@ -162,9 +179,10 @@ def quantize(
     for name, scheme in extra.items():
         layer = quantize_outside(qmodel.get_submodule(name), scheme, backend)
         qmodel.set_submodule(name, layer)
-        kept = layer.scheme if isinstance(layer, QuantLinear) else replace(scheme, a=None)
+        inner = layer.linear if isinstance(layer, QuantPatchConv) else layer
+        kept = inner.scheme if isinstance(inner, QuantLinear) else replace(scheme, a=None)
         layers[checkpoint.base_name(qmodel, name)] = checkpoint.Layer(
-            kept, layer.bias is not None, transform=False
+            kept, inner.bias is not None, transform=False
         )
     told = {
         "method": recipe.public_method, "rounding": recipe.rounding, "ranges": recipe.ranges,
@@ -172,7 +190,7 @@ def quantize(
         "calibration_batches": len(batches or ()),
     }  # fmt: skip
     checkpoint.finish(qmodel)
-    attach(qmodel, checkpoint.Record(layers, told, backend))
+    attach(qmodel, checkpoint.Record(layers, told, backend, products))
     return qmodel
 
 
@@ -242,21 +260,32 @@ def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -
     if fmt.granularity == "token":
         clip = rule.find_clip(batches, fmt, importance) if hasattr(rule, "find_clip") else 1.0
         return replace(grid, clip=clip)
-    lo, hi = rule.find(batches, fmt, importance)
+    if site.probe is not None and hasattr(rule, "NEEDS_PROBE"):
+        lo, hi = rule.find(
+            batches, fmt, importance, site.probe.changed(change.inputs, change.weight)
+        )
+    else:
+        lo, hi = rule.find(batches, fmt, importance)
     scale, zero_point = scale_and_zero_point(lo, hi, fmt)
     return replace(grid, scale=scale, zero_point=zero_point)
 
 
 def quantize_outside(module: nn.Module, scheme: Scheme, backend: str) -> nn.Module:
-    """A head or an embedding, without calibration: inputs are dynamic per token."""
-    assert scheme.w is not None and isinstance(module, (nn.Linear, nn.Embedding))
-    codes, scale = load("round", "nearest").find(Problem(module.weight.float(), scheme.w))
+    """A head, an embedding or a patch embedding; inputs are dynamic per token, not calibrated."""
+    assert scheme.w is not None and isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d))
+    weight = module.weight.float().flatten(1)
+    codes, scale = load("round", "nearest").find(Problem(weight, scheme.w))
     if isinstance(module, nn.Embedding):
         only_w = replace(scheme, a=None)
         return QuantEmbedding.from_codes(codes, scale, only_w, module.weight.dtype)
     a = scheme.a and Format(scheme.a.bits, granularity="token")
     scheme = replace(scheme, a=a)
-    return QuantLinear.from_codes(codes, scale, module.bias, InputGrid(a), scheme, backend)
+    if isinstance(module, nn.Conv2d) and not is_patch_conv(module):
+        raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
+    linear = QuantLinear.from_codes(codes, scale, module.bias, InputGrid(a), scheme, backend)
+    if isinstance(module, nn.Conv2d):
+        return QuantPatchConv(linear, module.kernel_size, module.weight.dtype)
+    return linear
 
 
 def _transform(recipe: Recipe) -> ModuleType | None:
@@ -273,11 +302,6 @@ def _change(site: Site, scheme: Scheme, recipe: Recipe) -> Change:
 def _check_seed(seed: object) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise SchemeError(f"seed={seed!r}: give an integer")
-
-
-def _only_float(name: str, value: str) -> None:
-    if value != "float":
-        raise SchemeError(f"{name}={value!r}: only 'float' is available in this version")
 
 
 def _say_what_data_would_give() -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from qtk.discover import available
+from qtk.discover import available, load
 from qtk.errors import SchemeError
 from qtk.scheme import FLOAT
 
@@ -72,6 +72,11 @@ class Recipe:
         """What a user types for the method."""
         names = {file: name for name, file in METHODS.items()}
         return names.get(self.method) or str(self.method)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether ranges are searched on the gradients of the whole float model."""
+        return self.ranges != "auto" and hasattr(load("ranges", self.ranges), "NEEDS_PROBE")
 
     def range_rule(self, reads_norm: bool, rotated: bool) -> str:
         """The file in qtk/ranges for one site.

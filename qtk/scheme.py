@@ -118,3 +118,103 @@ def _check_bits(name: str, bits: object, allowed: tuple[int, ...]) -> None:
         raise SchemeError(
             f"{name}={bits!r}: choose {allowed[0]} to {allowed[-1]} bits, or 16 for floating point"
         )
+
+
+SOFTMAXES = ("float", "uniform", "matthew", "log2", "log-sqrt2", "code")
+CODE_STEPS = {5: 1, 6: 2, 7: 4}  # softmax_bits of "code": 5 of exponent, the rest steps an octave
+
+
+@dataclass(frozen=True)
+class AttentionScheme:
+    """How attention's two products and its softmax compute.
+
+    Attributes:
+        bits: of the codes of q, k and v, None for floating point. q and k have one dynamic scale a
+            token and head, v a static one a channel.
+        softmax: one of SOFTMAXES.
+        softmax_bits: of a probability's code, None for floating point.
+    """
+
+    bits: int | None = None
+    softmax: str = "float"
+    softmax_bits: int | None = None
+
+    @classmethod
+    def of(
+        cls, attention: object, softmax: object, softmax_bits: object, a: int
+    ) -> "AttentionScheme | None":
+        """The scheme that `quantize(attention=, softmax=, softmax_bits=)` asks for, None for none.
+
+        Args:
+            a: bits of the linears' activations, which "uniform" and "matthew" take too.
+
+        Raises:
+            SchemeError: a name that does not exist, or bits that do not go with it.
+        """
+        names = {"float": None, **{f"int{bits}": bits for bits in ACTIVATION_BITS[::-1]}}
+        if not isinstance(attention, str) or attention not in names:
+            raise SchemeError(f"attention={attention!r}: choose {', '.join(map(repr, names))}")
+        if not isinstance(softmax, str) or softmax not in SOFTMAXES:
+            raise SchemeError(f"softmax={softmax!r}: choose {', '.join(map(repr, SOFTMAXES))}")
+        if softmax_bits is None and softmax != "float":
+            uniform = 8 if a == FLOAT else a
+            softmax_bits = {"log2": 4, "log-sqrt2": 4, "code": 7}.get(softmax, uniform)
+        if names[attention] is None and softmax == "float" and softmax_bits is None:
+            return None
+        return cls.from_dict(
+            {"bits": names[attention], "softmax": softmax, "softmax_bits": softmax_bits}
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps an octave of the logarithmic kinds."""
+        if self.softmax == "code" and self.softmax_bits is not None:
+            return CODE_STEPS[self.softmax_bits]
+        return 2 if self.softmax == "log-sqrt2" else 1
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether something about it is found on calibration data."""
+        return self.bits is not None or self.softmax == "matthew"
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        operands = "float" if self.bits is None else f"int{self.bits}"
+        bits = "" if self.softmax_bits is None else f" {self.softmax_bits}-bit"
+        return f"{operands} products, {self.softmax}{bits} softmax"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "AttentionScheme":
+        """Inverse of `to_dict`.
+
+        Raises:
+            SchemeError: a field is missing, unknown or out of range.
+        """
+        try:
+            scheme = cls(**data)
+        except TypeError as error:
+            raise SchemeError(f"not an attention scheme: {data!r} ({error})") from None
+        if scheme.softmax not in SOFTMAXES:
+            raise SchemeError(f"softmax={scheme.softmax!r}: choose {', '.join(SOFTMAXES)}")
+        if scheme.bits is not None and not _is_one_of(scheme.bits, ACTIVATION_BITS):
+            raise SchemeError(f"attention in {scheme.bits!r} bits: choose 4 to 8")
+        allowed: tuple[int, ...] = {"float": (), "code": tuple(CODE_STEPS)}.get(
+            scheme.softmax, WEIGHT_BITS
+        )
+        if scheme.softmax == "float" and scheme.softmax_bits is None:
+            return scheme
+        if not _is_one_of(scheme.softmax_bits, allowed):
+            choices = ", ".join(map(str, allowed)) or "none: it stays in floating point"
+            raise SchemeError(
+                f"softmax_bits={scheme.softmax_bits!r} with softmax={scheme.softmax!r}: choose "
+                f"{choices}"
+            )
+        return scheme
+
+
+def _is_one_of(bits: object, allowed: tuple[int, ...]) -> bool:
+    return isinstance(bits, int) and not isinstance(bits, bool) and bits in allowed

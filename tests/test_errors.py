@@ -103,7 +103,13 @@ SCHEMES = {
     "skip everything": (lambda: run(skip=["*"]), "nothing is left to quantize"),
     "skip of no layer": (lambda: run(skip=["*head*"]), "matches no linear"),
     "skip a number": (lambda: run(skip=3), "are strings"),
-    "integer softmax bits": (lambda: run(softmax_bits=8), "softmax"),
+    "attention": (lambda: run(attention="int3"), "attention='int3': choose 'float', 'int8'"),
+    "attention as a number": (lambda: run(attention=8), "attention=8: choose"),
+    "softmax": (lambda: run(softmax="int4"), "softmax='int4': choose 'float', 'uniform'"),
+    "bits of a float softmax": (lambda: run(softmax_bits=8), "stays in floating point"),
+    "bits of code": (lambda: run(softmax="code", softmax_bits=4), "choose 5, 6, 7"),
+    "bits of log2": (lambda: run(softmax="log2", softmax_bits=9), "choose 2, 3, 4"),
+    "bits of matthew": (lambda: run(softmax="matthew", softmax_bits=True), "choose 2, 3"),
 }
 
 BACKENDS = {
@@ -172,12 +178,6 @@ def cases(kind, table):
 def test_a_mistake_is_told_with_its_remedy(kind, act, told):
     with pytest.raises(kind, match=f"(?s){told}"):
         act()
-
-
-@pytest.mark.parametrize("what", ["attention", "softmax"])
-def test_an_integer_attention_that_is_not_there(what):
-    with pytest.raises(SchemeError, match=f"{what}='int4'"):
-        run(**{what: "int4"})
 
 
 def test_triton_without_a_gpu(monkeypatch):

@@ -87,6 +87,8 @@ def test_without_data_the_norm_gives_the_shift():
 @pytest.mark.parametrize("name", available("ranges"))
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_a_range_lies_inside_the_data(name, bits):
+    if hasattr(load("ranges", name), "NEEDS_PROBE"):
+        pytest.skip("searches on gradients: tests/test_hessian.py")
     batches = [torch.randn(50, 16) + 0.3 for _ in range(3)]
     batches[0][0, 0] = 25.0
     fmt = Format(bits, symmetric=False)

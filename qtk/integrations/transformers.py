@@ -204,7 +204,8 @@ def _put_in_place(work: Path, target: Path) -> None:
 
 def _check_all_read(model: nn.Module) -> None:
     """Raises CheckpointError for a quantized tensor that the file did not have."""
-    for name, layer in checkpoint.quantized_layers(model).items():
+    modules = {**checkpoint.quantized_layers(model), **checkpoint.quantized_attentions(model)}
+    for name, layer in modules.items():
         for key, value in layer.named_buffers(recurse=False):
             # transformers marks what it reads, and leaves the rest as the memory happened to be
             if not value.is_meta and not getattr(value, "_is_hf_initialized", False):

@@ -55,6 +55,11 @@ class Block:
     rotated: bool = False
 
     @property
+    def attention(self) -> str:
+        """Full name of the module that q, k and v belong to."""
+        return f"{self.name}.{self.q.rpartition('.')[0]}"
+
+    @property
     def groups(self) -> tuple[Group, ...]:
         """In the order of computation."""
         mlp_norm = f"{self.name}.{self.norm2 if self.pre_norm else self.norm1}"

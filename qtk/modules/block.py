@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from qtk.hadamard import rotate
 from qtk.models import Block
+from qtk.modules.attention import CHILD, QuantAttention
 from qtk.modules.linear import Plan, QuantLinear, linear_of_codes, prepare_operand
 from qtk_kernels._activation import activate
 from qtk_kernels.gelu_quantize import activation_quantize
@@ -62,6 +63,7 @@ class Parts:
     ]  # q (for q, k, v), out, fc1, fc2
     norm1: Norm
     norm2: Norm
+    products: QuantAttention | None
 
 
 class FusedBlock(nn.Module):
@@ -138,7 +140,7 @@ def fused_forward(
     qkv = linear_of_codes(
         codes, scale, parts.qkv, q.is_int4, q.in_features, q.w.group_size, x.dtype
     )
-    context = attention(qkv, block, mask, cache)
+    context = attention(qkv, block, mask, cache, parts.products)
     y = out.multiply(*out.quantize(context), out_dtype=x.dtype)
 
     if block.pre_norm:
@@ -153,20 +155,24 @@ def fused_forward(
     return F.layer_norm(x + y, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
-def attention(qkv: Tensor, block: Block, mask: Tensor | None, cache: Any = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, in floating point: [B, T, 3 * H] -> [B, T, H]."""
+def attention(
+    qkv: Tensor, block: Block, mask: Tensor | None, cache: Any = None,
+    products: QuantAttention | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(q k^T / sqrt(D)) v, quantized or in floating point: [B, T, 3 * H] -> [B, T, H]."""
     B, T, width = qkv.shape
     D = width // (3 * block.heads)
     q, k, v = qkv.view(B, T, 3, block.heads, D).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
+    if cache is not None:
+        k, v = cache.update(k, v, int(block.name.rpartition(".")[2]))
+    causal = block.causal and mask is None and T > 1
+    if products is not None:
+        return products(q, k, v, mask=mask, causal=causal)
     if mask is not None and mask.dtype == torch.bool and not mask.is_cuda:
         # added, not selected: a CPU's attention takes 5.6 ms instead of 9 for 16x12x128x32
         blocked = torch.finfo(q.dtype).min
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, blocked)
-    if cache is not None:
-        k, v = cache.update(k, v, int(block.name.rpartition(".")[2]))
-    context = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=block.causal and mask is None and T > 1
-    )
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return context.transpose(1, 2).reshape(B, T, block.heads * D)
 
 
@@ -268,7 +274,8 @@ def make_parts(module: nn.Module, block: Block) -> Parts | None:
         return None
     norm1 = _norm(module.get_submodule(block.norm1), q if block.pre_norm else fc1)
     norm2 = _norm(module.get_submodule(block.norm2), fc1)
-    return Parts(_join(q, k, v), (q, out, fc1, fc2), norm1, norm2)
+    parent = module.get_submodule(block.q.rpartition(".")[0])
+    return Parts(_join(q, k, v), (q, out, fc1, fc2), norm1, norm2, getattr(parent, CHILD, None))
 
 
 def _same_input(q: QuantLinear, k: QuantLinear, v: QuantLinear) -> bool:

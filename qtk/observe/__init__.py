@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qtk.errors import CalibrationError, QtkError
 from qtk.models import Block, Group
+from qtk.observe.probe import Gradients, Probe, parts_of
 
 Batch = dict[str, Any]
 
@@ -30,6 +31,7 @@ class Site:
         sequences: [B, T_b, K] quantized-stream inputs with their [B, T_b] masks, sampled.
         float_rows: [T, K], the same tokens in the float model; empty when rows are imagined.
         lo, hi: [batches, K] extremes of every channel over all tokens.
+        probe: what an error here costs, where gradients were asked for.
     """
 
     block: Block
@@ -39,6 +41,7 @@ class Site:
     float_rows: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     lo: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     hi: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    probe: Probe | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -83,6 +86,7 @@ def walk(
     blocks: Sequence[Block],
     batches: Sequence[Batch],
     max_tokens: int = MAX_TOKENS,
+    gradients: Gradients | None = None,
     after_block: Callable[[nn.Module, Sequence[Call]], None] | None = None,
 ) -> Iterator[Site]:
     """Yields every site of every block, in the order of computation.
@@ -98,7 +102,12 @@ def walk(
         module = model.get_submodule(block.name)
         seen = _run_float(copy.deepcopy(module), block, calls, max_tokens)
         for group in block.groups:
-            yield _observe(model, module, block, group, calls, seen.pop(group.name), max_tokens)
+            site = _observe(model, module, block, group, calls, seen.pop(group.name), max_tokens)
+            if gradients is not None:
+                parts = parts_of(calls, [x for x, _ in site.sequences])
+                weights = {n: m.weight.detach().float() for n, m in site.linears.items()}
+                site.probe = Probe(module, block, weights, parts, gradients)
+            yield site
         if after_block is not None:
             after_block(module, calls)
         for call in calls:

@@ -40,11 +40,15 @@ class Summary:
         layers: the linears of the blocks, in order; then heads and embeddings in integers.
         recipe: how it was made.
         other_bytes: of everything else: embeddings, norms, heads.
+        attention: how attention's products and softmax compute, "float" or in words.
+        attention_kernel: the name of what computes them on this machine.
     """
 
     layers: tuple[LayerSummary, ...]
     recipe: dict[str, Any]
     other_bytes: int
+    attention: str = "float"
+    attention_kernel: str = "torch scaled_dot_product_attention"
 
     @property
     def bytes(self) -> int:
@@ -60,6 +64,8 @@ class Summary:
         return {
             "layers": layers,
             "recipe": self.recipe,
+            "attention": self.attention,
+            "attention_kernel": self.attention_kernel,
             "bytes": self.bytes,
             "float_bytes": self.float_bytes,
             "other_bytes": self.other_bytes,
@@ -83,6 +89,8 @@ class Summary:
         if not each:
             kernel, fused = next(iter(kernels), ("-", False))
             totals.append(f"all run by {kernel}, {'in fused blocks' if fused else 'not fused'}")
+        if self.attention != "float":
+            totals.append(f"attention: {self.attention}, run by {self.attention_kernel}")
         if root:
             totals.append(f"names start with {root!r}")
         return "\n".join([*align([head, *rows]), "", *totals, "SQNR in dB, on calibration data"])
@@ -114,7 +122,10 @@ def summary(qmodel: nn.Module) -> Summary:
     layers += [_quantized(name, quantized[name], False, None) for name in others]
     parts = {t.data_ptr(): t.numel() * t.element_size() for t in qmodel.state_dict().values()}
     rest = sum(parts.values()) - sum(layer.bytes for layer in layers)  # tied weights count once
-    return Summary(tuple(layers), record.recipe, rest)
+    products = next(iter(checkpoint.quantized_attentions(qmodel).values()), None)
+    if products is None:
+        return Summary(tuple(layers), record.recipe, rest)
+    return Summary(tuple(layers), record.recipe, rest, products.scheme.name, products.kernel)
 
 
 def common_prefix(names: list[str]) -> str:

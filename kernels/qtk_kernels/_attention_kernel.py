@@ -1,0 +1,275 @@
+"""The Triton kernel of `quantized_attention`, whose file defines what it computes.
+
+A program holds some queries of one head. Where all keys fit one tile their scores are computed
+once; "float" and the anchored codes ("grid") otherwise rescale what they summed so far, exactly, by
+powers of two; the other kinds compute scores twice, first for what they must know of the row.
+"""
+
+from ._lang import jit, round_codes, tl
+from ._softmax import anchor_tile, code_tile, fma_tile
+
+
+@jit
+def _dot(a, b):
+    """a @ b in float32, or int32 for bytes."""
+    if a.dtype == tl.int8:
+        return tl.dot(a, b, out_dtype=tl.int32)
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@jit
+def _scores(
+    q_low, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, offs_n, Tq, Tk, D,
+    stride_kt, stride_kst, k_group, stride_mq, stride_mk,
+    CAUSAL: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """u, [BLOCK_M, BLOCK_N]."""
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = (offs_n < Tk)[:, None] & (offs_d < D)[None, :]
+    at = offs_n.to(tl.int64)[:, None] * stride_kt + offs_d[None, :]
+    k = tl.load(k_ptr + at, mask=inside, other=0)
+    if PACKED:
+        k = k.to(tl.int8, bitcast=True)
+        u = _dot(q_low, tl.trans((k << 4) >> 4)) + _dot(q_high, tl.trans(k >> 4))
+    else:
+        u = _dot(q_low, tl.trans(k))
+    u = u.to(tl.float32)
+    if k_scale_ptr is not None:
+        k_scale = tl.load(k_scale_ptr + offs_n // k_group * stride_kst, mask=offs_n < Tk, other=0.0)
+        u = u * k_scale[None, :]
+    if TAIL:
+        allowed = (offs_n < Tk)[None, :]
+        if CAUSAL:
+            allowed = allowed & (offs_n[None, :] <= offs_m[:, None] + (Tk - Tq))
+        if mask_ptr is not None:
+            bounds = (offs_m < Tq)[:, None] & (offs_n < Tk)[None, :]
+            m_at = offs_m.to(tl.int64)[:, None] * stride_mq + offs_n[None, :] * stride_mk
+            allowed = allowed & (tl.load(mask_ptr + m_at, mask=bounds, other=0) != 0)
+        u = tl.where(allowed, u, -1e30)
+    return u
+
+
+@jit
+def _values(
+    u, a, top, total, step,
+    KIND: tl.constexpr, STEPS: tl.constexpr, TOP: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """P in float32, but the bytes of "code", for which `top` is K."""
+    if KIND == "code":
+        return code_tile(fma_tile(u, a[:, None], top[:, None], EXACT), STEPS, EXACT)
+    else:
+        t = u * a[:, None] - top[:, None]
+        if KIND == "log2":
+            k = (STEPS * (tl.log2(total)[:, None] - t) + 12582912.0) - 12582912.0
+            return tl.where(k < TOP, tl.exp2(-k / STEPS), 0.0)
+        elif KIND == "uniform":
+            inverse = tl.div_rn(total * 0.0 + 1.0, total * step)
+            return round_codes(tl.exp2(t) * inverse[:, None], 0.0, TOP * 1.0).to(tl.float32)
+        else:
+            return tl.exp2(t)
+
+
+@jit
+def _product(p, v, KIND: tl.constexpr, TOP: tl.constexpr, V_FP8: tl.constexpr):
+    """sum_j P v of one tile, [BLOCK_M, BLOCK_D]; e5m2 carries 2**15 times the values of "log2"."""
+    if V_FP8:
+        if KIND == "log2":  # 2**-k to (30 - k) << 2: float32's exponent field is 127 - k
+            k = tl.maximum((p.to(tl.int32, bitcast=True) >> 23) - 97, 0)
+            p = (k << 2).to(tl.int8).to(tl.float8e5, bitcast=True)
+        return tl.dot(p, v.to(tl.float8e4nv, bitcast=True))
+    elif v.dtype == tl.int8:
+        if KIND == "uniform":  # codes of 8 bits as signed bytes
+            LIFT: tl.constexpr = 128 if TOP == 255 else 0
+            lifted = tl.dot((p - LIFT).to(tl.int8), v, out_dtype=tl.int32)
+            if LIFT:
+                lifted += LIFT * tl.sum(v.to(tl.int32), axis=0)[None, :]
+            return lifted
+        else:
+            return tl.dot(p.to(tl.float16), v.to(tl.float16))
+    else:
+        return tl.dot(p.to(v.dtype), v, input_precision="ieee")
+
+
+@jit
+def _total(p, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
+    """sum_j P, [BLOCK_M]; bytes are added by the tensor core."""
+    if KIND == "code":
+        ones = tl.full([BLOCK_N, 16], 1.0, tl.float32).to(tl.float8e5)
+        return tl.sum(tl.dot(p, ones), axis=1) * 0.0625
+    else:
+        return tl.sum(p, axis=1)
+
+
+@jit
+def _load_v(v_ptr, offs_n, Tk, D, stride_vt, stride_vd, BLOCK_D: tl.constexpr):
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = (offs_n < Tk)[:, None] & (offs_d < D)[None, :]
+    at = offs_n.to(tl.int64)[:, None] * stride_vt + offs_d[None, :] * stride_vd
+    return tl.load(v_ptr + at, mask=inside, other=0)
+
+
+@jit
+def _power_of_two(n):
+    """2**n of integers in float32, 0 below -126."""
+    return ((tl.maximum(n, -127.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
+def _store(
+    y, out_ptr, multiplier_ptr, offset_ptr, b, h, offs_m, H, Tq, D,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Writes [BLOCK_M, BLOCK_D] to out [B, Tq, H * D], as floats or as codes."""
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = (offs_m < Tq)[:, None] & (offs_d < D)[None, :]
+    at = ((b * Tq + offs_m).to(tl.int64) * H + h)[:, None] * D + offs_d[None, :]
+    if QMAX > QMIN:
+        multiplier = tl.load(multiplier_ptr + h * D + offs_d, mask=offs_d < D, other=0.0)
+        offset = tl.load(offset_ptr + h * D + offs_d, mask=offs_d < D, other=0.0)
+        codes = round_codes(y * multiplier[None, :] + offset[None, :], QMIN * 1.0, QMAX * 1.0)
+        tl.store(out_ptr + at, codes.to(tl.int8), mask=inside)
+    else:
+        tl.store(out_ptr + at, y, mask=inside)
+
+
+@jit
+def quantized_attention_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, step_ptr,
+    multiplier_ptr, offset_ptr, out_ptr,
+    H, Tq, Tk, D, width,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_vd, stride_mb, stride_mh, stride_mq, stride_mk,
+    stride_qsb, stride_qsh, stride_qst, stride_ksb, stride_ksh, stride_kst,
+    stride_vsb, stride_vsh, stride_vsd, q_group, k_group, multiplier,
+    KIND: tl.constexpr, STEPS: tl.constexpr, TOP: tl.constexpr, OFFSET: tl.constexpr,
+    RENORMALIZE: tl.constexpr, ONE_TILE: tl.constexpr, GRID: tl.constexpr,
+    CAUSAL: tl.constexpr, TAIL: tl.constexpr,
+    PACKED: tl.constexpr, V_FP8: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(Tq, BLOCK_M)
+    tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_w = tl.arange(0, BLOCK_W)
+    at = offs_m.to(tl.int64)[:, None] * stride_qt + offs_w[None, :]
+    inside = (offs_m < Tq)[:, None] & (offs_w < width)[None, :]
+    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + at, mask=inside, other=0)
+    q_high = q
+    if PACKED:
+        q = q.to(tl.int8, bitcast=True)
+        q_high = q >> 4
+        q = (q << 4) >> 4
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    if mask_ptr is not None:
+        mask_ptr += b * stride_mb + h * stride_mh
+    if k_scale_ptr is not None:
+        k_scale_ptr += b * stride_ksb + h * stride_ksh
+    a = tl.zeros([BLOCK_M], tl.float32) + multiplier
+    if q_scale_ptr is not None:
+        qs_at = b * stride_qsb + h * stride_qsh + offs_m // q_group * stride_qst
+        a = tl.load(q_scale_ptr + qs_at, mask=offs_m < Tq, other=0.0) * a
+    step = 1.0 / TOP
+    if step_ptr is not None:
+        step = tl.load(step_ptr + h)
+
+    end = Tk
+    if CAUSAL:
+        end = tl.minimum(Tk, (tile + 1) * BLOCK_M + Tk - Tq)
+    offs_n = tl.arange(0, BLOCK_N)
+    top = tl.full([BLOCK_M], -1e15, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros(
+        [BLOCK_M, BLOCK_D],
+        tl.int32
+        if KIND == "uniform" and v_ptr.dtype.element_ty == tl.int8 and not V_FP8
+        else tl.float32,
+    )
+    u = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if ONE_TILE:
+        u = _scores(
+            q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, offs_n, Tq, Tk, width,
+            stride_kt, stride_kst, k_group, stride_mq, stride_mk, CAUSAL, TAIL, PACKED, BLOCK_W,
+        )  # fmt: skip
+        top = tl.maximum(tl.max(u, axis=1) * a, top)
+        if KIND == "code":
+            top = anchor_tile(top, STEPS, OFFSET)
+        else:
+            total = tl.sum(tl.exp2(u * a[:, None] - top[:, None]), axis=1)
+            total = tl.where(total > 0, total, 1.0)
+        p = _values(u, a, top, total, step, KIND, STEPS, TOP, EXACT)
+        v = _load_v(v_ptr, offs_n, Tk, D, stride_vt, stride_vd, BLOCK_D)
+        acc = _product(p, v, KIND, TOP, V_FP8)
+        if KIND == "code" or RENORMALIZE:
+            total = _total(p, KIND, BLOCK_N)
+    elif KIND == "float" or GRID:  # one pass, earlier tiles rescaled
+        for start in range(0, end, BLOCK_N):
+            u = _scores(
+                q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, Tq, Tk, width,
+                stride_kt, stride_kst, k_group, stride_mq, stride_mk,
+                CAUSAL, TAIL, PACKED, BLOCK_W,
+            )  # fmt: skip
+            new = tl.max(u, axis=1) * a
+            if KIND == "code":
+                new = tl.maximum(top, tl.ceil(new * (1.0 / STEPS)) * STEPS)
+                alpha = _power_of_two((top - new) * (1.0 / STEPS))
+                p = _values(
+                    u, a, anchor_tile(new, STEPS, OFFSET), total, step, KIND, STEPS, TOP, EXACT
+                )
+            else:
+                new = tl.maximum(top, new)
+                alpha = tl.exp2(top - new)
+                p = _values(u, a, new, total, step, KIND, STEPS, TOP, EXACT)
+            v = _load_v(v_ptr, start + offs_n, Tk, D, stride_vt, stride_vd, BLOCK_D)
+            acc = acc * alpha[:, None] + _product(p, v, KIND, TOP, V_FP8)
+            total = total * alpha + _total(p, KIND, BLOCK_N)
+            top = new
+    else:  # one pass for the maximum and the float normaliser, one for the codes
+        for start in range(0, end, BLOCK_N):
+            u = _scores(
+                q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, Tq, Tk, width,
+                stride_kt, stride_kst, k_group, stride_mq, stride_mk,
+                CAUSAL, TAIL, PACKED, BLOCK_W,
+            )  # fmt: skip
+            new = tl.maximum(top, tl.max(u, axis=1) * a)
+            if KIND != "code":
+                total = total * tl.exp2(top - new)
+                total += tl.sum(tl.exp2(u * a[:, None] - new[:, None]), axis=1)
+            top = new
+        if KIND == "code":
+            top = anchor_tile(top, STEPS, OFFSET)
+        total = tl.where(total > 0, total, 1.0)
+        summed = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(0, end, BLOCK_N):
+            u = _scores(
+                q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, Tq, Tk, width,
+                stride_kt, stride_kst, k_group, stride_mq, stride_mk,
+                CAUSAL, TAIL, PACKED, BLOCK_W,
+            )  # fmt: skip
+            p = _values(u, a, top, total, step, KIND, STEPS, TOP, EXACT)
+            v = _load_v(v_ptr, start + offs_n, Tk, D, stride_vt, stride_vd, BLOCK_D)
+            acc += _product(p, v, KIND, TOP, V_FP8)
+            if KIND == "code" or RENORMALIZE:
+                summed += _total(p, KIND, BLOCK_N)
+        if KIND == "code" or RENORMALIZE:
+            total = summed
+
+    if KIND == "uniform" and not RENORMALIZE:
+        total = tl.zeros([BLOCK_M], tl.float32) + tl.div_rn(1.0, step)
+    if KIND == "log2":
+        if not RENORMALIZE:
+            total = tl.full([BLOCK_M], 1.0, tl.float32)
+        if V_FP8:
+            total = total * 32768.0
+    total = tl.where(total > 0, total, 1.0)
+    y = acc.to(tl.float32) * tl.div_rn(total * 0.0 + 1.0, total)[:, None]
+    if v_scale_ptr is not None:
+        offs_d = tl.arange(0, BLOCK_D)
+        vs_at = b * stride_vsb + h * stride_vsh + offs_d * stride_vsd
+        y = y * tl.load(v_scale_ptr + vs_at, mask=offs_d < D, other=0.0)[None, :]
+    _store(
+        y, out_ptr, multiplier_ptr, offset_ptr, b, h, offs_m, H, Tq, D, QMIN, QMAX, BLOCK_D
+    )  # fmt: skip

@@ -1,0 +1,339 @@
+"""Attention whose two matrix products and softmax are quantized, in one kernel.
+
+    score_ij = sum_d q_id k_jd                            int32 for codes, else float32
+    u_ij     = score_ij * k_scale_j                       where k_scale is given
+    t_ij     = u_ij * a_i,   a_i = q_scale_i * (scale * log2(e))
+    P_ij, L_i = values and their divisor                  see `_softmax.py`; 0 where hidden
+    out_id   = v_scale_d * (sum_j P_ij v_jd) * (1 / L_i)  0 for a row that sees nothing
+    codes    = clamp(round(out * multiplier + offset))    where an epilogue is asked for
+
+operands of the first product: floats, int8 codes, or packed int4 codes (`pack_heads`); q_scale and
+k_scale are per token, per group of tokens, or per head.
+
+operands of the second: P times v, by v's dtype
+    float          P rounded to that dtype
+    int8           "uniform", "matthew": P's codes as int8, sums in int32; others: P rounded to
+                   float16, which "code" and "log2" with one step need not be, and v in it exactly
+    float8_e4m3fn  "code", "log2" with one step and up to 4 bits: P as e5m2 bytes
+
+"code": up to WHOLE keys M is the row's exact maximum (one tile holds the row, or its scores are
+computed twice), beyond its ceiling, so that one pass over k and v suffices and tiles of any size,
+in any order, give the same codes; only float32 additions depend on the order, and those of
+2**n (1 + f / 4) that span less than 24 bits do not. m t + K is one rounding of u_ij * (m a_i) + K.
+A code that a later maximum pushes below 2**-15 keeps its share, less than 2**-30 of the largest.
+
+B batch, H heads, T tokens, D head size. Source of the idea: FQ-ViT, arXiv 2111.13824, for codes
+in the logarithm; that their bytes are fp8 operands, and need no exponential, is this project's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._attention_kernel import quantized_attention_kernel
+from ._dispatch import INTERPRETED, backend_of, on_device
+from ._launch import cdiv, next_power_of_2
+from ._softmax import (
+    LOG2_E,
+    MASKED,
+    OFFSET,
+    Softmax,
+    anchored,
+    bytes_of,
+    fma,
+    probabilities_ref,
+)
+
+WHOLE = 512  # keys of a row that is anchored at its exact maximum
+ONE_TILE = 256  # keys of a row that a program holds: 128 scores a thread
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """How the output becomes the codes that the next linear reads.
+
+    Attributes:
+        multiplier, offset: [H * D], float32.
+        bits: 2 to 8; signed codes on a static grid.
+    """
+
+    multiplier: Tensor
+    offset: Tensor
+    bits: int = 8
+
+
+def pack_heads(q: Tensor) -> Tensor:
+    """Two 4-bit codes a byte: [..., D] int8 in [-8, 7] to [..., ceil(D / 2)] uint8.
+
+    The first half of the channels lies in the low nibbles, the second in the high ones.
+    """
+    low, high = F.pad(q, (0, q.shape[-1] % 2)).view(torch.uint8).chunk(2, -1)
+    return low & 15 | high << 4
+
+
+def unpack_heads(packed: Tensor, D: int) -> Tensor:
+    """Inverts `pack_heads`."""
+    signed = packed.view(torch.int8)
+    return torch.cat([(signed << 4) >> 4, signed >> 4], -1)[..., :D]
+
+
+def operand_dtype(v: Tensor, softmax: Softmax) -> torch.dtype:
+    """The dtype that P is multiplied with v in, but for float8."""
+    if v.dtype == torch.int8:
+        return torch.int32 if softmax.uniform else torch.float16
+    return v.dtype
+
+
+def scores_ref(
+    q: Tensor, k: Tensor, D: int, k_scale: Tensor | None, allowed: Tensor | None
+) -> Tensor:
+    """u, [B, H, Tq, Tk] float32, MASKED where hidden. Codes are exact: D * 127**2 < 2**24."""
+    if q.dtype == torch.uint8:
+        q, k = unpack_heads(q, D), unpack_heads(k, D)
+    u = q.float() @ k.float().transpose(-1, -2)
+    if k_scale is not None:
+        u = u * k_scale[..., None, :]
+    return u if allowed is None else u.masked_fill(~allowed, MASKED)
+
+
+def weights_ref(
+    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, a: Tensor, k_scale: Tensor | None,
+    allowed: Tensor | None, step: Tensor | None, grid: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """P [B, H, Tq, Tk] and L [B, H, Tq, 1], float32; arguments as `quantized_attention_ref`."""
+    u = scores_ref(q, k, v.shape[-1], k_scale, allowed)
+    if softmax.kind == "code":
+        top = u.amax(-1, keepdim=True) * a[..., None]
+        x = fma(u, a[..., None].double(), anchored(top, softmax.steps, grid))
+        P = bytes_of(x, softmax.steps).view(torch.float8_e5m2).float()
+        return P, P.sum(-1, keepdim=True)
+    step = None if step is None else step[:, None, None]
+    P, L = probabilities_ref(u * a[..., None], softmax, step)
+    return (P if v.dtype == torch.float8_e4m3fn else P.to(operand_dtype(v, softmax)).float()), L
+
+
+def quantized_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, a: Tensor, k_scale: Tensor | None,
+    v_scale: Tensor | None, allowed: Tensor | None, step: Tensor | None, grid: bool,
+) -> Tensor:  # fmt: skip
+    """The definition, float32 [B, Tq, H * D]; sums of codes in float32, or float64 when long.
+
+    Args:
+        a: [B, H, Tq], softmax.units times the a_i above.
+        k_scale: [B, H, Tk]; v_scale: broadcast against [B, H, D].
+        allowed: broadcast against [B, H, Tq, Tk], False where hidden.
+        step: [H], of "matthew".
+        grid: anchor "code" at the ceiling of the maximum.
+    """
+    P, L = weights_ref(q, k, v, softmax, a, k_scale, allowed, step, grid)
+    wide = torch.float64 if P.shape[-1] > WHOLE and not v.is_floating_point() else torch.float32
+    y = (P.to(wide) @ v.to(wide)).float() * (1 / torch.where(L > 0, L, 1.0))
+    if v_scale is not None:
+        y = y * v_scale[..., None, :]
+    return y.transpose(1, 2).flatten(2)
+
+
+def attention_tile(Tq: int, Tk: int, one_pass: bool, fp8: bool) -> dict[str, int]:
+    """Rows, keys and warps of a program: a rule, not tuned on a GPU.
+
+    Args:
+        one_pass: nothing about a whole row has to be known before its codes are.
+        fp8: the second product's operands are float8, which are native from 64 rows on.
+    """
+    rows, warps = 128, 8  # four warps for each 64 rows, or scores would be held twice
+    BLOCK_N = 128 if fp8 and one_pass else 64
+    if Tk <= ONE_TILE:
+        BLOCK_N = max(next_power_of_2(Tk), 32)
+    if Tq <= 64 or Tk <= ONE_TILE // 2:
+        rows, warps = 64, 4
+    if Tq <= 16 and not fp8:
+        rows = 16
+    return {"BLOCK_M": rows, "BLOCK_N": BLOCK_N, "num_warps": warps, "num_stages": 2}
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, multiplier: float,
+    q_scale: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, allowed: Tensor | None,
+    step: Tensor | None, causal: bool, grid: bool, epilogue: Epilogue | None,
+    out_dtype: torch.dtype, block_n: int | None,
+) -> Tensor:  # fmt: skip
+    (B, H, Tq, width), Tk, D = q.shape, k.shape[2], v.shape[3]
+    fp8 = v.dtype == torch.float8_e4m3fn
+    tile = attention_tile(Tq, Tk, grid or softmax.kind == "float", fp8)
+    tile["BLOCK_N"] = block_n or tile["BLOCK_N"]
+    one_tile = not grid and Tk <= tile["BLOCK_N"]
+    out = torch.empty(B, Tq, H * D, dtype=torch.int8 if epilogue else out_dtype, device=q.device)
+    mask = None if allowed is None else allowed.expand(B, H, Tq, Tk).view(torch.uint8)
+    scale_strides = [_strides(s, (B, H)) for s in (q_scale, k_scale, v_scale)]
+    top = 2 ** (epilogue.bits - 1) if epilogue else 0
+    with on_device(q):
+        quantized_attention_kernel[(cdiv(Tq, tile["BLOCK_M"]) * B * H,)](
+            q, k, v.view(torch.int8) if fp8 else v, mask, q_scale, k_scale, v_scale, step,
+            epilogue.multiplier if epilogue else None, epilogue.offset if epilogue else None, out,
+            H, Tq, Tk, D, width,
+            *q.stride()[:3], *k.stride()[:3], *v.stride(),
+            *((0,) * 4 if mask is None else mask.stride()),
+            *scale_strides[0], *scale_strides[1], *scale_strides[2],
+            _group(q_scale, Tq), _group(k_scale, Tk), multiplier,
+            KIND="uniform" if softmax.uniform else softmax.kind, STEPS=softmax.steps,
+            TOP=softmax.top, OFFSET=OFFSET.get(softmax.steps, 0.0),
+            RENORMALIZE=softmax.renormalize, ONE_TILE=one_tile, GRID=grid, CAUSAL=causal,
+            TAIL=causal or mask is not None or Tk % tile["BLOCK_N"] > 0,
+            PACKED=q.dtype == torch.uint8, V_FP8=fp8, QMIN=-top, QMAX=max(top - 1, 0),
+            EXACT=INTERPRETED, BLOCK_W=max(next_power_of_2(width), 32),
+            BLOCK_D=max(next_power_of_2(D), 16), **tile,
+            enable_fp_fusion=False,  # the definition says where a product and a sum are one
+        )  # fmt: skip
+    return out
+
+
+def _strides(scale: Tensor | None, leading: tuple[int, int]) -> tuple[int, int, int]:
+    """Steps from batch to batch, head to head and along the last axis; 0 where one serves all."""
+    if scale is None:
+        return 0, 0, 0
+    wide = scale.expand(*leading, scale.shape[-1]) if scale.shape[-1] > 1 else scale
+    strides = scale.expand(*leading, wide.shape[-1]).stride()
+    return strides[0], strides[1], strides[2] if scale.shape[-1] > 1 else 0
+
+
+def _group(scale: Tensor | None, T: int) -> int:
+    """Tokens that share a scale."""
+    return 1 if scale is None else max(cdiv(T, scale.shape[-1]), 1)
+
+
+def _per_token(scale: Tensor, T: int, B: int, H: int) -> Tensor:
+    """[B, H, G] to [B, H, T]."""
+    if scale.shape[-1] == T:
+        return scale.expand(B, H, T)
+    index = torch.arange(T, device=scale.device) // _group(scale, T)
+    return scale.expand(B, H, -1)[..., index]
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, q_scale: Tensor | None,
+    k_scale: Tensor | None, v_scale: Tensor | None, step: Tensor | None,
+) -> None:  # fmt: skip
+    B, H, Tq, width = q.shape
+    Tk, D = v.shape[2:]
+    packed = q.dtype == torch.uint8
+    if packed != (k.dtype == torch.uint8) or (q.dtype == torch.int8) != (k.dtype == torch.int8):
+        raise ValueError(f"q and k must be of one kind, got {q.dtype} and {k.dtype}")
+    if (
+        k.shape != (B, H, Tk, width)
+        or v.shape[:2] != (B, H)
+        or width != (-(-D // 2) if packed else D)
+    ):
+        raise ValueError(
+            f"q [B, H, Tq, D], k and v [B, H, Tk, D] (q and k ceil(D / 2) wide if packed) do not "
+            f"fit: {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if D > 256:
+        raise ValueError(f"heads are at most 256 wide, got {D}")
+    for name, x, scale, T in (("q_scale", q, q_scale, Tq), ("k_scale", k, k_scale, Tk)):
+        if not x.is_floating_point() and scale is None:
+            raise ValueError(f"codes need a scale: give {name} [B, H, G]")
+        if scale is not None and (scale.dim() != 3 or cdiv(T, _group(scale, T)) != scale.shape[2]):
+            raise ValueError(
+                f"{name} must be [B, H, G], G groups of {T} tokens, got {list(scale.shape)}"
+            )
+    if v_scale is not None and (v_scale.dim() != 3 or v_scale.shape[-1] not in (1, D)):
+        raise ValueError(f"v_scale must be [B, H, {D}] or [B, H, 1], got {list(v_scale.shape)}")
+    if (softmax.kind == "matthew") != (step is not None):
+        raise ValueError("step [H] goes with softmax='matthew', and only with it")
+    if step is not None and step.shape != (H,):
+        raise ValueError(f"step must be [{H}], got {list(step.shape)}")
+    if v.dtype == torch.float8_e4m3fn and not (
+        softmax.kind == "code"
+        or (softmax.kind == "log2" and softmax.steps == 1 and softmax.bits <= 4)
+    ):
+        raise ValueError(
+            "v in float8_e4m3fn goes with softmax 'code', or 'log2' of one step and up to 4 bits"
+        )
+
+
+def quantized_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, softmax: str = "float", bits: int = 8, steps: int = 1,
+    renormalize: bool = False, step: Tensor | None = None, q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, scale: float | None = None,
+    mask: Tensor | None = None, causal: bool = False, grid: bool | None = None,
+    epilogue: Epilogue | None = None, out_dtype: torch.dtype = torch.float32,
+    block_n: int | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(q k^T * scale) v, with each of the three quantized as asked.
+
+    Args:
+        q, k: [B, H, T, D], floats, int8 codes, or `pack_heads` of 4-bit codes.
+        v: [B, H, Tk, D], floats, int8 codes, or float8_e4m3fn; any strides: stored transposed it
+            feeds byte-wide tensor cores without a shuffle.
+        softmax: "float", "uniform", "matthew", "log2" or "code"; see `_softmax.py`.
+        bits: 2 to 8, of "uniform", "matthew" and "log2".
+        steps: an octave, 1, 2 or 4 of "code", 1 or 2 of "log2".
+        renormalize: divide by the sum of the quantized probabilities, not by the exact one.
+        step: [H], the steps of "matthew".
+        q_scale, k_scale: [B, H, G] float32 (B and H may be 1), one scale for each of G equal groups
+            of tokens: T, 1, or between.
+        v_scale: [B, H, D] or [B, H, 1], as those.
+        scale: of the logits, D ** -0.5 if not given.
+        mask: bool, broadcast against [B, H, Tq, Tk], True where a key may be seen.
+        causal: hide keys behind the query, the last query seeing the last key.
+        grid: anchor "code" at the maximum's ceiling; None: only beyond WHOLE keys.
+        epilogue: shift, scale and quantize the output.
+        out_dtype: of floats out.
+        block_n: keys of a tile, for tests.
+
+    Returns:
+        [B, Tq, H * D] in out_dtype, or int8.
+
+    Raises:
+        ValueError: shapes, scales or kinds that do not fit.
+    """
+    kind = Softmax(softmax, bits, steps, renormalize)
+    _check(q, k, v, kind, q_scale, k_scale, v_scale, step)
+    Tk, D = v.shape[2:]
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, True where a key may be seen, got {mask.dtype}")
+    grid = softmax == "code" and (Tk > WHOLE if grid is None else grid)
+    multiplier = (D**-0.5 if scale is None else scale) * LOG2_E * kind.units
+    if backend_of(q, backend) == "triton" and q.numel() and Tk:
+        return _launch(
+            q, k, v, kind, multiplier, q_scale, k_scale, v_scale, mask, step, causal, grid,
+            epilogue, out_dtype, block_n,
+        )  # fmt: skip
+    a, k_scale, mask = _expanded(q, k, multiplier, q_scale, k_scale, mask, causal)
+    y = quantized_attention_ref(q, k, v, kind, a, k_scale, v_scale, mask, step, grid)
+    if epilogue is None:
+        return y.to(out_dtype)
+    top = 2 ** (epilogue.bits - 1)
+    return (y * epilogue.multiplier + epilogue.offset).round().clamp(-top, top - 1).to(torch.int8)
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, v: Tensor, *, softmax: str = "float", bits: int = 8, steps: int = 1,
+    renormalize: bool = False, step: Tensor | None = None, q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None, scale: float | None = None, mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """What `quantized_attention` multiplies v with, [B, H, Tq, Tk] float32, by the definition."""
+    kind = Softmax(softmax, bits, steps, renormalize)
+    _check(q, k, v, kind, q_scale, k_scale, None, step)
+    multiplier = (v.shape[3] ** -0.5 if scale is None else scale) * LOG2_E * kind.units
+    a, k_scale, mask = _expanded(q, k, multiplier, q_scale, k_scale, mask, causal)
+    P, L = weights_ref(q, k, v, kind, a, k_scale, mask, step, k.shape[2] > WHOLE)
+    return P / torch.where(L > 0, L, 1.0)
+
+
+def _expanded(
+    q: Tensor, k: Tensor, multiplier: float, q_scale: Tensor | None, k_scale: Tensor | None,
+    mask: Tensor | None, causal: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """a [B, H, Tq], k_scale [B, H, Tk] and one mask, as the reference reads them."""
+    (B, H, Tq, _), Tk = q.shape, k.shape[2]
+    a = torch.full((B, H, Tq), multiplier, dtype=torch.float32, device=q.device)
+    if q_scale is not None:
+        a = _per_token(q_scale, Tq, B, H) * a
+    if causal:
+        below = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+        mask = below if mask is None else mask & below
+    return a, None if k_scale is None else _per_token(k_scale, Tk, B, H), mask

@@ -1,0 +1,208 @@
+"""Attention's two products and softmax on integers: what replaces the float function between q, k
+and v and the output projection, in fused blocks and in transformers' own modules alike.
+
+q and k become codes with one scale a token and head, found when they are there, so that neither
+padding nor later tokens change a result; v has one static scale a channel, because its tokens are
+what the product sums over. Probabilities are divided by the sum of their quantized values.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from qtk.scheme import AttentionScheme
+from qtk_kernels._dispatch import backend_of
+from qtk_kernels.quantized_attention import attention_weights, quantized_attention
+from qtk_kernels.shift_scale_quantize import shift_scale_quantize
+
+CHILD = "qtk_attention"  # its name inside the attention module of a model
+KINDS = {"log-sqrt2": "log2"}  # kinds that the kernel calls otherwise
+
+
+class QuantAttention(nn.Module):
+    """softmax(q k^T) v, quantized. H heads, D head size.
+
+    Buffers (`state_dict`):
+        v_scale: [H, D] float32, with integer products only.
+        softmax_step: [H] float32, of "matthew" only.
+    """
+
+    v_scale: Tensor | None
+    softmax_step: Tensor | None
+
+    def __init__(
+        self, heads: int, head_size: int, scheme: AttentionScheme, *, backend: str = "auto",
+        device: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.heads, self.head_size, self.scheme, self.backend = heads, head_size, scheme, backend
+        shapes = {
+            "v_scale": (heads, head_size) if scheme.bits else None,
+            "softmax_step": (heads,) if scheme.softmax == "matthew" else None,
+        }
+        for name, shape in shapes.items():
+            value = None if shape is None else torch.ones(shape, device=device)
+            self.register_buffer(name, value)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None,
+        mask: Tensor | None = None, causal: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Attention; gradients are those of the float attention at the same q, k and v.
+
+        Args:
+            q, k, v: [B, H, T, D], floats.
+            scale: of the logits, D ** -0.5 if not given.
+            mask: bool, or float with 0 where a key may be seen and a large negative number
+                elsewhere; broadcast against [B, H, Tq, Tk].
+            causal: hide the keys behind each query.
+
+        Returns:
+            [B, Tq, H * D] in q's dtype.
+        """
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask >= 0
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            out: Tensor = _StraightThrough.apply(q, k, v, self, scale, mask, causal)
+            return out
+        return self.attend(q, k, v, scale, mask, causal)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None,
+        causal: bool,
+    ) -> Tensor:  # fmt: skip
+        backend, dtype = backend_of(q, self.backend), q.dtype
+        (q, k, v), scales = self.codes(q, k, v)
+        return quantized_attention(
+            q, k, v, **scales, v_scale=None if self.v_scale is None else self.v_scale[None],
+            **self.softmax(), scale=scale, mask=mask, causal=causal, out_dtype=dtype,
+            backend=backend,
+        )  # fmt: skip
+
+    def weights(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None,
+        mask: Tensor | None = None, causal: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """The quantized probabilities, [B, H, Tq, Tk] float32; arguments as `forward`."""
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask >= 0
+        (q, k, v), scales = self.codes(q, k, v)
+        return attention_weights(
+            q, k, v, **scales, **self.softmax(), scale=scale, mask=mask, causal=causal
+        )
+
+    def softmax(self) -> dict[str, Any]:
+        """The arguments of the kernel that say how probabilities are quantized."""
+        kind = self.scheme.softmax
+        bits = self.scheme.softmax_bits if kind not in ("float", "code") else None
+        return {
+            "softmax": KINDS.get(kind, kind), "bits": bits or 8, "steps": self.scheme.steps,
+            "step": self.softmax_step, "renormalize": kind not in ("float", "code"),
+        }  # fmt: skip
+
+    def codes(
+        self, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        """q, k and v as codes, with the scales of q and k; floats stay as they are."""
+        bits = self.scheme.bits
+        if bits is None or self.v_scale is None:
+            return (q, k, v), {}
+        q_codes, q_scale = shift_scale_quantize(
+            q, bits=bits, granularity="token", backend=self.backend
+        )
+        k_codes, k_scale = shift_scale_quantize(
+            k, bits=bits, granularity="token", backend=self.backend
+        )
+        assert q_scale is not None and k_scale is not None
+        B, _, T, _ = v.shape
+        rows = v.transpose(1, 2).reshape(B, T, -1)
+        v_codes, _ = shift_scale_quantize(
+            rows, (1 / self.v_scale).flatten(), bits=bits, backend=self.backend
+        )
+        v_codes = v_codes.view(B, T, self.heads, self.head_size).transpose(1, 2)
+        return (q_codes, k_codes, v_codes), {"q_scale": q_scale[..., 0], "k_scale": k_scale[..., 0]}
+
+    @property
+    def kernel(self) -> str:
+        """The name of what really computes."""
+        device = next((b for b in self.buffers()), torch.empty(0))
+        backend = backend_of(device, self.backend)
+        return (
+            "triton quantized_attention"
+            if backend == "triton"
+            else ("torch quantized_attention (codes in float32 products)")
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantAttention":
+        for name, value in self._buffers.items():
+            if value is not None:  # scales stay float32 under .half() and .to(dtype)
+                moved = fn(value)
+                self._buffers[name] = (
+                    moved if moved.dtype == value.dtype else value.to(moved.device)
+                )
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.heads} heads of {self.head_size}, {self.scheme.name}"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Codes forward; backward as if nothing had been rounded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, module: QuantAttention, scale: float | None,
+        mask: Tensor | None, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(q, k, v)
+        ctx.rest = scale, mask, causal
+        return module.attend(q, k, v, scale, mask, causal)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale, mask, causal = ctx.rest
+        qkv = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        q, k, v = qkv
+        if causal:
+            Tq, Tk = q.shape[2], k.shape[2]
+            below = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+            mask = below if mask is None else mask & below
+        with torch.enable_grad():
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            y = y.transpose(1, 2).flatten(2)
+        return *torch.autograd.grad(y, qkv, grads[0]), None, None, None, None
+
+
+def install(parent: nn.Module, attention: QuantAttention) -> None:
+    """Makes a transformers attention module compute its products with `attention`.
+
+    The module gets a config of its own, because the model's says how masks look, and a caller may
+    change that.
+    """
+    parent.add_module(CHILD, attention)
+    config: Any = copy.copy(parent.config)
+    config._attn_implementation = "qtk"
+    parent.config = config
+
+
+def qtk_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """transformers' attention interface: [B, H, T, D] each to [B, T, H, D] and the maps."""
+    attention: QuantAttention = getattr(module, CHILD)
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    options: dict[str, Any] = {"scale": scaling, "mask": attention_mask, "causal": causal}
+    out = attention(query, key, value, **options)
+    wanted = kwargs.get("output_attentions") or module._forward_hooks
+    weights = attention.weights(query, key, value, **options).to(out.dtype) if wanted else None
+    return out.unflatten(-1, (attention.heads, attention.head_size)), weights
+
+
+AttentionInterface.register("qtk", qtk_attention_forward)
