@@ -44,16 +44,18 @@ def quantized(qkv: list[Tensor], causal: bool, fp8: bool) -> Callable[[], Tensor
         v_scale = qkv[2].float().abs().amax(2) / 127
         v = (qkv[2] / v_scale[:, :, None]).round().to(torch.int8)
     v = v.transpose(2, 3).contiguous().transpose(2, 3)
-    scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
     return lambda: quantized_attention(
-        q, k, v, **scales, softmax="code", steps=4, causal=causal, out_dtype=torch.bfloat16
-    )
+        q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, softmax="code", steps=4,
+        causal=causal, out_dtype=torch.bfloat16,
+    )  # fmt: skip
 
 
 def library(qkv: list[Tensor], causal: bool, backend: str) -> Callable[[], Tensor]:
+    q, k, v = qkv
+
     def run() -> Tensor:
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            return scaled_dot_product_attention(*qkv, is_causal=causal)
+            return scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     return run
 
@@ -73,7 +75,8 @@ def time_of(calls: list[Callable[[], Any]]) -> float:
 
 def error_of(y: Tensor, qkv: list[Tensor], causal: bool) -> float:
     """Relative, against float64."""
-    want = scaled_dot_product_attention(*(x[:1].double() for x in qkv), is_causal=causal)
+    q, k, v = (x[:1].double() for x in qkv)
+    want = scaled_dot_product_attention(q, k, v, is_causal=causal)
     want = want.transpose(1, 2).flatten(2)
     got = (y.transpose(1, 2).flatten(2) if y.dim() == 4 else y)[:1].double()
     return float((got - want).norm() / want.norm())

@@ -83,14 +83,23 @@ def quantize(
     rounding: Annotated[str | None, typer.Option(help="How weights become codes.")] = None,
     ranges: Annotated[str | None, typer.Option(help="Where activation grids end.")] = None,
     activations: Annotated[Activations, typer.Option()] = Activations.static,
+    attention: Annotated[
+        str, typer.Option(help="Operands of its products: float, int8.")
+    ] = "float",
+    softmax: Annotated[str, typer.Option(help="float, uniform, matthew, log2, code.")] = "float",
+    softmax_bits: Annotated[int | None, typer.Option(help="Of the softmax's codes.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
     bits: Annotated[
-        list[str] | None, typer.Option(help="PATTERN=W,A for some layers; may be repeated.")
+        list[str] | None,
+        typer.Option(help="PATTERN=W,A for some layers; may be repeated. Or auto, or auto:SHARE."),
     ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Pattern left in float; may be repeated.")
     ] = None,
     backend: Annotated[Backend, typer.Option()] = Backend.auto,
+    resume: Annotated[
+        Path | None, typer.Option(help="File to go on from, with --rounding tuned.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -101,8 +110,9 @@ def quantize(
         raise CheckpointError(f"{out} is the model itself: give another folder to save into")
     qmodel = qtk.quantize(
         model, w, a, calib=calib, method=method, rounding=rounding, ranges=ranges,
-        activations=activations.value, group_size=group_size, bits=_mixed(bits or []), skip=skip,
-        backend=backend.value, preset=preset, seed=seed, progress=not as_json,
+        activations=activations.value, attention=attention, softmax=softmax,
+        softmax_bits=softmax_bits, group_size=group_size, bits=_mixed(bits or []), skip=skip,
+        backend=backend.value, preset=preset, resume=resume, seed=seed, progress=not as_json,
     )  # fmt: skip
     qmodel.save_pretrained(out)  # type: ignore[operator]
     copied = copy_companions(model, out)
@@ -170,8 +180,10 @@ def demo(
         typer.echo(f"{out / 'report.html'} shows more; {results.seconds:.0f} seconds in all.")
 
 
-def _mixed(texts: list[str]) -> dict[str, tuple[int, int]]:
-    """ "encoder.layer.0.*=8,8" -> {"encoder.layer.0.*": (8, 8)}"""
+def _mixed(texts: list[str]) -> dict[str, tuple[int, int]] | str:
+    """ "encoder.layer.0.*=8,8" -> {"encoder.layer.0.*": (8, 8)}; "auto" alone stays."""
+    if len(texts) == 1 and "=" not in texts[0]:
+        return texts[0]
     found = {}
     for text in texts:
         pattern, _, pair = text.rpartition("=")

@@ -2,38 +2,35 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qtk import checkpoint
 from qtk.assign import asked_for, assign, by_scheme, special_schemes
 from qtk.attend import quantize_attention
 from qtk.discover import load
-from qtk.errors import ModelError, SchemeError
+from qtk.errors import SchemeError
 from qtk.integrations.transformers import attach, load_float
-from qtk.models import describe
+from qtk.layers import quantize_outside, quantize_site, rounded_to_nearest, transform_of
+from qtk.models import Block, describe
 from qtk.modules.attention import install
-from qtk.modules.embedding import QuantEmbedding
-from qtk.modules.linear import InputGrid, QuantLinear, resolve_backend
-from qtk.modules.patch import QuantPatchConv, is_patch_conv
-from qtk.numerics import expand_groups, scale_and_zero_point, sqnr
-from qtk.observe import Site, imagine, walk
-from qtk.observe.batches import prepare
+from qtk.modules.linear import QuantLinear, resolve_backend
+from qtk.modules.patch import QuantPatchConv
+from qtk.observe import Batch, Site, imagine, walk
+from qtk.observe.batches import SAMPLES, prepare
 from qtk.observe.probe import block_gradients
+from qtk.progress import Bar, progress_bar
 from qtk.recipes import Recipe
-from qtk.reconstruct import reconstruct_block, reconstruct_model
-from qtk.round import Problem
-from qtk.scheme import FLOAT, AttentionScheme, Format, Scheme
+from qtk.reconstruct import learns_block, learns_model, reconstruct_block, reconstruct_model
+from qtk.scheme import FLOAT, AttentionScheme, Scheme
 from qtk.sensitivity import KEPT_BITS, sensitive, share_of
-from qtk.transform import Change
 
 logger = logging.getLogger("qtk")
 
@@ -116,6 +113,9 @@ def quantize(
     special = special_schemes(None if isinstance(bits, str) else bits, skip, scheme_of)
     recipe_of = partial(Recipe.of, method=method, rounding=rounding, ranges=ranges, preset=preset)
     recipe = recipe_of(a)
+    rounder = load("round", recipe.rounding)
+    _check_learning(recipe.rounding, rounder, calib, resume)
+
     source = load_float(model)
     blocks = describe(source)
     checkpoint.check_float(source)
@@ -124,66 +124,31 @@ def quantize(
     extra = asked_for(source, blocks, special)
     if not extra and products is None and all(scheme.w is None for scheme in schemes.values()):
         raise SchemeError("nothing is left to quantize: w=16, or skip matches every linear")
-    batches = None if calib is None else prepare(source, calib, tokenizer, seed)
-    if batches is None and any(scheme.a for scheme in schemes.values()):
+    batches = None
+    if calib is not None:
+        batches = prepare(source, calib, tokenizer, seed, getattr(rounder, "SAMPLES", SAMPLES))
+    elif any(scheme.a for scheme in schemes.values()):
         _say_what_data_would_give()
     if share is not None:
         if batches is None:
             raise SchemeError(f"bits={bits!r} measures on data: give calib")
         wide = scheme_of(max(w, KEPT_BITS), max(a, KEPT_BITS))
-        alone = partial(_alone, schemes=schemes, recipe=recipe, backend=backend)
-        for name in sensitive(source, blocks, batches, alone, share):
-            schemes[name] = wide if schemes[name].w is not None else schemes[name]
-    rounder = load("round", recipe.rounding)
-    learns_model, learns_block = hasattr(rounder, "refine_model"), hasattr(rounder, "refine_block")
-    _check_learning(recipe.rounding, learns_model, learns_block, batches, resume)
-    teacher = copy.deepcopy(source).eval() if learns_model and inplace else source
+        alone = partial(rounded_to_nearest, schemes=schemes, recipe=recipe, backend=backend)
+        chosen = sensitive(source, blocks, batches, alone, share)
+        schemes |= {name: wide for name in chosen if schemes[name].w is not None}
+
+    teacher = copy.deepcopy(source).eval() if inplace and learns_model(rounder) else source
     qmodel = (source if inplace else copy.deepcopy(source)).eval().requires_grad_(False)
-
-    prepare_model = getattr(_transform(recipe), "prepare", None)
-    if prepare_model is not None and default.a is not None:
-        blocks = prepare_model(qmodel, blocks)
-
-    layers: dict[str, checkpoint.Layer] = {}
-    gradients = None
-    if batches is not None and recipe.needs_gradients:
-        gradients = block_gradients(qmodel, blocks, batches, seed)
-    with torch.no_grad(), _progress(progress) as bar:
-        if batches is None:
-            sites = imagine(qmodel, blocks, seed)
-        else:
-            learn = partial(reconstruct_block, rounder, seed=seed, report=bar.learning)
-            sites = walk(
-                qmodel, blocks, batches, gradients=gradients,
-                after_block=learn if learns_block else None,
-            )  # fmt: skip
-        for site in bar.over(sites, 4 * len(blocks)):
-            for scheme, part in by_scheme(site, schemes):
-                if scheme.w is None:
-                    continue
-                chosen = recipe_of(scheme.a.bits if scheme.a else FLOAT)
-                for name, linear, quality in quantize_site(part, scheme, chosen, backend):
-                    qmodel.set_submodule(name, linear)
-                    layers[checkpoint.base_name(qmodel, name)] = checkpoint.Layer(
-                        scheme, linear.bias is not None, linear.transform, linear.rotation, quality
-                    )
-            if products is not None and site.group.name == "qkv":
-                found = quantize_attention(site, qmodel, products, backend)
-                install(qmodel.get_submodule(site.block.attention), found)
-        if learns_model:
-            assert batches is not None
+    merge = getattr(transform_of(recipe), "prepare", None)
+    if merge is not None and default.a is not None:
+        blocks = merge(qmodel, blocks)
+    work = _Work(schemes, recipe_of, recipe, rounder, products, backend, seed)
+    with torch.no_grad(), progress_bar(progress) as bar:
+        layers = _quantize_blocks(qmodel, blocks, batches, work, bar)
+        if learns_model(rounder) and batches is not None:
             path = None if resume is None else Path(resume)
             reconstruct_model(rounder, qmodel, teacher, batches, seed, bar.learning, path)
-    if learns_model or learns_block:  # what each layer gave before it was learned is of no use
-        layers = {name: replace(layer, sqnr=None) for name, layer in layers.items()}
-    for name, scheme in extra.items():
-        layer = quantize_outside(qmodel.get_submodule(name), scheme, backend)
-        qmodel.set_submodule(name, layer)
-        inner = layer.linear if isinstance(layer, QuantPatchConv) else layer
-        kept = inner.scheme if isinstance(inner, QuantLinear) else replace(scheme, a=None)
-        layers[checkpoint.base_name(qmodel, name)] = checkpoint.Layer(
-            kept, inner.bias is not None, transform=False
-        )
+    layers |= _quantize_outside(qmodel, extra, backend)
     told = {
         "method": recipe.public_method, "rounding": recipe.rounding, "ranges": recipe.ranges,
         "w": w, "a": a, "seed": seed,
@@ -194,109 +159,73 @@ def quantize(
     return qmodel
 
 
-def quantize_site(
-    site: Site, scheme: Scheme, recipe: Recipe, backend: str
-) -> Iterator[tuple[str, QuantLinear, float | None]]:
-    """The linears of one site, quantized, with the SQNR (dB) of what each computes."""
-    change = _change(site, scheme, recipe)
-    grid = input_grid(site, change, scheme.a, recipe)
-    inputs = grid.fake_quantize(site.rows) if site.has_data else None  # [T, K]
-    for name, linear in site.linears.items():
-        wanted = site.float_rows @ linear.weight.float().T if len(site.float_rows) else None
-        yield name, *quantize_linear(linear, change, grid, inputs, wanted, scheme, recipe, backend)
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done to the blocks."""
+
+    schemes: dict[str, Scheme]
+    recipe_of: Callable[[int], Recipe]  # by activation bits
+    recipe: Recipe
+    rounder: ModuleType
+    products: AttentionScheme | None
+    backend: str
+    seed: int
 
 
-def quantize_linear(
-    linear: nn.Linear, change: Change, grid: InputGrid, inputs: Tensor | None,
-    wanted: Tensor | None, scheme: Scheme, recipe: Recipe, backend: str,
-) -> tuple[QuantLinear, float | None]:  # fmt: skip
-    """Rounds one weight and corrects its bias.
-
-    Args:
-        inputs: [T, K], what the layer will read, on its grid.
-        wanted: [T, N], what the float model computes there, without the bias.
-    """
-    assert scheme.w is not None
-    weight = linear.weight.float()
-    problem = Problem(change.weight(weight), scheme.w, inputs, wanted)
-    codes, scale = load("round", recipe.rounding).find(problem)
-    bias = None if linear.bias is None else linear.bias.float()
-    quality = None
-    if inputs is not None and wanted is not None:
-        w_hat = codes * expand_groups(scale, weight.shape[1], scheme.w.group_size)
-        got = inputs @ w_hat.T
-        correction = (wanted - got).mean(0)  # makes the mean output what the float model's is
-        quality = sqnr(wanted, got + correction)
-        bias = correction if bias is None else bias + correction
-    elif bool((change.shift != 0).any()):
-        extra = weight @ change.shift
-        bias = extra if bias is None else bias + extra
-    return QuantLinear.from_codes(codes, scale, bias, grid, scheme, backend), quality
+def _quantize_blocks(
+    qmodel: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch] | None, work: _Work,
+    bar: Bar,
+) -> dict[str, checkpoint.Layer]:  # fmt: skip
+    """Replaces the linears of all blocks, in place; returns the record of each."""
+    layers: dict[str, checkpoint.Layer] = {}
+    for site in bar.over(_sites(qmodel, blocks, batches, work, bar), 4 * len(blocks)):
+        for scheme, part in by_scheme(site, work.schemes):
+            if scheme.w is None:
+                continue
+            recipe = work.recipe_of(scheme.a.bits if scheme.a else FLOAT)
+            for name, linear, quality in quantize_site(part, scheme, recipe, work.backend):
+                qmodel.set_submodule(name, linear)
+                layers[checkpoint.base_name(qmodel, name)] = checkpoint.Layer(
+                    scheme, linear.bias is not None, linear.transform, linear.rotation, quality
+                )
+        if work.products is not None and site.group.name == "qkv":
+            found = quantize_attention(site, qmodel, work.products, work.backend)
+            install(qmodel.get_submodule(site.block.attention), found)
+    if learns_model(work.rounder) or learns_block(work.rounder):
+        # what each layer gave before it was learned is of no use
+        layers = {name: replace(layer, sqnr=None) for name, layer in layers.items()}
+    return layers
 
 
-def _alone(
-    site: Site, schemes: dict[str, Scheme], recipe: Recipe, backend: str
-) -> Iterator[tuple[str, QuantLinear]]:
-    """The linears of one site as they would be, rounded to nearest: a first look."""
-    quick = replace(recipe, rounding="nearest")
-    for scheme, part in by_scheme(site, schemes):
-        if scheme.w is not None:
-            for name, linear, _ in quantize_site(part, scheme, quick, backend):
-                yield name, linear
+def _sites(
+    qmodel: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch] | None, work: _Work,
+    bar: Bar,
+) -> Iterator[Site]:  # fmt: skip
+    """The sites of all blocks; behind each block it is learned, if the rounder does that."""
+    if batches is None:
+        return imagine(qmodel, blocks, work.seed)
+    gradients = None
+    if work.recipe.needs_gradients:
+        gradients = block_gradients(qmodel, blocks, batches, work.seed)
+    learn = partial(reconstruct_block, work.rounder, seed=work.seed, report=bar.learning)
+    after_block = learn if learns_block(work.rounder) else None
+    return walk(qmodel, blocks, batches, gradients=gradients, after_block=after_block)
 
 
-def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -> InputGrid:
-    """How the site's input is quantized."""
-    plain = bool((change.shift == 0).all() and (change.channel_scale == 1).all())
-    grid = InputGrid(fmt, rotation=change.rotation)
-    if not plain:
-        grid = replace(grid, shift=change.shift, channel_scale=change.channel_scale)
-    if fmt is None or not site.has_data:
-        return grid
-    importance = change.weight(site.weight()).square().sum(0)  # [K]
-    batches = [change.inputs(x[mask]) for x, mask in site.sequences]
-    rotated = change.rotation or site.group.rotated
-    rule = load("ranges", recipe.range_rule(site.group.norm is not None, rotated))
-    if fmt.granularity == "token":
-        clip = rule.find_clip(batches, fmt, importance) if hasattr(rule, "find_clip") else 1.0
-        return replace(grid, clip=clip)
-    if site.probe is not None and hasattr(rule, "NEEDS_PROBE"):
-        lo, hi = rule.find(
-            batches, fmt, importance, site.probe.changed(change.inputs, change.weight)
+def _quantize_outside(
+    qmodel: nn.Module, extra: dict[str, Scheme], backend: str
+) -> dict[str, checkpoint.Layer]:
+    """Heads, embeddings and patches that were asked for, in place; returns the record of each."""
+    layers = {}
+    for name, scheme in extra.items():
+        layer = quantize_outside(qmodel.get_submodule(name), scheme, backend)
+        qmodel.set_submodule(name, layer)
+        inner = layer.linear if isinstance(layer, QuantPatchConv) else layer
+        kept = inner.scheme if isinstance(inner, QuantLinear) else replace(scheme, a=None)
+        layers[checkpoint.base_name(qmodel, name)] = checkpoint.Layer(
+            kept, inner.bias is not None, transform=False
         )
-    else:
-        lo, hi = rule.find(batches, fmt, importance)
-    scale, zero_point = scale_and_zero_point(lo, hi, fmt)
-    return replace(grid, scale=scale, zero_point=zero_point)
-
-
-def quantize_outside(module: nn.Module, scheme: Scheme, backend: str) -> nn.Module:
-    """A head, an embedding or a patch embedding; inputs are dynamic per token, not calibrated."""
-    assert scheme.w is not None and isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d))
-    weight = module.weight.float().flatten(1)
-    codes, scale = load("round", "nearest").find(Problem(weight, scheme.w))
-    if isinstance(module, nn.Embedding):
-        only_w = replace(scheme, a=None)
-        return QuantEmbedding.from_codes(codes, scale, only_w, module.weight.dtype)
-    a = scheme.a and Format(scheme.a.bits, granularity="token")
-    scheme = replace(scheme, a=a)
-    if isinstance(module, nn.Conv2d) and not is_patch_conv(module):
-        raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
-    linear = QuantLinear.from_codes(codes, scale, module.bias, InputGrid(a), scheme, backend)
-    if isinstance(module, nn.Conv2d):
-        return QuantPatchConv(linear, module.kernel_size, module.weight.dtype)
-    return linear
-
-
-def _transform(recipe: Recipe) -> ModuleType | None:
-    return None if recipe.method is None else load("transform", recipe.method)
-
-
-def _change(site: Site, scheme: Scheme, recipe: Recipe) -> Change:
-    transform = _transform(recipe)
-    if transform is None:
-        return Change.none(site.weight().shape[1], site.weight().device)
-    return transform.find(site, scheme)
+    return layers
 
 
 def _check_seed(seed: object) -> None:
@@ -311,49 +240,10 @@ def _say_what_data_would_give() -> None:
     )
 
 
-def _check_learning(
-    rounding: str, learns_model: bool, learns_block: bool, batches: Any, resume: Any
-) -> None:
-    if batches is None and (learns_model or learns_block):
+def _check_learning(rounding: str, rounder: ModuleType, calib: Any, resume: Any) -> None:
+    if calib is None and (learns_model(rounder) or learns_block(rounder)):
         raise SchemeError(
             f"rounding={rounding!r} learns from data: give calib, or another rounding"
         )
-    if resume is not None and not learns_model:
+    if resume is not None and not learns_model(rounder):
         raise SchemeError(f"resume goes with rounding='tuned', not with {rounding!r}")
-
-
-class _Bar:
-    """A bar on the terminal, or nothing."""
-
-    def __init__(self, bar: Any = None) -> None:
-        self.bar = bar
-        self.task = None if bar is None else bar.add_task("quantizing", total=None)
-
-    def over(self, sites: Iterator[Site], total: int) -> Iterator[Site]:
-        """The sites, shown as they pass."""
-        for done, site in enumerate(sites):
-            block = site.block.name.split(".")[-1]
-            self._show(f"{block}.{site.group.name}", done, total)
-            yield site
-
-    def learning(self, done: int, total: int, loss: float) -> None:
-        self._show(f"learning, loss {loss:.4g}", done, total)
-
-    def _show(self, text: str, done: int, total: int) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, description=text, completed=done, total=total)
-
-
-@contextmanager
-def _progress(show: bool) -> Iterator[_Bar]:
-    if not show:
-        yield _Bar()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    )  # fmt: skip
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
-        yield _Bar(bar)

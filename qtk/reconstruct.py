@@ -27,6 +27,16 @@ from qtk.round._descent import Task
 Report = Callable[[int, int, float], None]
 
 
+def learns_block(rounder: ModuleType) -> bool:
+    """Whether a file in qtk/round learns each block."""
+    return hasattr(rounder, "refine_block")
+
+
+def learns_model(rounder: ModuleType) -> bool:
+    """Whether a file in qtk/round learns the whole model."""
+    return hasattr(rounder, "refine_model")
+
+
 def reconstruct_block(
     rounder: ModuleType, module: nn.Module, calls: Sequence[Call], seed: int, report: Report
 ) -> None:

@@ -9,6 +9,7 @@ from qtk.checkpoint import fused_blocks
 from qtk.discover import available, load
 from qtk.modules.linear import InputGrid, QuantLinear
 from qtk.scheme import Scheme
+from qtk.transform._merge import keeping_ones
 
 FAMILIES = available("models")
 SCHEMES = {
@@ -51,6 +52,8 @@ def test_the_gradient_points_where_the_float_models_does(family, scheme):
     model, batch = tiny(family)
     qmodel = qtk.quantize(model, calib=[batch], progress=False, **SCHEMES[scheme])
     wanted, got = gradient(model, batch), gradient(qmodel, batch)
+    if family == "opt" and scheme == "W8A8 rotated":  # its token table is rotated, offline
+        got = got @ keeping_ones(got.shape[-1]).float().T
     assert torch.isfinite(got).all() and got.abs().max() > 0
     assert cosine_similarity(wanted.flatten(), got.flatten(), dim=0) > 0.9
     assert all(p.grad is None for p in qmodel.parameters())

@@ -29,10 +29,14 @@ ALLOWED = {
     "qtk.checkpoint": LOW | {"qtk.modules"},
     "qtk.integrations": LOW | {"qtk.checkpoint"},
     "qtk.reconstruct": CORE,
+    "qtk.layers": CORE | {"qtk.assign", "qtk.recipes"},
+    "qtk.progress": {"qtk.observe"},
     "qtk.sensitivity": CORE | {"qtk.reconstruct"},
     "qtk.pipeline": CORE
     | {
         "qtk.reconstruct",
+        "qtk.layers",
+        "qtk.progress",
         "qtk.sensitivity",
         "qtk.assign",
         "qtk.attend",

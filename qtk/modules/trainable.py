@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtk.modules.block import FusedBlock
 from qtk.modules.linear import InputGrid, QuantLinear
 from qtk.numerics import EPS, expand_groups
 
@@ -114,6 +115,9 @@ def trainable(model: nn.Module, kept: float = 1.0) -> Iterator[dict[str, Trainab
 def _put(model: nn.Module, modules: Any) -> None:
     for name, module in modules.items():
         model.set_submodule(name, module)
+    for block in model.modules():
+        if isinstance(block, FusedBlock):
+            block._parts = None  # made of the linears that were there before
 
 
 class _Rounded(torch.autograd.Function):

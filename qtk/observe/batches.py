@@ -17,19 +17,22 @@ MAX_LENGTH = 256  # tokens
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-def prepare(model: nn.Module, calib: Any, tokenizer: Any = None, seed: int = 0) -> list[Batch]:
+def prepare(
+    model: nn.Module, calib: Any, tokenizer: Any = None, seed: int = 0, samples: int = SAMPLES
+) -> list[Batch]:
     """Batches on the model's device, checked.
 
     Args:
         calib: an iterable of batches (dicts of tensors, or tensors), a list of strings, or a path
             to a text file (one sample a line) or a folder of images.
         tokenizer: a tokenizer or image processor; looked for beside the model when it is needed.
+        samples: how many a file or folder gives at most.
 
     Raises:
         CalibrationError: empty, not finite, of the wrong kind, or tokens beyond the vocabulary.
     """
     if isinstance(calib, (str, Path)):
-        calib = _read(Path(calib), seed)
+        calib = _read(Path(calib), seed, samples)
     if isinstance(calib, (dict, Tensor)):
         calib = [calib]
     if not isinstance(calib, Iterable):
@@ -77,8 +80,8 @@ def process_images(model: nn.Module, images: Sequence[Any], processor: Any = Non
     ]
 
 
-def _read(path: Path, seed: int) -> list[Any]:
-    """At most SAMPLES lines of a text file, or images of a folder, drawn without repetition."""
+def _read(path: Path, seed: int, samples: int) -> list[Any]:
+    """At most `samples` lines of a text file, or images of a folder, drawn without repetition."""
     if not path.exists():
         raise CalibrationError(f"calib path {str(path)!r} does not exist")
     if path.is_file():
@@ -91,7 +94,7 @@ def _read(path: Path, seed: int) -> list[Any]:
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
     if not found:
         raise CalibrationError(f"{path} holds no text lines and no images {IMAGES}")
-    chosen = random.Random(seed).sample(found, min(SAMPLES, len(found)))
+    chosen = random.Random(seed).sample(found, min(samples, len(found)))
     if path.is_file():
         return chosen
     from PIL import Image

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 HELD_OUT = 8  # one batch in so many is not learned from, and decides when to stop
+PATIENCE = 4  # checks in a row without a lower held-out loss that end the descent
 
 
 class Trainable(Protocol):
@@ -67,7 +68,8 @@ class Task:
 def descend(task: Task, steps: int, rates: Rates, checks: int) -> float:
     """Adam on straight-through gradients; leaves the best parameters that the held-out batches saw.
 
-    Those include the first, so that the held-out loss never rises. Returns it.
+    Those include the first, so that the held-out loss never rises. Returns it. Ends early when it
+    has not fallen for PATIENCE checks.
 
     Args:
         steps: batches that are learned from.
@@ -77,14 +79,16 @@ def descend(task: Task, steps: int, rates: Rates, checks: int) -> float:
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     learned_from, held_out = split(task.batches)
-    done, best = 0, [p.detach().clone() for p in parameters]
+    done, since, best = 0, 0, [p.detach().clone() for p in parameters]
     if task.state:
-        done, best_loss = _restore(task.state, optimizer, parameters, best)
+        done, since, best_loss = _restore(task.state, optimizer, parameters, best)
     else:
         best_loss = _held_out_loss(task, held_out)
     task.report(done, steps, best_loss)
     every = max(steps // checks, 1)
     for step in range(done, steps):
+        if since >= PATIENCE:
+            break
         for group in optimizer.param_groups:
             group["lr"] = group["first"] * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
@@ -94,11 +98,12 @@ def descend(task: Task, steps: int, rates: Rates, checks: int) -> float:
         optimizer.step()
         if (step + 1) % every == 0 or step + 1 == steps:
             now = _held_out_loss(task, held_out)
+            since += 1
             if now < best_loss:
-                best_loss, best = now, [p.detach().clone() for p in parameters]
+                best_loss, best, since = now, [p.detach().clone() for p in parameters], 0
             task.report(step + 1, steps, best_loss)
             if task.keep is not None and step + 1 < steps:
-                task.keep(_state(optimizer, parameters, best, step + 1, best_loss))
+                task.keep(_state(optimizer, parameters, best, step + 1, since, best_loss))
     with torch.no_grad():
         for p, value in zip(parameters, best, strict=True):
             p.copy_(value)
@@ -166,10 +171,11 @@ def _held_out_loss(task: Task, held_out: list[int]) -> float:
 
 def _state(
     optimizer: torch.optim.Adam, parameters: list[Tensor], best: list[Tensor], done: int,
-    loss: float,
+    since: int, loss: float,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Everything that the descent goes on from."""
-    state = {"done": torch.tensor(done), "loss": torch.tensor(loss, dtype=torch.float64)}
+    state = {"done": torch.tensor(done), "since": torch.tensor(since)}
+    state["loss"] = torch.tensor(loss, dtype=torch.float64)
     for i, (p, value) in enumerate(zip(parameters, best, strict=True)):
         kept = optimizer.state[p]
         parts = {
@@ -186,7 +192,7 @@ def _state(
 def _restore(
     state: dict[str, Tensor], optimizer: torch.optim.Adam, parameters: list[Tensor],
     best: list[Tensor],
-) -> tuple[int, float]:  # fmt: skip
+) -> tuple[int, int, float]:  # fmt: skip
     for i, p in enumerate(parameters):
         p.copy_(state[f"now.{i}"])
         best[i] = state[f"best.{i}"].clone()
@@ -194,4 +200,4 @@ def _restore(
             "step": state["done"].float(), "exp_avg": state[f"mean.{i}"].clone(),
             "exp_avg_sq": state[f"square.{i}"].clone(),
         }  # fmt: skip
-    return int(state["done"]), float(state["loss"])
+    return int(state["done"]), int(state["since"]), float(state["loss"])

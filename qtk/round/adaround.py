@@ -16,7 +16,7 @@ from qtk.round import Problem, Rounded, best_scale, nearest
 from qtk.round._least_squares import better, error, target
 
 STEPS = 300  # each on the whole calibration set at once, where the paper takes 10,000 on samples
-RATE = 0.03
+RATE = 0.1
 WARM_UP = 0.2  # share of the steps
 ZETA, GAMMA = 1.1, -0.1
 BETA = (20.0, 2.0)

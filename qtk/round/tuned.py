@@ -10,8 +10,11 @@ from qtk.discover import load
 from qtk.round import Problem, Rounded
 from qtk.round._descent import Rates, Task, descend
 
-STEPS = 200
-RATES = Rates(offset=0.01, scale=2e-3, zero_point=0.02)
+# What can be learned is bounded by the data: W4A4 MiniLM embeddings keep cosine .959 with 256
+# sentences, where the held-out loss never falls, and .968 with 2,000.
+SAMPLES = 2048  # read from a file or folder, where other roundings take 256
+STEPS = 240
+RATES = Rates(offset=0.02, scale=3e-3, zero_point=0.03)
 
 
 def find(problem: Problem) -> Rounded:
@@ -22,4 +25,4 @@ def find(problem: Problem) -> Rounded:
 
 def refine_model(task: Task) -> float:
     """Learns the whole model; returns its loss on held-out batches."""
-    return descend(task, STEPS, RATES, checks=10)
+    return descend(task, STEPS, RATES, checks=12)

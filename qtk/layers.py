@@ -1,0 +1,125 @@
+"""One site at a time: transform, input grid, codes, bias, and the integer linear made of them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+
+from torch import Tensor, nn
+
+from qtk.assign import by_scheme
+from qtk.discover import load
+from qtk.errors import ModelError
+from qtk.modules.embedding import QuantEmbedding
+from qtk.modules.linear import InputGrid, QuantLinear
+from qtk.modules.patch import QuantPatchConv, is_patch_conv
+from qtk.numerics import expand_groups, scale_and_zero_point, sqnr
+from qtk.observe import Site
+from qtk.recipes import Recipe
+from qtk.round import Problem
+from qtk.scheme import Format, Scheme
+from qtk.transform import Change
+
+
+def quantize_site(
+    site: Site, scheme: Scheme, recipe: Recipe, backend: str
+) -> Iterator[tuple[str, QuantLinear, float | None]]:
+    """The linears of one site, quantized, with the SQNR (dB) of what each computes."""
+    change = _change(site, scheme, recipe)
+    grid = input_grid(site, change, scheme.a, recipe)
+    inputs = grid.fake_quantize(site.rows) if site.has_data else None  # [T, K]
+    for name, linear in site.linears.items():
+        wanted = site.float_rows @ linear.weight.float().T if len(site.float_rows) else None
+        yield name, *quantize_linear(linear, change, grid, inputs, wanted, scheme, recipe, backend)
+
+
+def quantize_linear(
+    linear: nn.Linear, change: Change, grid: InputGrid, inputs: Tensor | None,
+    wanted: Tensor | None, scheme: Scheme, recipe: Recipe, backend: str,
+) -> tuple[QuantLinear, float | None]:  # fmt: skip
+    """Rounds one weight and corrects its bias.
+
+    Args:
+        inputs: [T, K], what the layer will read, on its grid.
+        wanted: [T, N], what the float model computes there, without the bias.
+    """
+    assert scheme.w is not None
+    weight = linear.weight.float()
+    problem = Problem(change.weight(weight), scheme.w, inputs, wanted)
+    codes, scale = load("round", recipe.rounding).find(problem)
+    bias = None if linear.bias is None else linear.bias.float()
+    quality = None
+    if inputs is not None and wanted is not None:
+        w_hat = codes * expand_groups(scale, weight.shape[1], scheme.w.group_size)
+        got = inputs @ w_hat.T
+        correction = (wanted - got).mean(0)  # makes the mean output what the float model's is
+        quality = sqnr(wanted, got + correction)
+        bias = correction if bias is None else bias + correction
+    elif bool((change.shift != 0).any()):
+        extra = weight @ change.shift
+        bias = extra if bias is None else bias + extra
+    return QuantLinear.from_codes(codes, scale, bias, grid, scheme, backend), quality
+
+
+def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -> InputGrid:
+    """How the site's input is quantized."""
+    plain = bool((change.shift == 0).all() and (change.channel_scale == 1).all())
+    grid = InputGrid(fmt, rotation=change.rotation)
+    if not plain:
+        grid = replace(grid, shift=change.shift, channel_scale=change.channel_scale)
+    if fmt is None or not site.has_data:
+        return grid
+    importance = change.weight(site.weight()).square().sum(0)  # [K]
+    batches = [change.inputs(x[mask]) for x, mask in site.sequences]
+    rotated = change.rotation or site.group.rotated
+    rule = load("ranges", recipe.range_rule(site.group.norm is not None, rotated))
+    if fmt.granularity == "token":
+        clip = rule.find_clip(batches, fmt, importance) if hasattr(rule, "find_clip") else 1.0
+        return replace(grid, clip=clip)
+    if site.probe is not None and hasattr(rule, "NEEDS_PROBE"):
+        lo, hi = rule.find(
+            batches, fmt, importance, site.probe.changed(change.inputs, change.weight)
+        )
+    else:
+        lo, hi = rule.find(batches, fmt, importance)
+    scale, zero_point = scale_and_zero_point(lo, hi, fmt)
+    return replace(grid, scale=scale, zero_point=zero_point)
+
+
+def quantize_outside(module: nn.Module, scheme: Scheme, backend: str) -> nn.Module:
+    """A head, an embedding or a patch embedding; inputs are dynamic per token, not calibrated."""
+    assert scheme.w is not None and isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d))
+    weight = module.weight.float().flatten(1)
+    codes, scale = load("round", "nearest").find(Problem(weight, scheme.w))
+    if isinstance(module, nn.Embedding):
+        only_w = replace(scheme, a=None)
+        return QuantEmbedding.from_codes(codes, scale, only_w, module.weight.dtype)
+    a = scheme.a and Format(scheme.a.bits, granularity="token")
+    scheme = replace(scheme, a=a)
+    if isinstance(module, nn.Conv2d) and not is_patch_conv(module):
+        raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
+    linear = QuantLinear.from_codes(codes, scale, module.bias, InputGrid(a), scheme, backend)
+    if isinstance(module, nn.Conv2d):
+        return QuantPatchConv(linear, module.kernel_size, module.weight.dtype)
+    return linear
+
+
+def transform_of(recipe: Recipe) -> ModuleType | None:
+    return None if recipe.method is None else load("transform", recipe.method)
+
+
+def _change(site: Site, scheme: Scheme, recipe: Recipe) -> Change:
+    transform = transform_of(recipe)
+    if transform is None:
+        return Change.none(site.weight().shape[1], site.weight().device)
+    return transform.find(site, scheme)
+
+
+def rounded_to_nearest(
+    site: Site, schemes: dict[str, Scheme], recipe: Recipe, backend: str
+) -> Iterator[tuple[str, QuantLinear]]:
+    """The linears of one site as they would be, rounded to nearest: a first look."""
+    quick = replace(recipe, rounding="nearest")
+    for scheme, part in by_scheme(site, schemes):
+        if scheme.w is not None:
+            for name, linear, _ in quantize_site(part, scheme, quick, backend):
+                yield name, linear

@@ -1,0 +1,44 @@
+"""What a terminal shows while a model is quantized."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qtk.observe import Site
+
+
+class Bar:
+    """A bar on the terminal, or nothing."""
+
+    def __init__(self, bar: Any = None) -> None:
+        self.bar = bar
+        self.task = None if bar is None else bar.add_task("quantizing", total=None)
+
+    def over(self, sites: Iterator[Site], total: int) -> Iterator[Site]:
+        """The sites, shown as they pass."""
+        for done, site in enumerate(sites):
+            block = site.block.name.split(".")[-1]
+            self._show(f"{block}.{site.group.name}", done, total)
+            yield site
+
+    def learning(self, done: int, total: int, loss: float) -> None:
+        self._show(f"learning, loss {loss:.4g}", done, total)
+
+    def _show(self, text: str, done: int, total: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, description=text, completed=done, total=total)
+
+
+@contextmanager
+def progress_bar(show: bool) -> Iterator[Bar]:
+    if not show:
+        yield Bar()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    )  # fmt: skip
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
+        yield Bar(bar)
