@@ -3,6 +3,7 @@
 import io
 import random
 import tarfile
+import zipfile
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -86,6 +87,47 @@ def stsb_calibration(seed: int, n: int = 256) -> list[str]:
     """Sentences of the training split, without their scores."""
     pool = sorted({s for row in _stsb("train") for s in row[5:7]})
     return random.Random(seed).sample(pool, n)
+
+
+@dataclass(frozen=True)
+class ReviewTask:
+    """Film reviews and whether each is positive, shuffled."""
+
+    batches: list[dict[str, Tensor]]
+    labels: Tensor  # [sentences], -1 or 1
+
+    @torch.no_grad()
+    def embeddings(self, model: nn.Module) -> Tensor:
+        """[sentences, H], L2 normalised."""
+        return torch.cat([embed(model, dict(batch)) for batch in self.batches])
+
+    def probe(self, embeddings: Tensor) -> float:
+        """Accuracy in percent of a ridge classifier learned on every other sentence."""
+        x = torch.cat([embeddings, torch.ones(len(embeddings), 1)], 1).double()
+        y = self.labels.double()
+        a, b = x[::2], x[1::2]
+        w = torch.linalg.solve(a.T @ a + torch.eye(x.shape[1], dtype=x.dtype), a.T @ y[::2])
+        return 100 * float(((b @ w).sign() == y[1::2]).double().mean())
+
+
+def reviews(tokenizer: Any, n: int = 1000) -> ReviewTask:
+    """The first n positive and n negative sentences of the MR set."""
+    archive = SHARED / "data" / "mr-sentence-polarity" / "sentence_polarity.zip"
+    with zipfile.ZipFile(archive) as files:
+        read = {
+            sign: files.read(f"sentence_polarity/rt-polarity.{word}").decode("latin-1")
+            for sign, word in ((1, "pos"), (-1, "neg"))
+        }
+    pairs = [(line, sign) for sign, text in read.items() for line in text.splitlines()[:n]]
+    random.Random(0).shuffle(pairs)
+    batches = [
+        dict(tokenizer(
+            [text for text, _ in pairs[i : i + PAIRS_BATCH]], padding=True, truncation=True,
+            max_length=256, return_tensors="pt",
+        ))
+        for i in range(0, len(pairs), PAIRS_BATCH)
+    ]  # fmt: skip
+    return ReviewTask(batches, torch.tensor([sign for _, sign in pairs]))
 
 
 def opt() -> tuple[nn.Module, Any]:

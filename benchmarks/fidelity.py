@@ -1,9 +1,10 @@
 """What quantization costs real models: MiniLM on STS-B, a small OPT on WikiText-2, a small ViT.
 
-    python -m benchmarks.fidelity minilm | opt | vit | all
+    python -m benchmarks.fidelity minilm | opt | vit | reviews | ablation | all [--only ROW ...]
 
 writes benchmarks/results/fidelity_<name>.json, which the README's tables are made from. Every row
-is the mean over calibration draws with seeds 0, 1 and 2, in one process.
+is the mean over calibration draws with seeds 0, 1 and 2, but for the ablation's, which are of
+seed 0. --only measures the named rows and keeps the others of the file.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -42,6 +45,37 @@ MINILM: list[tuple[str, dict[str, Any]]] = [
     ("W4A4 OS+, nearest", {"w": 4, "a": 4, **OS_PLUS}),
     ("W4A4", {"w": 4, "a": 4}),
     ("W4A4 token", {"w": 4, "a": 4, "activations": "token"}),
+    ("W4A4 best, 2,048 sentences", {"w": 4, "a": 4, "preset": "best", "sentences": 2048}),
+    ("W4A16 g128", {"w": 4, "a": 16, "group_size": 128}),
+]
+ROTATE: dict[str, Any] = {"w": 4, "a": 4, "method": "rotate"}
+ABLATION: list[tuple[str, dict[str, Any]]] = [
+    ("min-max, nearest", {"w": 4, "a": 4, **PLAIN}),
+    ("OS+, nearest", {"w": 4, "a": 4, **OS_PLUS}),
+    ("rotate, min-max, nearest", {**ROTATE, "rounding": "nearest", "ranges": "minmax"}),
+    ("rotate, weighted MSE, nearest", {**ROTATE, "rounding": "nearest"}),
+    ("rotate, AdaRound", {**ROTATE, "rounding": "adaround"}),
+    ("rotate, FlexRound", {**ROTATE, "rounding": "flexround"}),
+    ("rotate, GPTQ (balanced)", {**ROTATE, "rounding": "gptq"}),
+    ("OS+ and rotate, GPTQ", {**ROTATE, "method": "os+rotate", "rounding": "gptq"}),
+    ("rotate, GPTQ, bits='auto'", {**ROTATE, "rounding": "gptq", "bits": "auto"}),
+    ("rotate, block", {**ROTATE, "rounding": "block"}),
+    ("rotate, tuned (best)", {**ROTATE, "rounding": "tuned"}),
+    ("rotate, GPTQ, 2,048 sentences", {**ROTATE, "rounding": "gptq", "sentences": 2048}),
+    ("rotate, tuned, 2,048 sentences", {**ROTATE, "rounding": "tuned", "sentences": 2048}),
+    ("token: rotate, GPTQ", {**ROTATE, "rounding": "gptq", "activations": "token"}),
+    (
+        "token: rotate, tuned, 2,048 sentences",
+        {**ROTATE, "rounding": "tuned", "activations": "token", "sentences": 2048},
+    ),
+]
+REVIEWS: list[tuple[str, dict[str, Any]]] = [
+    ("W8A8", {"w": 8, "a": 8}),
+    ("W6A6", {"w": 6, "a": 6}),
+    ("W4A8", {"w": 4, "a": 8}),
+    ("W4A4 min-max, nearest", {"w": 4, "a": 4, **PLAIN}),
+    ("W4A4 OS+, nearest", {"w": 4, "a": 4, **OS_PLUS}),
+    ("W4A4", {"w": 4, "a": 4}),
     ("W4A16 g128", {"w": 4, "a": 16, "group_size": 128}),
 ]
 OPT: list[tuple[str, dict[str, Any]]] = [
@@ -49,6 +83,8 @@ OPT: list[tuple[str, dict[str, Any]]] = [
     ("W8A8 OS+, nearest", {"w": 8, "a": 8, **OS_PLUS}),
     ("W8A8", {"w": 8, "a": 8}),
     ("W4A8", {"w": 4, "a": 8}),
+    ("W4A4 token, OS+, nearest", {"w": 4, "a": 4, "activations": "token", **OS_PLUS}),
+    ("W4A4", {"w": 4, "a": 4}),
     ("W4A4 token", {"w": 4, "a": 4, "activations": "token"}),
     ("W4A16 g128", {"w": 4, "a": 16, "group_size": 128}),
 ]
@@ -62,10 +98,62 @@ VIT: list[tuple[str, dict[str, Any]]] = [
 ]
 
 Row = list[str]
+Measure = Callable[[dict[str, Any], int], list[float]]  # options of quantize and a seed -> figures
 
 
-def minilm() -> dict[str, Any]:
+@dataclass(frozen=True)
+class Table:
+    """A table to be measured: a row a case, a column a figure."""
+
+    title: str
+    columns: list[str]
+    formats: list[str]
+    cases: list[tuple[str, dict[str, Any]]]
+    measure: Measure
+    notes: str
+    base: Row | None = None
+    seeds: tuple[int, ...] = SEEDS
+
+
+def minilm() -> Table:
     """Cosine of sentence embeddings to the float model's, and Spearman on STS-B test."""
+    measure, base = similarity()
+    return Table(
+        "MiniLM sentence embeddings, STS-B test",
+        ["scheme", "cosine", "worst", "STS-B Spearman"],
+        ["{:.4f}", "{:.3f}", "{:.2f}"],
+        MINILM,
+        measure,
+        "all-MiniLM-L6-v2, all six layers' linears; 256 unlabelled sentences of STS-B train unless "
+        "a row says otherwise; cosine to the float32 embedding over all 2,552 distinct test "
+        "sentences",
+        base=["float32", "1", "1", f"{base:.2f}"],
+    )
+
+
+def ablation() -> Table:
+    """What each part of the W4A4 recipe is worth."""
+    measure, _ = similarity()
+
+    def timed(options: dict[str, Any], seed: int) -> list[float]:
+        start = time.perf_counter()
+        figures = measure(options, seed)
+        return [*figures, time.perf_counter() - start]
+
+    return Table(
+        "MiniLM at W4A4: what each part is worth",
+        ["method, ranges and rounding", "cosine", "worst", "STS-B Spearman", "s"],
+        ["{:.4f}", "{:.3f}", "{:.2f}", "{:.0f}"],
+        ABLATION,
+        timed,
+        "as the table of MiniLM, one calibration draw; seconds with evaluation, one thread of a "
+        "machine that had other work",
+        seeds=(0,),
+    )
+
+
+def similarity() -> tuple[Measure, float]:
+    """Of MiniLM: the measurement, and the float model's Spearman."""
     from transformers import AutoModel, AutoTokenizer
 
     path = data.minilm_path()
@@ -74,22 +162,45 @@ def minilm() -> dict[str, Any]:
     wanted = task.embeddings(model)
 
     def measure(options: dict[str, Any], seed: int) -> list[float]:
-        qmodel = quantize(model, data.stsb_calibration(seed), options, seed, tokenizer=tokenizer)
+        options = dict(options)
+        calib = data.stsb_calibration(seed, options.pop("sentences", 256))
+        qmodel = quantize(model, calib, options, seed, tokenizer=tokenizer)
         got = task.embeddings(qmodel)
         cosines = (got * wanted).sum(-1)
         return [float(cosines.mean()), float(cosines.min()), task.spearman(got)]
 
-    rows = [["float32", "1", "1", f"{task.spearman(wanted):.2f}"]]
-    rows += table(MINILM, measure, ["{:.4f}", "{:.3f}", "{:.2f}"])
-    columns = ["scheme", "cosine", "worst", "STS-B Spearman"]
-    return result(
-        "MiniLM sentence embeddings, STS-B test", columns, rows,
-        "all-MiniLM-L6-v2, all six layers' linears; 256 unlabelled sentences of STS-B train; "
-        "cosine to the float32 embedding over all 2,552 distinct test sentences",
-    )  # fmt: skip
+    return measure, task.spearman(wanted)
 
 
-def opt() -> dict[str, Any]:
+def reviews() -> Table:
+    """A second data set: film reviews, far from the calibration sentences."""
+    from transformers import AutoModel, AutoTokenizer
+
+    path = data.minilm_path()
+    model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    task = data.reviews(tokenizer)
+    wanted = task.embeddings(model)
+
+    def measure(options: dict[str, Any], seed: int) -> list[float]:
+        calib = data.stsb_calibration(seed)
+        got = task.embeddings(quantize(model, calib, options, seed, tokenizer=tokenizer))
+        cosines = (got * wanted).sum(-1)
+        return [float(cosines.mean()), float(cosines.min()), task.probe(got)]
+
+    return Table(
+        "MiniLM sentence embeddings, film reviews",
+        ["scheme", "cosine", "worst", "linear probe %"],
+        ["{:.4f}", "{:.3f}", "{:.2f}"],
+        REVIEWS,
+        measure,
+        "the first 1,000 positive and 1,000 negative sentences of the MR set, calibrated on 256 "
+        "sentences of STS-B train; the probe is a ridge classifier on the embeddings of every "
+        "other sentence, judged on the rest",
+        base=["float32", "1", "1", f"{task.probe(wanted):.2f}"],
+    )
+
+
+def opt() -> Table:
     """Perplexity of the small OPT after large models' outlier channels were put in."""
     model, _ = data.opt()
     model = data.inject_outliers(model)
@@ -100,18 +211,20 @@ def opt() -> dict[str, Any]:
         perplexity = data.perplexity(qmodel, WINDOWS)
         return [perplexity, 100 * (perplexity / base - 1)]
 
-    rows = [["float32", f"{base:.2f}", ""], *table(OPT, measure, ["{:.2f}", "{:+.2f} %"])]
-    return result(
+    return Table(
         "Small OPT with injected outlier channels, WikiText-2 test",
         ["scheme", "perplexity", "over float"],
-        rows,
+        ["{:.2f}", "{:+.2f} %"],
+        OPT,
+        measure,
         f"7 M parameters, the first {WINDOWS} windows of 256 tokens, calibrated on 64 windows of "
         "WikiText-2 valid; six channels of every LayerNorm made 40 times larger and one-sided "
         "without changing the function",
+        base=["float32", f"{base:.2f}", ""],
     )
 
 
-def vit() -> dict[str, Any]:
+def vit() -> Table:
     """Top-1 of the small ViT."""
     model = data.vit()
     pixels, labels = data.cifar10("test", 10000)
@@ -123,12 +236,14 @@ def vit() -> dict[str, Any]:
         accuracy = data.accuracy(quantize(model, calib, options, seed), pixels, labels)
         return [accuracy, accuracy - base]
 
-    rows = [["float32", f"{base:.2f}", ""], *table(VIT, measure, ["{:.2f}", "{:+.2f}"])]
-    return result(
+    return Table(
         "Small ViT, CIFAR-10 (JPEG) test, all 10,000 images",
         ["scheme", "top-1 %", "to float"],
-        rows,
+        ["{:.2f}", "{:+.2f}"],
+        VIT,
+        measure,
         "2.7 M parameters, 32x32 pixels; calibrated on 128 training images",
+        base=["float32", f"{base:.2f}", ""],
     )
 
 
@@ -136,47 +251,56 @@ def quantize(model: Any, calib: Any, options: dict[str, Any], seed: int, **more:
     return qtk.quantize(model, calib=calib, seed=seed, progress=False, **options, **more)
 
 
-def table(
-    cases: list[tuple[str, dict[str, Any]]],
-    measure: Callable[[dict[str, Any], int], list[float]],
-    formats: list[str],
-) -> list[Row]:
-    """One row a case: the mean over SEEDS of every figure."""
-    rows = []
-    for name, options in cases:
-        figures = [measure(options, seed) for seed in SEEDS]
+def rows_of(table: Table, path: Path, only: list[str]) -> Iterator[list[Row]]:
+    """The table's rows, again after each that was measured, so that stopping loses nothing."""
+    kept = {}
+    if only:
+        kept = {row[0]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    if table.base:
+        kept[table.base[0]] = table.base
+    order = [table.base[0], *(name for name, _ in table.cases)] if table.base else []
+    order = order or [name for name, _ in table.cases]
+    for name, options in table.cases:
+        if only and name not in only:
+            continue
+        figures = [table.measure(options, seed) for seed in table.seeds]
         means = [mean(column) for column in zip(*figures, strict=True)]
-        rows.append([name, *(f.format(x) for f, x in zip(formats, means, strict=True))])
-        print("  ".join(rows[-1]), file=sys.stderr, flush=True)
-    return rows
+        kept[name] = [name, *(f.format(x) for f, x in zip(table.formats, means, strict=True))]
+        print("  ".join(kept[name]), file=sys.stderr, flush=True)
+        yield [kept[name] for name in order if name in kept]
 
 
-def result(title: str, columns: list[str], rows: list[Row], notes: str) -> dict[str, Any]:
+def result(table: Table, rows: list[Row]) -> dict[str, Any]:
+    seeds = ", ".join(map(str, table.seeds))
+    drawn = f"Means over calibration seeds {seeds}" if len(table.seeds) > 1 else f"Seed {seeds}"
     return {
-        "title": title,
+        "title": table.title,
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {
             "qtk": qtk.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "columns": columns,
+        "columns": table.columns,
         "rows": rows,
-        "notes": f"{notes}. Means over calibration seeds {', '.join(map(str, SEEDS))}.",
-    }  # fmt: skip
+        "notes": f"{table.notes}. {drawn}.",
+    }
 
 
-TABLES = {"minilm": minilm, "opt": opt, "vit": vit}
+TABLES = {"minilm": minilm, "opt": opt, "vit": vit, "reviews": reviews, "ablation": ablation}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("name", choices=[*TABLES, "all"])
-    name = parser.parse_args().name
-    for key in TABLES if name == "all" else (name,):
-        text = json.dumps(TABLES[key](), indent=1, ensure_ascii=False)
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"fidelity_{key}.json").write_text(text + "\n", encoding="utf-8")
+    parser.add_argument("--only", nargs="+", default=[], help="names of rows")
+    options = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    for key in TABLES if options.name == "all" else (options.name,):
+        table, path = TABLES[key](), RESULTS / f"fidelity_{key}.json"
+        for rows in rows_of(table, path, options.only):
+            text = json.dumps(result(table, rows), indent=1, ensure_ascii=False)
+            path.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
