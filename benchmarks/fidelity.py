@@ -270,20 +270,25 @@ def rows_of(table: Table, path: Path, only: list[str]) -> Iterator[list[Row]]:
         yield [kept[name] for name in order if name in kept]
 
 
-def result(table: Table, rows: list[Row]) -> dict[str, Any]:
+def document(table: Table, rows: list[Row]) -> dict[str, Any]:
+    """What is written down of a table."""
     seeds = ", ".join(map(str, table.seeds))
     drawn = f"Means over calibration seeds {seeds}" if len(table.seeds) > 1 else f"Seed {seeds}"
+    return result(table.title, table.columns, rows, f"{table.notes}. {drawn}.")
+
+
+def result(title: str, columns: list[str], rows: list[Row], notes: str) -> dict[str, Any]:
     return {
-        "title": table.title,
+        "title": title,
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {
             "qtk": qtk.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "columns": table.columns,
+        "columns": columns,
         "rows": rows,
-        "notes": f"{table.notes}. {drawn}.",
+        "notes": notes,
     }
 
 
@@ -299,7 +304,7 @@ def main() -> None:
     for key in TABLES if options.name == "all" else (options.name,):
         table, path = TABLES[key](), RESULTS / f"fidelity_{key}.json"
         for rows in rows_of(table, path, options.only):
-            text = json.dumps(result(table, rows), indent=1, ensure_ascii=False)
+            text = json.dumps(document(table, rows), indent=1, ensure_ascii=False)
             path.write_text(text + "\n", encoding="utf-8")
 
 
