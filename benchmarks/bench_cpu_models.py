@@ -103,12 +103,8 @@ def torchao(model: nn.Module) -> Forward:
     return lambda inputs: other(**inputs)[0]
 
 
-def ort(model: nn.Module) -> Forward:
-    """ONNX Runtime's dynamic int8."""
-    import tempfile
-
-    import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def export_onnx(model: nn.Module, path: Path) -> None:
+    """Writes an encoder that reads input_ids and attention_mask, batch and tokens of any size."""
 
     class Positional(nn.Module):
         """The exporter wants inputs by position and one tensor out."""
@@ -121,14 +117,24 @@ def ort(model: nn.Module) -> Forward:
             out: Tensor = self.inner(input_ids=input_ids, attention_mask=attention_mask)[0]
             return out
 
-    folder = Path(tempfile.mkdtemp())
     inputs = batch((2, 16))
     axes = {0: "batch", 1: "tokens"}
     torch.onnx.export(
-        Positional(), tuple(inputs.values()), str(folder / "model.onnx"), dynamo=False,
+        Positional(), tuple(inputs.values()), str(path), dynamo=False,
         input_names=list(inputs), output_names=["hidden"],
         dynamic_axes={**dict.fromkeys(inputs, axes), "hidden": axes},
     )  # fmt: skip
+
+
+def ort(model: nn.Module) -> Forward:
+    """ONNX Runtime's dynamic int8."""
+    import tempfile
+
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    folder = Path(tempfile.mkdtemp())
+    export_onnx(model, folder / "model.onnx")
     quantize_dynamic(folder / "model.onnx", folder / "int8.onnx", weight_type=QuantType.QInt8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -62,12 +62,6 @@ ABLATION: list[tuple[str, dict[str, Any]]] = [
     ("rotate, block", {**ROTATE, "rounding": "block"}),
     ("rotate, tuned (best)", {**ROTATE, "rounding": "tuned"}),
     ("rotate, GPTQ, 2,048 sentences", {**ROTATE, "rounding": "gptq", "sentences": 2048}),
-    ("rotate, tuned, 2,048 sentences", {**ROTATE, "rounding": "tuned", "sentences": 2048}),
-    ("token: rotate, GPTQ", {**ROTATE, "rounding": "gptq", "activations": "token"}),
-    (
-        "token: rotate, tuned, 2,048 sentences",
-        {**ROTATE, "rounding": "tuned", "activations": "token", "sentences": 2048},
-    ),
 ]
 REVIEWS: list[tuple[str, dict[str, Any]]] = [
     ("W8A8", {"w": 8, "a": 8}),

@@ -1,0 +1,195 @@
+"""qtk beside its peers: the same weights, sentences and metric, each peer by its documented recipe.
+
+    python -m benchmarks.fidelity_peers
+
+MiniLM on STS-B test, the linears of the six layers, calibration draw 0 where a recipe calibrates. A
+peer that is not installed has a row that says so. Into
+benchmarks/results/fidelity_peers.json.
+"""
+
+import copy
+import json
+import re
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import data
+from benchmarks.fidelity import RESULTS, quantize, result
+
+Peer = Callable[[nn.Module, Any, list[str]], nn.Module]  # model, tokenizer, sentences -> quantized
+LAYERS = re.compile(r"encoder\.layer\.\d+\..*")
+
+
+def in_layers(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and LAYERS.fullmatch(name) is not None
+
+
+def ours(**options: Any) -> Peer:
+    return lambda model, tokenizer, texts: quantize(model, texts, options, 0, tokenizer=tokenizer)
+
+
+def torchao(kind: str) -> Peer:
+    def apply(model: nn.Module, tokenizer: Any, texts: list[str]) -> nn.Module:
+        from torchao import quantization as ao
+
+        group = ao.PerGroup(128)
+        config = {
+            "W8A8": lambda: ao.Int8DynamicActivationInt8WeightConfig(),
+            "W4A8": lambda: ao.Int8DynamicActivationIntxWeightConfig(
+                weight_dtype=torch.int4, weight_granularity=group
+            ),
+            "W4A16": lambda: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group),
+        }[kind]()
+        ao.quantize_(model, config, filter_fn=in_layers)
+        return model
+
+    return apply
+
+
+def quanto(weights: str, activations: str | None) -> Peer:
+    def apply(model: nn.Module, tokenizer: Any, texts: list[str]) -> nn.Module:
+        from optimum import quanto as oq
+
+        kinds = {"qint4": oq.qint4, "qint8": oq.qint8, None: None}
+        oq.quantize(
+            model, weights=kinds[weights], activations=kinds[activations], include="encoder.layer.*"
+        )
+        if activations is not None:
+            with oq.Calibration(), torch.no_grad():
+                for i in range(0, len(texts), 32):
+                    model(**tokenizer(texts[i : i + 32], padding=True, return_tensors="pt"))
+        oq.freeze(model)
+        return model
+
+    return apply
+
+
+def llm_compressor(scheme: str, smooth: bool = False) -> Peer:
+    def apply(model: nn.Module, tokenizer: Any, texts: list[str]) -> nn.Module:
+        from datasets import Dataset
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.quantization import GPTQModifier
+        from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+        recipe: list[Any] = [GPTQModifier(targets="Linear", scheme=scheme, ignore=["pooler.dense"])]
+        if smooth:  # post-norm: each norm before the linears that read it
+            norms = [[["re:.*intermediate.dense"], "re:.*attention.output.LayerNorm"]]
+            recipe.insert(0, SmoothQuantModifier(smoothing_strength=0.5, mappings=norms))
+        rows = [dict(tokenizer(text, truncation=True, max_length=256)) for text in texts]
+        oneshot(
+            model=model, dataset=Dataset.from_list(rows), recipe=recipe, processor=tokenizer,
+            num_calibration_samples=len(rows), max_seq_length=256, pipeline="basic",
+        )  # fmt: skip
+        return model
+
+    return apply
+
+
+class _Session(nn.Module):
+    """An ONNX Runtime session that answers like the model it was made of."""
+
+    def __init__(self, session: Any, config: Any) -> None:
+        super().__init__()
+        self.session, self.config = session, config
+
+    def forward(self, **batch: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        names = [i.name for i in self.session.get_inputs()]
+        (hidden,) = self.session.run(None, {n: batch[n].numpy() for n in names})
+        return BaseModelOutput(last_hidden_state=torch.from_numpy(hidden))
+
+
+def onnx_runtime(model: nn.Module, tokenizer: Any, texts: list[str]) -> nn.Module:
+    """Dynamic int8, as its quantize_dynamic does it."""
+    import tempfile
+
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    from benchmarks.bench_cpu_models import export_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
+        export_onnx(model, source)
+        quantize_dynamic(source, target, weight_type=QuantType.QInt8)
+        session = onnxruntime.InferenceSession(str(target))
+    return _Session(session, model.config)
+
+
+CASES: list[tuple[str, str, str, Peer]] = [  # bits, who, package, how
+    ("W8A8", "qtk, static", "qtk", ours(w=8, a=8)),
+    ("W8A8", "qtk, best", "qtk", ours(w=8, a=8, preset="best")),
+    ("W8A8", "qtk, token", "qtk", ours(w=8, a=8, activations="token")),
+    ("W8A8", "torchao, token", "torchao", torchao("W8A8")),
+    ("W8A8", "llm-compressor, GPTQ, token", "llmcompressor", llm_compressor("W8A8")),
+    ("W8A8", "the same with SmoothQuant", "llmcompressor", llm_compressor("W8A8", True)),
+    ("W8A8", "optimum-quanto, static", "optimum-quanto", quanto("qint8", "qint8")),
+    ("W8A8", "ONNX Runtime, dynamic", "onnxruntime", onnx_runtime),
+    ("W4A8", "qtk, static", "qtk", ours(w=4, a=8)),
+    ("W4A8", "qtk, best", "qtk", ours(w=4, a=8, preset="best")),
+    ("W4A8", "qtk, token, groups of 128", "qtk",
+     ours(w=4, a=8, activations="token", group_size=128, preset="best")),
+    ("W4A8", "torchao, token, groups of 128", "torchao", torchao("W4A8")),
+    ("W4A8", "llm-compressor, GPTQ, token, groups of 128", "llmcompressor",
+     llm_compressor("W4A8")),
+    ("W4A8", "optimum-quanto, static", "optimum-quanto", quanto("qint4", "qint8")),
+    ("W4A16", "qtk, groups of 128", "qtk", ours(w=4, a=16, group_size=128)),
+    ("W4A16", "torchao, groups of 128", "torchao", torchao("W4A16")),
+    ("W4A16", "llm-compressor, GPTQ, groups of 128", "llmcompressor",
+     llm_compressor("W4A16")),
+    ("W4A16", "optimum-quanto", "optimum-quanto", quanto("qint4", None)),
+    ("W4A4", "qtk, static", "qtk", ours(w=4, a=4)),
+    ("W4A4", "qtk, token", "qtk", ours(w=4, a=4, activations="token")),
+]  # fmt: skip
+
+
+def main() -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    path = data.minilm_path()
+    model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    task = data.stsb_test(tokenizer)
+    wanted = task.embeddings(model)
+
+    def figures(peer: Peer) -> list[float]:
+        qmodel = peer(copy.deepcopy(model), tokenizer, data.stsb_calibration(0))
+        got = task.embeddings(qmodel)
+        cosines = (got * wanted).sum(-1)
+        return [float(cosines.mean()), float(cosines.min()), task.spearman(got)]
+
+    rows = []
+    for bits, who, package, peer in CASES:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            rows.append([bits, who, "not installed", "", ""])
+            continue
+        name = who if package == "qtk" else f"{who} ({found})"
+        try:
+            cells = figures(peer)
+            rows.append([bits, name, f"{cells[0]:.4f}", f"{cells[1]:.3f}", f"{cells[2]:.2f}"])
+        except Exception as error:  # a peer's failure on this model is a result
+            first = str(error).strip().splitlines()[:1]
+            rows.append([bits, name, f"fails: {type(error).__name__}", "".join(first)[:60], ""])
+        print("  ".join(rows[-1]), file=sys.stderr, flush=True)
+        written = result(
+            "MiniLM beside its peers, STS-B test",
+            ["bits", "who", "cosine", "worst", "STS-B Spearman"],
+            rows,
+            "the linears of all six layers but for ONNX Runtime, which takes all; 256 sentences of "
+            "STS-B train where a recipe calibrates, draw 0. GPTQModel: not "
+            "measured, it needs CUDA packages",
+        )
+        text = json.dumps(written, indent=1, ensure_ascii=False)
+        (RESULTS / "fidelity_peers.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
