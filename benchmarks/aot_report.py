@@ -2,7 +2,9 @@
 
     python benchmarks/aot_report.py            all variants for sm_80, sm_90 and sm_100: a table,
                                                and benchmarks/results/aot.csv
-    python benchmarks/aot_report.py 90         for sm_90 only; the rows of others are kept
+    python benchmarks/aot_report.py 90 int8    for sm_90 only, and only variants with that name
+
+Every row is written once it is known; rows of other variants and devices stay as they were.
 
 Registers, spills, shared memory and occupancy decide whether a kernel can run well; the tensor-core
 instruction decides how fast, and the instructions that are issued beside it how close to that it
@@ -57,6 +59,8 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may use
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 RESULTS = Path(__file__).resolve().parent / "results"
 
+TABLE = RESULTS / "aot.csv"
+
 FLOATS = ("eps", "clip", "out_step", "norm", "step")
 ALIGNED = ("K", "N", "width", "stride_xm", "stride_rm", "stride_wn")  # multiples of 16 in models
 MATRIX = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTC")  # in SASS
@@ -97,6 +101,9 @@ class Row:
     loop_i2f: int
     per_element: float
     unpack: float
+
+
+COLUMNS = ["triton", "torch", *(field.name for field in fields(Row))]
 
 
 def row_variants() -> list[Variant]:
@@ -367,13 +374,32 @@ def _report(job: tuple[int, int]) -> Row:
     return report(_variants()[index], arch)
 
 
+def _write(found: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """The table, in the order of the variants; rows of variants that are no more go."""
+    order = {variant.name: i for i, variant in enumerate(_variants())}
+    keys = sorted((key for key in found if key[0] in order), key=lambda k: (k[1], order[k[0]]))
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(found[key] for key in keys)
+
+
 def main() -> None:
-    archs = [int(arg) for arg in sys.argv[1:]] or list(ARCHS)
-    rows = []
-    jobs = [(i, arch) for i in range(len(_variants())) for arch in archs]
-    with ProcessPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+    archs = [int(arg) for arg in sys.argv[1:] if arg.isdigit()] or list(ARCHS)
+    names = [arg for arg in sys.argv[1:] if not arg.isdigit()]
+    wanted = [i for i, v in enumerate(_variants()) if not names or any(n in v.name for n in names)]
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    if TABLE.exists():
+        with TABLE.open(newline="") as file:
+            old = [row for row in csv.DictReader(file) if list(row) == COLUMNS]
+        found = {(row["variant"], int(row["arch"])): row for row in old}
+    versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
+    RESULTS.mkdir(exist_ok=True)
+    jobs = [(i, arch) for arch in archs for i in wanted]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
         for row in pool.map(_report, jobs):
-            rows.append(row)
+            found[row.variant, row.arch] = {**versions, **asdict(row)}
+            _write(found)
             print(
                 f"{row.variant:44} sm_{row.arch:<4} {row.registers:4} regs "
                 f"{row.spill_bytes:5} spilled "
@@ -383,16 +409,6 @@ def main() -> None:
                 f"{'  SERIALIZED' if row.serialized else ''}",
                 flush=True,
             )
-    RESULTS.mkdir(exist_ok=True)
-    path, names = RESULTS / "aot.csv", ["triton", "torch", *(f.name for f in fields(Row))]
-    with path.open(newline="") as file:  # what was reported for other devices stays
-        old = [row for row in csv.DictReader(file) if list(row) == names]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(row for row in old if int(row["arch"]) not in archs)
-        versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
-        writer.writerows({**versions, **asdict(row)} for row in rows)
 
 
 if __name__ == "__main__":

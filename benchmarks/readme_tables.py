@@ -56,7 +56,7 @@ def kernel_table(folder: Path) -> str:
             "unpack", "tensor_core")  # fmt: skip
     lines = [_line(columns), _line(["---", *["---:"] * 7, "---"])]
     lines += [_line([row[key] for key in keys]) for row in compiled]
-    lines += ["", f"<sub>sm_90, triton {compiled[0]['triton']}.</sub>", ""]
+    lines += ["", f"<sub>sm_90 only, {len(compiled)} variants, triton {compiled[0]['triton']}.</sub>", ""]
     if gpu is None:
         return "\n".join([*lines, "Speed on a GPU: **not measured**."])
     names = ["kernel", "shape", "us", "GB/s", "TOPS", "of_ceiling", "bf16_us"]

@@ -18,7 +18,7 @@ NAMES = [
     "gelu_quantize w4 g128 K=4096",
     "layer_norm_quantize w8 tensor K=4096, no residual",
     "hadamard_quantize w8 token K=768 block=768 (24x32)",
-    "int4_linear W4A8 M=16 g=100",
+    "int4_linear W4A8 M=16 g=100 split=4",
     "add_parts i32",
     "fp8_linear M=1 g=0 split=8",
     "fp8_linear M=8192 g=0",
