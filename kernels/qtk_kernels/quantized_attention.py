@@ -110,6 +110,7 @@ def _launch(
             TOP=softmax.top, OFFSET=OFFSET.get(softmax.steps, 0.0),
             RENORMALIZE=softmax.renormalize, ONE_TILE=one_tile, GRID=grid, CAUSAL=causal,
             TAIL=causal or mask is not None or Tk % tile["BLOCK_N"] > 0,
+            KEY_MASK=mask is not None and mask.stride(2) == 0,
             PACKED=q.dtype == torch.uint8, V_FP8=fp8, QMIN=-top, QMAX=max(top - 1, 0),
             EXACT=INTERPRETED, BLOCK_W=max(next_power_of_2(width), 32),
             BLOCK_D=max(next_power_of_2(D), 16), **tile,
