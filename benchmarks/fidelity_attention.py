@@ -44,13 +44,13 @@ EVERYTHING: list[tuple[str, dict[str, Any]]] = [
     ("W4A4, int4 products, matthew 4", whole(4)),
     ("W4A4, int4 products, code 4 steps", whole(4, "code")),
 ]
-RANGES: list[tuple[str, str, hessian.Settings, int]] = [
-    ("minmax", "minmax", hessian.Settings(), 3),
-    ("mse", "mse", hessian.Settings(), 3),
-    ("hessian, block, bottom 0.1", "hessian", hessian.Settings(), 3),
-    ("hessian, block, bottom 0", "hessian", hessian.Settings(0.0), 1),
-    ("hessian, block, bottom 0.3", "hessian", hessian.Settings(0.3), 1),
-    ("hessian, layer, bottom 0.1", "hessian", hessian.Settings(granularity="layer"), 1),
+RANGES: list[tuple[str, str, hessian.Settings]] = [
+    ("minmax", "minmax", hessian.Settings()),
+    ("mse", "mse", hessian.Settings()),
+    ("hessian, block, bottom 0.1", "hessian", hessian.Settings()),
+    ("hessian, block, bottom 0", "hessian", hessian.Settings(0.0)),
+    ("hessian, block, bottom 0.3", "hessian", hessian.Settings(0.3)),
+    ("hessian, layer, bottom 0.1", "hessian", hessian.Settings(granularity="layer")),
 ]
 SOFTMAX: list[tuple[str, dict[str, Any]]] = [
     (name, {"w": 16, "a": 16, "softmax": kind, "softmax_bits": bits})
@@ -123,16 +123,16 @@ class Table:
 
 
 def seeds_of(options: dict[str, Any]) -> tuple[int, ...]:
-    """The draws of a case: as many as it asks for, all where calibration is drawn, else one."""
+    """All seeds where calibration is drawn, else one."""
     drawn = options["w"] < 16 or options.get("softmax") == "matthew"
-    return SEEDS[: options.get("draws", len(SEEDS) if drawn else 1)]
+    return SEEDS if drawn else SEEDS[:1]
 
 
 def apply(model: Any, calib: Any, options: dict[str, Any], seed: int, **more: Any) -> Any:
-    """The quantized model of a case, whose options may carry settings of this program's own."""
-    ours = {"draws", "settings"}
-    theirs = {key: value for key, value in options.items() if key not in ours}
-    with hessian.using(options.get("settings", hessian.Settings())):
+    """The quantized model of a case; its "settings" are those of the range search."""
+    settings = options.get("settings", hessian.Settings())
+    theirs = {key: value for key, value in options.items() if key != "settings"}
+    with hessian.using(settings):
         return quantize(model, calib, theirs, seed, **more)
 
 
@@ -193,8 +193,8 @@ def vit(resume: bool) -> None:
 
 def ranges(resume: bool) -> None:
     cases = [
-        (name, {**whole(4), **PLAIN, "ranges": rule, "settings": settings, "draws": draws})
-        for name, rule, settings, draws in RANGES
+        (name, {**whole(4), **PLAIN, "ranges": rule, "settings": settings})
+        for name, rule, settings in RANGES
     ]
     vit_table(
         "ranges", IMAGES_RANGES, "ranges of static activations at W4A4",

@@ -65,6 +65,32 @@ def kernel_table(folder: Path) -> str:
     return "\n".join([*lines, "", f"<sub>{gpu['device']}, triton {gpu['triton']}.</sub>"])
 
 
+def attention_table(folder: Path) -> str:
+    """What a score element costs in every variant of attention, for all architectures."""
+    with (folder / "aot_attention.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    archs = sorted({row["arch"] for row in rows}, key=int)
+    per_score = {(row["variant"], row["arch"]): row["per_score"] for row in rows}
+    spilled = {(row["variant"], row["arch"]) for row in rows if row["spill_bytes"] != "0"}
+    hopper = {row["variant"]: row for row in rows if row["arch"] == "90"}
+    lines = [
+        "**Attention: instructions a score element, head size 64**",
+        "",
+        _line(["variant", *(f"sm_{arch}" for arch in archs), "registers", "tensor core (sm_90)"]),
+        _line(["---", *["---:"] * len(archs), "---:", "---"]),
+    ]
+    for name, row in hopper.items():
+        costs = [
+            per_score.get((name, arch), "-") + (" (spills)" if (name, arch) in spilled else "")
+            for arch in archs
+        ]
+        lines.append(_line([name, *costs, row["registers"], row["tensor_core"]]))
+    return "\n".join([
+        *lines, "", f"<sub>\"code4 i8 fp8\": code softmax of 4 steps, int8 q and k, e4m3 v. triton "
+        f"{rows[0]['triton']}; registers on sm_90; - : the architecture has no float8.</sub>"
+    ])  # fmt: skip
+
+
 def main(check: bool = False) -> int:
     folder = ROOT / "benchmarks" / "results"
     pages = {ROOT / "README.md": insert, ROOT / "kernels" / "README.md": insert_kernels}
@@ -82,7 +108,8 @@ def insert_kernels(readme: str, folder: Path) -> str:
     """kernels/README.md with everything between the markers replaced."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{kernel_table(folder)}\n\n{END}{after}"
+    tables = f"{kernel_table(folder)}\n\n{attention_table(folder)}"
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 
 def _line(cells: list[str]) -> str:
