@@ -2,8 +2,8 @@
 
     python -m benchmarks.fidelity_attention vit | ranges | gelu | softmax | minilm | opt | all
 
-writes benchmarks/results/fidelity_attention_<name>.json. Rows that calibrate are means over the
-calibration seeds 0, 1 and 2; a softmax that needs no calibration has one value, whatever the seed.
+writes benchmarks/results/fidelity_attention_<name>.json after every figure; with --resume, the
+figures that the file holds are not measured again.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -26,7 +28,7 @@ from qtk.scheme import Format
 IMAGES = 1000  # of the 10,000 of CIFAR-10 test
 IMAGES_RANGES = 500
 CALIBRATION = 64  # images
-WINDOWS = 40  # of the 1,391 of WikiText-2 test
+WINDOWS = 20  # of the 1,391 of WikiText-2 test
 PATCHES = {"*patch_embeddings.projection": (8, 8)}
 PLAIN: dict[str, Any] = {"method": "none", "rounding": "nearest"}
 
@@ -45,13 +47,11 @@ EVERYTHING: list[tuple[str, dict[str, Any]]] = [
 RANGES: list[tuple[str, str, hessian.Settings]] = [
     ("minmax", "minmax", hessian.Settings()),
     ("mse", "mse", hessian.Settings()),
-    *(
-        (f"hessian, {level}, bottom {ratio}", "hessian", hessian.Settings(ratio, level))
-        for level, ratio in (
-            ("block", 0.1), ("block", 0.0), ("block", 0.5), ("layer", 0.1),
-        )
-    ),
-]  # fmt: skip
+    ("hessian, block, bottom 0.1", "hessian", hessian.Settings()),
+    ("hessian, block, bottom 0", "hessian", hessian.Settings(0.0)),
+    ("hessian, block, bottom 0.3", "hessian", hessian.Settings(0.3)),
+    ("hessian, layer, bottom 0.1", "hessian", hessian.Settings(granularity="layer")),
+]
 SOFTMAX: list[tuple[str, dict[str, Any]]] = [
     (name, {"w": 16, "a": 16, "softmax": kind, "softmax_bits": bits})
     for name, kind, bits in (
@@ -71,24 +71,69 @@ EVERYTHING_OPT: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+Cases = list[tuple[str, dict[str, Any]]]
+Measure = Callable[[dict[str, Any], int], list[float]]
+
+
+@dataclass
+class Table:
+    """One result file, written again after every figure, so that an interruption loses nothing.
+
+    A row is the mean over the draws that are done; its last column says how many that is.
+    """
+
+    name: str
+    title: str
+    columns: list[str]
+    formats: list[str]
+    notes: str
+    base: Row
+    resume: bool = False
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / f"fidelity_attention_{self.name}.json"
+
+    def fill(self, cases: Cases, measure: Measure) -> None:
+        """Every case with seed 0, then every case that calibrates with seed 1, then 2."""
+        figures: dict[str, dict[str, list[float]]] = {name: {} for name, _ in cases}
+        if self.resume and self.path.exists():
+            figures |= json.loads(self.path.read_text(encoding="utf-8")).get("figures", {})
+        for seed in SEEDS:
+            for name, options in cases:
+                if seed in seeds_of(options) and str(seed) not in figures[name]:
+                    figures[name][str(seed)] = measure(options, seed)
+                    self.write(figures)
+                    print(seed, *self.row(name, figures[name]), file=sys.stderr, flush=True)
+
+    def row(self, name: str, draws: dict[str, list[float]]) -> Row:
+        means = [mean(column) for column in zip(*draws.values(), strict=True)]
+        cells = (f.format(x) for f, x in zip(self.formats, means, strict=True))
+        return [name, *cells, str(len(draws))]
+
+    def write(self, figures: dict[str, dict[str, list[float]]]) -> None:
+        rows = [self.row(name, draws) for name, draws in figures.items() if draws]
+        table = result(self.title, [*self.columns, "draws"], [[*self.base, ""], *rows], "")
+        table["notes"] = (
+            f"{self.notes}. A row is the mean over its calibration draws, seeds 0 and up; what "
+            "needs no calibration data has one."
+        )
+        text = json.dumps({**table, "figures": figures}, indent=1, ensure_ascii=False)
+        self.path.write_text(text + "\n", encoding="utf-8")
+
+
 def seeds_of(options: dict[str, Any]) -> tuple[int, ...]:
     """All seeds where calibration is drawn, else one."""
     drawn = options["w"] < 16 or options.get("softmax") == "matthew"
     return SEEDS if drawn else SEEDS[:1]
 
 
-def table(
-    cases: list[tuple[str, dict[str, Any]]],
-    measure: Callable[[dict[str, Any], int], list[float]], formats: list[str],
-) -> list[Row]:  # fmt: skip
-    """One row a case: the mean over its seeds of every figure."""
-    rows = []
-    for name, options in cases:
-        figures = [measure(options, seed) for seed in seeds_of(options)]
-        means = [mean(column) for column in zip(*figures, strict=True)]
-        rows.append([name, *(f.format(x) for f, x in zip(formats, means, strict=True))])
-        print("  ".join(rows[-1]), file=sys.stderr, flush=True)
-    return rows
+def apply(model: Any, calib: Any, options: dict[str, Any], seed: int, **more: Any) -> Any:
+    """The quantized model of a case; its "settings" are those of the range search."""
+    settings = options.get("settings", hessian.Settings())
+    theirs = {key: value for key, value in options.items() if key != "settings"}
+    with hessian.using(settings):
+        return quantize(model, calib, theirs, seed, **more)
 
 
 def calibration(seed: int) -> list[dict[str, Tensor]]:
@@ -111,9 +156,7 @@ def divergence(wanted: Tensor, got: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def vit_table(
-    cases: list[tuple[str, dict[str, Any]]], images: int, title: str, notes: str
-) -> dict[str, Any]:
+def vit_table(name: str, images: int, title: str, notes: str, cases: Cases, resume: bool) -> None:
     """Top-1 of the small ViT and the time that quantizing took."""
     model = data.vit()
     pixels, labels = data.cifar10("test", images)
@@ -121,88 +164,89 @@ def vit_table(
     base = top1(wanted, labels)
 
     def measure(options: dict[str, Any], seed: int) -> list[float]:
-        settings = options.pop("settings", hessian.Settings())
         start = time.perf_counter()
-        with hessian.using(settings):
-            qmodel = quantize(model, calibration(seed), options, seed)
+        qmodel = apply(model, calibration(seed), options, seed)
         seconds = time.perf_counter() - start
-        options["settings"] = settings
         got = logits(qmodel, pixels)
         accuracy = top1(got, labels)
         return [accuracy, accuracy - base, divergence(wanted, got), seconds]
 
-    rows = [["float32", f"{base:.2f}", "", "0", ""]]
-    rows += table(cases, measure, ["{:.2f}", "{:+.2f}", "{:.5f}", "{:.0f}"])
-    return result(
+    Table(
+        name,
         f"Small ViT, CIFAR-10 (JPEG) test, {images:,} images: {title}",
         ["scheme", "top-1 %", "to float", "KL to float", "seconds to quantize"],
-        rows,
+        ["{:.2f}", "{:+.2f}", "{:.5f}", "{:.0f}"],
         f"2.7 M parameters, 32x32 pixels; calibrated on {CALIBRATION} training images; seconds are "
         f"of one thread on a shared machine. {notes}",
-    )
+        ["float32", f"{base:.2f}", "", "0", ""],
+        resume,
+    ).fill(cases, measure)
 
 
-def vit() -> dict[str, Any]:
-    return vit_table(
-        EVERYTHING, IMAGES, "everything quantized",
+def vit(resume: bool) -> None:
+    vit_table(
+        "vit", IMAGES, "everything quantized",
         "All linears, both products of attention, softmax, and the patch embedding at 8 bits",
+        EVERYTHING, resume,
     )  # fmt: skip
 
 
-def ranges() -> dict[str, Any]:
+def ranges(resume: bool) -> None:
     cases = [
         (name, {**whole(4), **PLAIN, "ranges": rule, "settings": settings})
         for name, rule, settings in RANGES
     ]
-    return vit_table(
-        cases, IMAGES_RANGES, "ranges of static activations at W4A4",
+    vit_table(
+        "ranges", IMAGES_RANGES, "ranges of static activations at W4A4",
         "Everything quantized, matthew softmax, no transform, nearest rounding: only ranges differ",
+        cases, resume,
     )  # fmt: skip
 
 
-def softmax() -> dict[str, Any]:
-    return vit_table(
-        SOFTMAX, IMAGES, "softmax alone", "Everything else in floating point"
+def softmax(resume: bool) -> None:
+    vit_table(
+        "softmax", IMAGES, "softmax alone", "Everything else in floating point", SOFTMAX, resume
     )  # fmt: skip
 
 
-def gelu() -> dict[str, Any]:
-    """The input of the second MLP linear alone at 4 bits: the two ways to deal with GELU."""
+def gelu(resume: bool) -> None:
+    """The input of the second MLP linear alone at 4 bits: the ways to deal with GELU."""
     model = data.vit()
     pixels, labels = data.cifar10("test", IMAGES)
     base = top1(logits(model, pixels), labels)
-    every = [("asymmetric, one range", plain_range), ("twin ranges (PTQ4ViT)", twin_ranges),
-             ("shift and scale (OS+)", shifted_range)]  # fmt: skip
-    rows = [["float32", f"{base:.2f}", "", ""]]
-    for name, quantizer in every:
-        figures = []
-        for seed in SEEDS[:1]:
-            handles, errors = [], []
-            inputs = fc2_inputs(model, calibration(seed))
-            for linear, x in inputs.items():
-                function = quantizer(x)
-                weight = linear.weight.detach()
-                error = (function(x) - x) @ weight.T
-                errors.append(float((x @ weight.T).square().sum() / error.square().sum()))
-                handles.append(linear.register_forward_pre_hook(
-                    lambda _, args, function=function: (function(args[0]),)
-                ))  # fmt: skip
-            accuracy = top1(logits(model, pixels), labels)
-            for handle in handles:
-                handle.remove()
-            figures.append(
-                [accuracy, accuracy - base, float(10 * torch.tensor(errors).log10().mean())]
-            )
-        means = [mean(column) for column in zip(*figures, strict=True)]
-        rows.append([name, f"{means[0]:.2f}", f"{means[1]:+.2f}", f"{means[2]:.1f}"])
-        print("  ".join(rows[-1]), file=sys.stderr, flush=True)
-    return result(
+
+    def measure(options: dict[str, Any], seed: int) -> list[float]:
+        handles, sqnr = [], []
+        for linear, x in fc2_inputs(model, calibration(seed)).items():
+            grid = options["grid"](x)
+            weight = linear.weight.detach()
+            error = (grid(x) - x) @ weight.T
+            sqnr.append(10 * float(((x @ weight.T).square().sum() / error.square().sum()).log10()))
+            handles.append(linear.register_forward_pre_hook(_through(grid)))
+        accuracy = top1(logits(model, pixels), labels)
+        for handle in handles:
+            handle.remove()
+        return [accuracy, accuracy - base, mean(sqnr)]
+
+    cases = [
+        ("asymmetric, one range", plain_range),
+        ("twin ranges (PTQ4ViT)", twin_ranges),
+        ("shift and scale (OS+)", shifted_range),
+    ]
+    Table(
+        "gelu",
         f"Small ViT, CIFAR-10 (JPEG) test, {IMAGES:,} images: GELU outputs alone at 4 bits",
         ["grid", "top-1 %", "to float", "SQNR of fc2, dB"],
-        rows,
+        ["{:.2f}", "{:+.2f}", "{:.1f}"],
         "Static grids a layer, the rest in floating point; ends with the smallest squared error of "
         "the grid itself",
-    )
+        ["float32", f"{base:.2f}", "", ""],
+        resume,
+    ).fill([(name, {"w": 8, "grid": grid}) for name, grid in cases], measure)
+
+
+def _through(grid: "Function") -> Callable[[Any, tuple[Tensor, ...]], tuple[Tensor]]:
+    return lambda _, args: (grid(args[0]),)
 
 
 @torch.no_grad()
@@ -266,7 +310,7 @@ def shifted_range(x: Tensor) -> Function:
     return best([function(c) for c in ENDS], x)
 
 
-def minilm() -> dict[str, Any]:
+def minilm(resume: bool) -> None:
     """Cosine of sentence embeddings to the float model's."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -277,40 +321,42 @@ def minilm() -> dict[str, Any]:
 
     def measure(options: dict[str, Any], seed: int) -> list[float]:
         sentences = data.stsb_calibration(seed)
-        got = task.embeddings(quantize(model, sentences, options, seed, tokenizer=tokenizer))
+        got = task.embeddings(apply(model, sentences, options, seed, tokenizer=tokenizer))
         cosines = (got * wanted).sum(-1)
         return [float(cosines.mean()), float(cosines.min()), task.spearman(got)]
 
-    rows = [["float32", "1", "1", f"{task.spearman(wanted):.2f}"]]
-    rows += table(SOFTMAX, measure, ["{:.5f}", "{:.4f}", "{:.2f}"])
-    return result(
+    Table(
+        "minilm",
         "MiniLM sentence embeddings, STS-B test: softmax alone",
         ["softmax", "cosine", "worst", "STS-B Spearman"],
-        rows,
+        ["{:.5f}", "{:.4f}", "{:.2f}"],
         "all-MiniLM-L6-v2, everything else in floating point; cosine to the float32 embedding over "
         "all 2,552 distinct test sentences",
-    )
+        ["float32", "1", "1", f"{task.spearman(wanted):.2f}"],
+        resume,
+    ).fill(SOFTMAX, measure)
 
 
-def opt() -> dict[str, Any]:
+def opt(resume: bool) -> None:
     """Perplexity of the small OPT, causal masks."""
     model, _ = data.opt()
     base = data.perplexity(model, WINDOWS)
 
     def measure(options: dict[str, Any], seed: int) -> list[float]:
-        qmodel = quantize(model, data.opt_calibration(seed, 16), options, seed)
+        qmodel = apply(model, data.opt_calibration(seed, 16), options, seed)
         perplexity = data.perplexity(qmodel, WINDOWS)
         return [perplexity, 100 * (perplexity / base - 1)]
 
-    rows = [["float32", f"{base:.2f}", ""]]
-    rows += table([*SOFTMAX, *EVERYTHING_OPT], measure, ["{:.2f}", "{:+.2f} %"])
-    return result(
+    Table(
+        "opt",
         "Small OPT, WikiText-2 test: softmax alone, and everything",
         ["softmax", "perplexity", "over float"],
-        rows,
+        ["{:.2f}", "{:+.2f} %"],
         f"7 M parameters, the first {WINDOWS} windows of 256 tokens, causal masks; calibrated on "
         "16 windows of WikiText-2 valid",
-    )
+        ["float32", f"{base:.2f}", ""],
+        resume,
+    ).fill([*SOFTMAX, *EVERYTHING_OPT], measure)
 
 
 TABLES = {
@@ -321,10 +367,10 @@ TABLES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("name", choices=[*TABLES, "all"])
-    name = parser.parse_args().name
-    for key in TABLES if name == "all" else (name,):
-        text = json.dumps(TABLES[key](), indent=1, ensure_ascii=False)
-        (RESULTS / f"fidelity_attention_{key}.json").write_text(text + "\n", encoding="utf-8")
+    parser.add_argument("--resume", action="store_true", help="keep the figures in the file")
+    args = parser.parse_args()
+    for key in TABLES if args.name == "all" else (args.name,):
+        TABLES[key](args.resume)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of README.md and kernels/README.md, from the result files.
+"""The tables of README.md, kernels/README.md and benchmarks/results/README.md, from the result files.
 
 python benchmarks/readme_tables.py            writes them
 python benchmarks/readme_tables.py --check    fails when one is out of date
@@ -7,17 +7,22 @@ python benchmarks/readme_tables.py --check    fails when one is out of date
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+# what README.md shows; every table is in benchmarks/results/README.md
+HEADLINES = ("fidelity_minilm", "fidelity_peers", "fidelity_opt", "fidelity_vit", "cpu_models",
+             "cpu_models_ort", "quantize")  # fmt: skip
 KEYS = {"title", "hardware", "versions", "columns", "rows", "notes"}
 
 
-def results(folder: Path) -> list[dict[str, Any]]:
-    """The result files that hold a table, by name."""
-    found = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))]
+def results(folder: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The result files that hold a table: those named, in that order, or all by name."""
+    files = [folder / f"{name}.json" for name in names] if names else sorted(folder.glob("*.json"))
+    found = [json.loads(f.read_text(encoding="utf-8")) for f in files if f.exists()]
     return [result for result in found if isinstance(result, dict) and result.keys() >= KEYS]
 
 
@@ -38,9 +43,18 @@ def markdown(result: dict[str, Any]) -> str:
 
 def insert(readme: str, folder: Path) -> str:
     """README.md with everything between the markers replaced."""
-    before, rest = readme.split(BEGIN)
+    return fill(readme, results(folder, HEADLINES))
+
+
+def insert_all(page: str, folder: Path) -> str:
+    """benchmarks/results/README.md, likewise."""
+    return fill(page, results(folder))
+
+
+def fill(page: str, found: list[dict[str, Any]]) -> str:
+    before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    tables = "\n\n".join(map(markdown, results(folder)))
+    tables = "\n\n".join(map(markdown, found))
     return f"{before}{BEGIN}\n\n{tables or 'Nothing has been measured yet.'}\n\n{END}{after}"
 
 
@@ -56,7 +70,11 @@ def kernel_table(folder: Path) -> str:
             "unpack", "tensor_core")  # fmt: skip
     lines = [_line(columns), _line(["---", *["---:"] * 7, "---"])]
     lines += [_line([row[key] for key in keys]) for row in compiled]
-    lines += ["", f"<sub>sm_90 only, {len(compiled)} variants, triton {compiled[0]['triton']}.</sub>", ""]
+    lines += [
+        "",
+        f"<sub>sm_90 only, {len(compiled)} variants, triton {compiled[0]['triton']}.</sub>",
+        "",
+    ]
     if gpu is None:
         return "\n".join([*lines, "Speed on a GPU: **not measured**."])
     names = ["kernel", "shape", "us", "GB/s", "TOPS", "of_ceiling", "bf16_us"]
@@ -65,13 +83,43 @@ def kernel_table(folder: Path) -> str:
     return "\n".join([*lines, "", f"<sub>{gpu['device']}, triton {gpu['triton']}.</sub>"])
 
 
+def attention_table(folder: Path) -> str:
+    """What a score element costs in every variant of attention, for all architectures."""
+    with (folder / "aot_attention.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    archs = sorted({row["arch"] for row in rows}, key=int)
+    per_score = {(row["variant"], row["arch"]): row["per_score"] for row in rows}
+    spilled = {(row["variant"], row["arch"]) for row in rows if row["spill_bytes"] != "0"}
+    hopper = {row["variant"]: row for row in rows if row["arch"] == "90"}
+    lines = [
+        "**Attention: instructions a score element, head size 64**",
+        "",
+        _line(["variant", *(f"sm_{arch}" for arch in archs), "registers", "tensor core (sm_90)"]),
+        _line(["---", *["---:"] * len(archs), "---:", "---"]),
+    ]
+    for name, row in hopper.items():
+        costs = [
+            per_score.get((name, arch), "-") + (" (spills)" if (name, arch) in spilled else "")
+            for arch in archs
+        ]
+        lines.append(_line([name, *costs, row["registers"], row["tensor_core"]]))
+    return "\n".join([
+        *lines, "", f"<sub>\"code4 i8 fp8\": code softmax of 4 steps, int8 q and k, e4m3 v. triton "
+        f"{rows[0]['triton']}; registers on sm_90; - : the architecture has no float8.</sub>"
+    ])  # fmt: skip
+
+
 def main(check: bool = False) -> int:
     folder = ROOT / "benchmarks" / "results"
-    pages = {ROOT / "README.md": insert, ROOT / "kernels" / "README.md": insert_kernels}
+    pages = {
+        ROOT / "README.md": insert,
+        ROOT / "kernels" / "README.md": insert_kernels,
+        folder / "README.md": insert_all,
+    }
     stale = 0
-    for path, fill in pages.items():
+    for path, made in pages.items():
         old = path.read_text(encoding="utf-8")
-        new = fill(old, folder)
+        new = made(old, folder)
         stale += old != new
         if not check:
             path.write_text(new, encoding="utf-8")
@@ -82,7 +130,8 @@ def insert_kernels(readme: str, folder: Path) -> str:
     """kernels/README.md with everything between the markers replaced."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{kernel_table(folder)}\n\n{END}{after}"
+    tables = f"{kernel_table(folder)}\n\n{attention_table(folder)}"
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 
 def _line(cells: list[str]) -> str:

@@ -73,7 +73,8 @@ def quantize(
         ranges: where static activation grids end; "auto" or a file in qtk/ranges.
         activations: "static" (one scale a tensor) or "token" (dynamic, one scale a token).
         attention: operands of attention's two products: "float", or "int8" to "int4", which
-            needs `calib` for v's scales; q and k have one dynamic scale a token and head.
+            needs `calib` for v's scales; q and k have one dynamic scale a token and head. Codes
+            of fewer than 8 bits are stored and multiplied as int8.
         softmax: "float", "uniform", "matthew" (APQ-ViT; needs `calib`), "log2", "log-sqrt2", or
             "code" (logarithmic, without an exponential); see `qtk_kernels/_softmax.py`.
         softmax_bits: of its codes; by default the activations' for "uniform" and "matthew", 4 for

@@ -129,8 +129,8 @@ class AttentionScheme:
     """How attention's two products and its softmax compute.
 
     Attributes:
-        bits: of the codes of q, k and v, None for floating point. q and k have one dynamic scale a
-            token and head, v a static one a channel.
+        bits: of the codes of q, k and v, None for floating point; fewer than 8 are stored as int8.
+            q and k have one dynamic scale a token and head, v a static one a channel.
         softmax: one of SOFTMAXES.
         softmax_bits: of a probability's code, None for floating point.
     """
@@ -181,6 +181,8 @@ class AttentionScheme:
     def name(self) -> str:
         """In words."""
         operands = "float" if self.bits is None else f"int{self.bits}"
+        if self.bits is not None and self.bits < 8:
+            operands += " (as int8)"
         bits = "" if self.softmax_bits is None else f" {self.softmax_bits}-bit"
         return f"{operands} products, {self.softmax}{bits} softmax"
 

@@ -15,13 +15,14 @@ from tests.zoo import build
 
 FAMILIES = [
     "BertModel", "RobertaForSequenceClassification", "DistilBertModel", "OPTForCausalLM", "OPT350m",
-    "ViTForImageClassification", "DeiTForImageClassification",
+    "ViTForImageClassification", "DeiTForImageClassification", "DistilledDeiT",
 ]  # fmt: skip
 WAYS = [
     {"attention": "int8", "softmax": "matthew"},
     {"attention": "int4", "softmax": "code"},
     {"attention": "float", "softmax": "log2"},
     {"attention": "int8"},
+    {"attention": "int8", "softmax": "code"},
 ]
 
 
@@ -154,6 +155,8 @@ def test_summary_says_what_really_runs():
     assert "quantized_attention" in summary.attention_kernel
     assert summary.attention in summary.table()
     assert qtk.summary(quantized(model, batch)).attention == "float"
+    few = qtk.summary(quantized(model, batch, attention="int4"))
+    assert few.attention.startswith("int4 (as int8) products")
 
 
 def test_half_and_deepcopy_keep_the_scales():

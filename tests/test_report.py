@@ -115,6 +115,14 @@ def test_table_where_layers_run_differently() -> None:
     assert "all run by" not in table and "names start with 'a.'" in table
 
 
+def test_what_is_in_brackets_behind_a_kernel_stands_once() -> None:
+    kernels = ("chunks (no int8 here)", "chunks (no int8 here), unpacked")
+    layers = tuple(layer(f"a.{i}.q", kernel) for i, kernel in enumerate(kernels))
+    lines = Summary(layers, {}, 0).table().splitlines()
+    assert "chunks            yes" in lines[2] and "chunks, unpacked  yes" in lines[3]
+    assert [line for line in lines if "int8" in line] == ["chunks: no int8 here"]
+
+
 def test_table_fits_a_terminal(quantized: torch.nn.Module) -> None:
     assert max(map(len, qtk.summary(quantized).table().splitlines())) <= 100
 

@@ -35,6 +35,7 @@ ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ViTForImageClassification": ("ViTForImageClassification", "ViTConfig", VIT),
     "DeiTModel": ("DeiTModel", "DeiTConfig", VIT),
     "DeiTForImageClassification": ("DeiTForImageClassification", "DeiTConfig", VIT),
+    "DistilledDeiT": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", VIT),
 }  # fmt: skip
 
 

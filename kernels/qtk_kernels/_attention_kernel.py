@@ -22,9 +22,10 @@ def _dot(a, b):
 def _scores(
     q_low, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, offs_n, Tq, Tk, D,
     stride_kt, stride_kst, k_group, stride_mq, stride_mk,
-    CAUSAL: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, TAIL: tl.constexpr, KEY_MASK: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """u, [BLOCK_M, BLOCK_N]."""
+    """u, [BLOCK_M, BLOCK_N]; KEY_MASK: one row of the mask serves all queries."""
     offs_d = tl.arange(0, BLOCK_D)
     inside = (offs_n < Tk)[:, None] & (offs_d < D)[None, :]
     at = offs_n.to(tl.int64)[:, None] * stride_kt + offs_d[None, :]
@@ -42,7 +43,10 @@ def _scores(
         allowed = (offs_n < Tk)[None, :]
         if CAUSAL:
             allowed = allowed & (offs_n[None, :] <= offs_m[:, None] + (Tk - Tq))
-        if mask_ptr is not None:
+        if KEY_MASK:
+            seen = tl.load(mask_ptr + offs_n * stride_mk, mask=offs_n < Tk, other=0)
+            allowed = allowed & (seen != 0)[None, :]
+        elif mask_ptr is not None:
             bounds = (offs_m < Tq)[:, None] & (offs_n < Tk)[None, :]
             m_at = offs_m.to(tl.int64)[:, None] * stride_mq + offs_n[None, :] * stride_mk
             allowed = allowed & (tl.load(mask_ptr + m_at, mask=bounds, other=0) != 0)
@@ -144,7 +148,7 @@ def quantized_attention_kernel(
     stride_vsb, stride_vsh, stride_vsd, q_group, k_group, multiplier,
     KIND: tl.constexpr, STEPS: tl.constexpr, TOP: tl.constexpr, OFFSET: tl.constexpr,
     RENORMALIZE: tl.constexpr, ONE_TILE: tl.constexpr, GRID: tl.constexpr,
-    CAUSAL: tl.constexpr, TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr, TAIL: tl.constexpr, KEY_MASK: tl.constexpr,
     PACKED: tl.constexpr, V_FP8: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -192,7 +196,8 @@ def quantized_attention_kernel(
     if ONE_TILE:
         u = _scores(
             q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, offs_n, Tq, Tk, width,
-            stride_kt, stride_kst, k_group, stride_mq, stride_mk, CAUSAL, TAIL, PACKED, BLOCK_W,
+            stride_kt, stride_kst, k_group, stride_mq, stride_mk,
+            CAUSAL, TAIL, KEY_MASK, PACKED, BLOCK_W,
         )  # fmt: skip
         top = tl.maximum(tl.max(u, axis=1) * a, top)
         if KIND == "code":
@@ -210,7 +215,7 @@ def quantized_attention_kernel(
             u = _scores(
                 q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, Tq, Tk, width,
                 stride_kt, stride_kst, k_group, stride_mq, stride_mk,
-                CAUSAL, TAIL, PACKED, BLOCK_W,
+                CAUSAL, TAIL, KEY_MASK, PACKED, BLOCK_W,
             )  # fmt: skip
             new = tl.max(u, axis=1) * a
             if KIND == "code":
@@ -232,7 +237,7 @@ def quantized_attention_kernel(
             u = _scores(
                 q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, Tq, Tk, width,
                 stride_kt, stride_kst, k_group, stride_mq, stride_mk,
-                CAUSAL, TAIL, PACKED, BLOCK_W,
+                CAUSAL, TAIL, KEY_MASK, PACKED, BLOCK_W,
             )  # fmt: skip
             new = tl.maximum(top, tl.max(u, axis=1) * a)
             if KIND != "code":
@@ -247,7 +252,7 @@ def quantized_attention_kernel(
             u = _scores(
                 q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, Tq, Tk, width,
                 stride_kt, stride_kst, k_group, stride_mq, stride_mk,
-                CAUSAL, TAIL, PACKED, BLOCK_W,
+                CAUSAL, TAIL, KEY_MASK, PACKED, BLOCK_W,
             )  # fmt: skip
             p = _values(u, a, top, total, step, KIND, STEPS, TOP, EXACT)
             v = _load_v(v_ptr, start + offs_n, Tk, D, stride_vt, stride_vd, BLOCK_D)

@@ -33,20 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._attention_kernel import quantized_attention_kernel
+from ._attention_ref import WHOLE, expanded, group, quantized_attention_ref, weights_ref
 from ._dispatch import INTERPRETED, backend_of, on_device
 from ._launch import cdiv, next_power_of_2
-from ._softmax import (
-    LOG2_E,
-    MASKED,
-    OFFSET,
-    Softmax,
-    anchored,
-    bytes_of,
-    fma,
-    probabilities_ref,
-)
+from ._softmax import LOG2_E, OFFSET, Softmax
 
-WHOLE = 512  # keys of a row that is anchored at its exact maximum
 ONE_TILE = 256  # keys of a row that a program holds: 128 scores a thread
 
 
@@ -71,68 +62,6 @@ def pack_heads(q: Tensor) -> Tensor:
     """
     low, high = F.pad(q, (0, q.shape[-1] % 2)).view(torch.uint8).chunk(2, -1)
     return low & 15 | high << 4
-
-
-def unpack_heads(packed: Tensor, D: int) -> Tensor:
-    """Inverts `pack_heads`."""
-    signed = packed.view(torch.int8)
-    return torch.cat([(signed << 4) >> 4, signed >> 4], -1)[..., :D]
-
-
-def operand_dtype(v: Tensor, softmax: Softmax) -> torch.dtype:
-    """The dtype that P is multiplied with v in, but for float8."""
-    if v.dtype == torch.int8:
-        return torch.int32 if softmax.uniform else torch.float16
-    return v.dtype
-
-
-def scores_ref(
-    q: Tensor, k: Tensor, D: int, k_scale: Tensor | None, allowed: Tensor | None
-) -> Tensor:
-    """u, [B, H, Tq, Tk] float32, MASKED where hidden. Codes are exact: D * 127**2 < 2**24."""
-    if q.dtype == torch.uint8:
-        q, k = unpack_heads(q, D), unpack_heads(k, D)
-    u = q.float() @ k.float().transpose(-1, -2)
-    if k_scale is not None:
-        u = u * k_scale[..., None, :]
-    return u if allowed is None else u.masked_fill(~allowed, MASKED)
-
-
-def weights_ref(
-    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, a: Tensor, k_scale: Tensor | None,
-    allowed: Tensor | None, step: Tensor | None, grid: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """P [B, H, Tq, Tk] and L [B, H, Tq, 1], float32; arguments as `quantized_attention_ref`."""
-    u = scores_ref(q, k, v.shape[-1], k_scale, allowed)
-    if softmax.kind == "code":
-        top = u.amax(-1, keepdim=True) * a[..., None]
-        x = fma(u, a[..., None].double(), anchored(top, softmax.steps, grid))
-        P = bytes_of(x, softmax.steps).view(torch.float8_e5m2).float()
-        return P, P.sum(-1, keepdim=True)
-    step = None if step is None else step[:, None, None]
-    P, L = probabilities_ref(u * a[..., None], softmax, step)
-    return (P if v.dtype == torch.float8_e4m3fn else P.to(operand_dtype(v, softmax)).float()), L
-
-
-def quantized_attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, a: Tensor, k_scale: Tensor | None,
-    v_scale: Tensor | None, allowed: Tensor | None, step: Tensor | None, grid: bool,
-) -> Tensor:  # fmt: skip
-    """The definition, float32 [B, Tq, H * D]; sums of codes in float32, or float64 when long.
-
-    Args:
-        a: [B, H, Tq], softmax.units times the a_i above.
-        k_scale: [B, H, Tk]; v_scale: broadcast against [B, H, D].
-        allowed: broadcast against [B, H, Tq, Tk], False where hidden.
-        step: [H], of "matthew".
-        grid: anchor "code" at the ceiling of the maximum.
-    """
-    P, L = weights_ref(q, k, v, softmax, a, k_scale, allowed, step, grid)
-    wide = torch.float64 if P.shape[-1] > WHOLE and not v.is_floating_point() else torch.float32
-    y = (P.to(wide) @ v.to(wide)).float() * (1 / torch.where(L > 0, L, 1.0))
-    if v_scale is not None:
-        y = y * v_scale[..., None, :]
-    return y.transpose(1, 2).flatten(2)
 
 
 def attention_tile(Tq: int, Tk: int, one_pass: bool, fp8: bool) -> dict[str, int]:
@@ -176,11 +105,12 @@ def _launch(
             *q.stride()[:3], *k.stride()[:3], *v.stride(),
             *((0,) * 4 if mask is None else mask.stride()),
             *scale_strides[0], *scale_strides[1], *scale_strides[2],
-            _group(q_scale, Tq), _group(k_scale, Tk), multiplier,
+            group(q_scale, Tq), group(k_scale, Tk), multiplier,
             KIND="uniform" if softmax.uniform else softmax.kind, STEPS=softmax.steps,
             TOP=softmax.top, OFFSET=OFFSET.get(softmax.steps, 0.0),
             RENORMALIZE=softmax.renormalize, ONE_TILE=one_tile, GRID=grid, CAUSAL=causal,
             TAIL=causal or mask is not None or Tk % tile["BLOCK_N"] > 0,
+            KEY_MASK=mask is not None and mask.stride(2) == 0,
             PACKED=q.dtype == torch.uint8, V_FP8=fp8, QMIN=-top, QMAX=max(top - 1, 0),
             EXACT=INTERPRETED, BLOCK_W=max(next_power_of_2(width), 32),
             BLOCK_D=max(next_power_of_2(D), 16), **tile,
@@ -196,19 +126,6 @@ def _strides(scale: Tensor | None, leading: tuple[int, int]) -> tuple[int, int, 
     wide = scale.expand(*leading, scale.shape[-1]) if scale.shape[-1] > 1 else scale
     strides = scale.expand(*leading, wide.shape[-1]).stride()
     return strides[0], strides[1], strides[2] if scale.shape[-1] > 1 else 0
-
-
-def _group(scale: Tensor | None, T: int) -> int:
-    """Tokens that share a scale."""
-    return 1 if scale is None else max(cdiv(T, scale.shape[-1]), 1)
-
-
-def _per_token(scale: Tensor, T: int, B: int, H: int) -> Tensor:
-    """[B, H, G] to [B, H, T]."""
-    if scale.shape[-1] == T:
-        return scale.expand(B, H, T)
-    index = torch.arange(T, device=scale.device) // _group(scale, T)
-    return scale.expand(B, H, -1)[..., index]
 
 
 def _check(
@@ -234,7 +151,7 @@ def _check(
     for name, x, scale, T in (("q_scale", q, q_scale, Tq), ("k_scale", k, k_scale, Tk)):
         if not x.is_floating_point() and scale is None:
             raise ValueError(f"codes need a scale: give {name} [B, H, G]")
-        if scale is not None and (scale.dim() != 3 or cdiv(T, _group(scale, T)) != scale.shape[2]):
+        if scale is not None and (scale.dim() != 3 or cdiv(T, group(scale, T)) != scale.shape[2]):
             raise ValueError(
                 f"{name} must be [B, H, G], G groups of {T} tokens, got {list(scale.shape)}"
             )
@@ -301,7 +218,7 @@ def quantized_attention(
             q, k, v, kind, multiplier, q_scale, k_scale, v_scale, mask, step, causal, grid,
             epilogue, out_dtype, block_n,
         )  # fmt: skip
-    a, k_scale, mask = _expanded(q, k, multiplier, q_scale, k_scale, mask, causal)
+    a, k_scale, mask = expanded(q, k, multiplier, q_scale, k_scale, mask, causal)
     y = quantized_attention_ref(q, k, v, kind, a, k_scale, v_scale, mask, step, grid)
     if epilogue is None:
         return y.to(out_dtype)
@@ -319,21 +236,6 @@ def attention_weights(
     kind = Softmax(softmax, bits, steps, renormalize)
     _check(q, k, v, kind, q_scale, k_scale, None, step)
     multiplier = (v.shape[3] ** -0.5 if scale is None else scale) * LOG2_E * kind.units
-    a, k_scale, mask = _expanded(q, k, multiplier, q_scale, k_scale, mask, causal)
+    a, k_scale, mask = expanded(q, k, multiplier, q_scale, k_scale, mask, causal)
     P, L = weights_ref(q, k, v, kind, a, k_scale, mask, step, k.shape[2] > WHOLE)
     return P / torch.where(L > 0, L, 1.0)
-
-
-def _expanded(
-    q: Tensor, k: Tensor, multiplier: float, q_scale: Tensor | None, k_scale: Tensor | None,
-    mask: Tensor | None, causal: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """a [B, H, Tq], k_scale [B, H, Tk] and one mask, as the reference reads them."""
-    (B, H, Tq, _), Tk = q.shape, k.shape[2]
-    a = torch.full((B, H, Tq), multiplier, dtype=torch.float32, device=q.device)
-    if q_scale is not None:
-        a = _per_token(q_scale, Tq, B, H) * a
-    if causal:
-        below = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
-        mask = below if mask is None else mask & below
-    return a, None if k_scale is None else _per_token(k_scale, Tk, B, H), mask

@@ -4,6 +4,10 @@ and v and the output projection, in fused blocks and in transformers' own module
 q and k become codes with one scale a token and head, found when they are there, so that neither
 padding nor later tokens change a result; v has one static scale a channel, because its tokens are
 what the product sums over. Probabilities are divided by the sum of their quantized values.
+
+Codes of fewer than 8 bits are stored as int8 and multiplied as such: they cost what 8 bits cost.
+The kernel reads packed int4 q and k and float8 v too, which nothing here makes yet. On a CPU the
+products are of float32 tensors that hold the codes: exact, with no speed to gain.
 """
 
 import copy
@@ -131,11 +135,9 @@ class QuantAttention(nn.Module):
         """The name of what really computes."""
         device = next((b for b in self.buffers()), torch.empty(0))
         backend = backend_of(device, self.backend)
-        return (
-            "triton quantized_attention"
-            if backend == "triton"
-            else ("torch quantized_attention (codes in float32 products)")
-        )
+        if backend == "triton":
+            return "triton quantized_attention"
+        return "torch quantized_attention (float32)"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantAttention":
         for name, value in self._buffers.items():

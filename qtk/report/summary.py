@@ -1,6 +1,7 @@
 """What every layer of a quantized model is, and what really runs it."""
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import nn
 from qtk import checkpoint
 from qtk.integrations.transformers import record_of
 from qtk.models import describe
+
+BRACKETS = re.compile(r"(.*?) \((.*?)\)")  # "kernel (remark)"
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class Summary:
     def table(self) -> str:
         """Plain text, a line a layer, and the totals.
 
-        What all lines would repeat - the start of the names, the kernel, whether it is fused -
-        stands once, below.
+        What lines would repeat - the start of the names, the kernel, whether it is fused, what is
+        in brackets behind a kernel - stands once, below.
         """
         root = common_prefix([layer.name for layer in self.layers])
         kernels = {(layer.kernel, layer.fused) for layer in self.layers}
@@ -89,6 +92,9 @@ class Summary:
         if not each:
             kernel, fused = next(iter(kernels), ("-", False))
             totals.append(f"all run by {kernel}, {'in fused blocks' if fused else 'not fused'}")
+        else:
+            totals += sorted({f"{found[1]}: {found[2]}" for kernel, _ in kernels
+                              if (found := BRACKETS.match(kernel))})  # fmt: skip
         if self.attention != "float":
             totals.append(f"attention: {self.attention}, run by {self.attention_kernel}")
         if root:
@@ -172,9 +178,10 @@ def _float(name: str, linear: Any) -> LayerSummary:
 
 
 def _row(layer: LayerSummary, root: str, with_kernel: bool) -> list[str]:
-    kernel = [layer.kernel, "yes" if layer.fused else "no"] if with_kernel else []
+    kernel = BRACKETS.sub(r"\1", layer.kernel)
+    runs = [kernel, "yes" if layer.fused else "no"] if with_kernel else []
     return [
-        layer.name.removeprefix(root), layer.scheme, *kernel, f"{layer.bytes / 1e3:.1f}",
+        layer.name.removeprefix(root), layer.scheme, *runs, f"{layer.bytes / 1e3:.1f}",
         f"{layer.bytes / max(1, layer.float_bytes):.3f}",
         "-" if layer.sqnr is None else f"{layer.sqnr:.1f}",
     ]  # fmt: skip

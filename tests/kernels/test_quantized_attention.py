@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from qtk_kernels._attention_ref import unpack_heads
 from qtk_kernels._softmax import OFFSET, Softmax, anchored, bytes_of, fma, probabilities_ref
 from qtk_kernels.quantized_attention import (
     WHOLE,
@@ -10,7 +11,6 @@ from qtk_kernels.quantized_attention import (
     attention_weights,
     pack_heads,
     quantized_attention,
-    unpack_heads,
 )
 
 FLOAT = {"softmax": "float"}
