@@ -1,4 +1,4 @@
-"""The tables of README.md, kernels/README.md and benchmarks/results/README.md, from the result files.
+"""The tables of README.md, kernels/README.md and benchmarks/results/README.md.
 
 python benchmarks/readme_tables.py            writes them
 python benchmarks/readme_tables.py --check    fails when one is out of date

@@ -65,11 +65,12 @@ def test_tables_are_made_of_result_files(tmp_path: Path) -> None:
         ' "rows": [["x|y", 1]], "notes": "N."}'
     )
     (tmp_path / "other.json").write_text('{"a": 1}')
-    made = tables.insert(text, tmp_path)
+    made = tables.insert_all(text, tmp_path)
     assert "old" not in made and made.startswith("a\n") and made.endswith("\nb\n")
     assert "**T**\n\n| a | b |\n| --- | ---: |\n| x&#124;y | 1 |\n" in made
     assert "<sub>N. H. torch 2.</sub>" in made
-    assert tables.insert(made, tmp_path) == made
+    assert tables.insert_all(made, tmp_path) == made
+    assert "Nothing has been measured" in tables.insert(text, tmp_path)  # not a headline
 
 
 def test_examples_are_short() -> None:
