@@ -182,7 +182,7 @@ def demo(
 
 def _mixed(texts: list[str]) -> dict[str, tuple[int, int]] | str:
     """ "encoder.layer.0.*=8,8" -> {"encoder.layer.0.*": (8, 8)}; "auto" alone stays."""
-    if len(texts) == 1 and "=" not in texts[0]:
+    if len(texts) == 1 and texts[0].startswith("auto"):
         return texts[0]
     found = {}
     for text in texts:

@@ -13,7 +13,12 @@ from qtk.transform import rotate
 from qtk.transform._merge import keeping_ones, prepare
 from tests import zoo
 
-MERGED = {"OPTForCausalLM", "ViTForImageClassification", "DeiTForImageClassification"}
+MERGED = {
+    "OPTForCausalLM",
+    "ViTForImageClassification",
+    "DeiTForImageClassification",
+    "DistilledDeiT",
+}
 
 
 def randomized(name):
