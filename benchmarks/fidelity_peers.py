@@ -162,11 +162,10 @@ def main() -> None:
     rows = []
     for bits, who, package, peer in CASES:
         try:
-            found = version(package)
+            name = who if package == "qtk" else f"{who} ({version(package)})"
         except PackageNotFoundError:
             rows.append([bits, who, "not installed", "", ""])
             continue
-        name = who if package == "qtk" else f"{who} ({found})"
         try:
             cells = figures(peer)
             rows.append([bits, name, f"{cells[0]:.4f}", f"{cells[1]:.3f}", f"{cells[2]:.2f}"])
