@@ -1,12 +1,13 @@
 """qtk beside its peers: the same weights, sentences and metric, each peer by its documented recipe.
 
-    python -m benchmarks.fidelity_peers
+    python -m benchmarks.fidelity_peers [--resume] [--packages NAME ...]
 
 MiniLM on STS-B test, the linears of the six layers, calibration draw 0 where a recipe calibrates. A
 peer that is not installed has a row that says so. Into
 benchmarks/results/fidelity_peers.json.
 """
 
+import argparse
 import copy
 import json
 import re
@@ -148,8 +149,13 @@ CASES: list[tuple[str, str, str, Peer]] = [  # bits, who, package, how
 def main() -> None:
     from transformers import AutoModel, AutoTokenizer
 
-    path = data.minilm_path()
-    model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--packages", nargs="+", help="measure only these")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    options = parser.parse_args()
+    source = data.minilm_path()
+    model = AutoModel.from_pretrained(source).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
     task = data.stsb_test(tokenizer)
     wanted = task.embeddings(model)
 
@@ -159,30 +165,54 @@ def main() -> None:
         cosines = (got * wanted).sum(-1)
         return [float(cosines.mean()), float(cosines.min()), task.spearman(got)]
 
-    rows = []
+    path = RESULTS / "fidelity_peers.json"
+    rows: dict[tuple[str, str], list[str]] = {}
+    if options.resume and path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows = {(row[0], row[1]): row for row in kept}
     for bits, who, package, peer in CASES:
-        try:
-            name = who if package == "qtk" else f"{who} ({version(package)})"
-        except PackageNotFoundError:
-            rows.append([bits, who, "not installed", "", ""])
+        if package not in (options.packages or [package]):
             continue
-        try:
-            cells = figures(peer)
-            rows.append([bits, name, f"{cells[0]:.4f}", f"{cells[1]:.3f}", f"{cells[2]:.2f}"])
-        except Exception as error:  # a peer's failure on this model is a result
-            first = str(error).strip().splitlines()[:1]
-            rows.append([bits, name, f"fails: {type(error).__name__}", "".join(first)[:60], ""])
-        print("  ".join(rows[-1]), file=sys.stderr, flush=True)
-        written = result(
-            "MiniLM beside its peers, STS-B test",
-            ["bits", "who", "cosine", "worst", "STS-B Spearman"],
-            rows,
-            "the linears of all six layers but for ONNX Runtime, which takes all; 256 sentences of "
-            "STS-B train where a recipe calibrates, draw 0. GPTQModel: not "
-            "measured, it needs CUDA packages",
-        )
-        text = json.dumps(written, indent=1, ensure_ascii=False)
-        (RESULTS / "fidelity_peers.json").write_text(text + "\n", encoding="utf-8")
+        name = named(who, package)
+        if (bits, name) not in rows:
+            rows[bits, name] = [bits, name, *measured(peer, figures, name)]
+            print("  ".join(rows[bits, name]), file=sys.stderr, flush=True)
+            order = {
+                (bits, named(who, package)): i for i, (bits, who, package, _) in enumerate(CASES)
+            }
+            write(path, sorted(rows.values(), key=lambda row: order[row[0], row[1]]))
+
+
+def named(who: str, package: str) -> str:
+    """With the version, or that there is none."""
+    try:
+        return who if package == "qtk" else f"{who} ({version(package)})"
+    except PackageNotFoundError:
+        return f"{who} (not installed)"
+
+
+def measured(peer: Peer, figures: Callable[[Peer], list[float]], name: str) -> list[str]:
+    if name.endswith("(not installed)"):
+        return ["", "", ""]
+    try:
+        cosine, worst, spearman = figures(peer)
+    except Exception as error:  # a peer's failure on this model is a result
+        first = "".join(str(error).strip().splitlines()[:1])[:60]
+        return [f"fails: {type(error).__name__}", first, ""]
+    return [f"{cosine:.4f}", f"{worst:.3f}", f"{spearman:.2f}"]
+
+
+def write(path: Path, rows: list[list[str]]) -> None:
+    written = result(
+        "MiniLM beside its peers, STS-B test",
+        ["bits", "who", "cosine", "worst", "STS-B Spearman"],
+        rows,
+        "the linears of all six layers but for ONNX Runtime, which takes all; 256 sentences of "
+        "STS-B train where a recipe calibrates, draw 0. GPTQModel: not measured, it needs CUDA "
+        "packages",
+    )
+    text = json.dumps(written, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
