@@ -40,6 +40,14 @@ def minilm_path() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+def minilm() -> tuple[nn.Module, Any]:
+    """all-MiniLM-L6-v2 and its tokenizer."""
+    from transformers import AutoModel, AutoTokenizer
+
+    path = minilm_path()
+    return AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
 @dataclass(frozen=True)
 class SimilarityTask:
     """STS-B test: sentences, the pairs of their indices, and the human scores."""

@@ -148,10 +148,7 @@ def ablation() -> Table:
 
 def similarity() -> tuple[Measure, float]:
     """Of MiniLM: the measurement, and the float model's Spearman."""
-    from transformers import AutoModel, AutoTokenizer
-
-    path = data.minilm_path()
-    model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    model, tokenizer = data.minilm()
     task = data.stsb_test(tokenizer)
     wanted = task.embeddings(model)
 
@@ -168,10 +165,7 @@ def similarity() -> tuple[Measure, float]:
 
 def reviews() -> Table:
     """A second data set: film reviews, far from the calibration sentences."""
-    from transformers import AutoModel, AutoTokenizer
-
-    path = data.minilm_path()
-    model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    model, tokenizer = data.minilm()
     task = data.reviews(tokenizer)
     wanted = task.embeddings(model)
 

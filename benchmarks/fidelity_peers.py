@@ -147,15 +147,11 @@ CASES: list[tuple[str, str, str, Peer]] = [  # bits, who, package, how
 
 
 def main() -> None:
-    from transformers import AutoModel, AutoTokenizer
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--packages", nargs="+", help="measure only these")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     options = parser.parse_args()
-    source = data.minilm_path()
-    model = AutoModel.from_pretrained(source).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    model, tokenizer = data.minilm()
     task = data.stsb_test(tokenizer)
     wanted = task.embeddings(model)
 
