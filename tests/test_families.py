@@ -252,12 +252,12 @@ def test_a_family_names_each_linear_once(family):
 
 @torch.no_grad()
 def test_a_cached_step_is_the_last_row_of_the_whole_and_stays_fused(monkeypatch):
-    from qtk.modules import block
+    from qtk.modules.block import FusedBlock
 
     model, batch = load("models", "opt").tiny()
     qmodel = qtk.quantize(model, 8, 8, calib=[batch], progress=False)
-    fused, original = [], block.fused_forward
-    monkeypatch.setattr(block, "fused_forward", lambda *a: fused.append(1) or original(*a))
+    fused, original = [], FusedBlock.fused
+    monkeypatch.setattr(FusedBlock, "fused", lambda *a: fused.append(1) or original(*a))
     ids = batch["input_ids"]
     whole = qmodel(input_ids=ids, use_cache=False).logits
     first = qmodel(input_ids=ids[:, :5], use_cache=True)

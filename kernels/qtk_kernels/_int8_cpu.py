@@ -1,11 +1,18 @@
 """Integer linear layers on a CPU: oneDNN where the CPU multiplies bytes, else exact float32."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from ._activation import activate
 from ._dispatch import cpu_has_int8
 
 EXACT_K = 512  # products of 8-bit codes that float32 adds exactly: 512 * 255 * 128 < 2**24
+
+NAMED = {None: ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"),
+         "gelu_tanh": ("gelu", "tanh")}  # fmt: skip
+WRITES = (torch.float32, torch.bfloat16, torch.uint8, torch.int8)  # what oneDNN's epilogue can
 
 
 def is_onednn(operand: Tensor, groups: int = 1) -> bool:
@@ -22,25 +29,38 @@ def onednn_linear(
     operand: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
-    x_zero_point: int,
+    x_zero_point: int = 0,
+    *,
+    x_scale: Tensor | None = None,
     activation: str | None = None,
+    out_dtype: torch.dtype = torch.float32,
     out_step: float = 1.0,
     out_zero_point: int = 0,
-    out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
+    """`int8_linear` of one group, without its checks: what a layer calls that made them before.
+
+    With codes for out_dtype the result is theirs, saturated at 8 bits.
+    """
     if x_q.dtype == torch.int8:
         # oneDNN has no fast kernel for signed sources without AMX: flip the sign bit
         x_q, x_zero_point = x_q.view(torch.uint8) ^ 0x80, x_zero_point + 128
-    name = {"gelu_tanh": "gelu"}.get(activation or "", activation or "none")
-    algorithm = {"gelu": "none", "gelu_tanh": "tanh"}.get(activation or "", "")
-    N = operand.shape[1]
     if not x_q.numel():  # oneDNN drops the leading axes of an empty batch
-        return torch.empty(*x_q.shape[:-1], N, dtype=out_dtype)
-    arguments = (
-        x_q, operand, w_scale.reshape(N), bias, x_zero_point,
-        out_step, out_zero_point, out_dtype, name, algorithm,
-    )  # fmt: skip
-    return _opaque(*arguments) if torch.compiler.is_compiling() else _pointwise(*arguments)
+        return torch.empty(*x_q.shape[:-1], operand.shape[1], dtype=out_dtype)
+    call = _opaque if torch.compiler.is_compiling() else _pointwise
+    if x_scale is not None:
+        y = call(x_q, operand, w_scale, None, x_zero_point, 1.0, 0, torch.float32, None)
+        y = y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale)
+        return activate(y, activation).to(out_dtype)
+    writes = out_dtype if out_dtype in WRITES else torch.float32
+    y = call(
+        x_q, operand, w_scale, bias, x_zero_point, out_step, out_zero_point, writes, activation
+    )
+    return y.to(out_dtype)
+
+
+@cache
+def _no_zero_points(N: int) -> Tensor:
+    return torch.zeros(N, dtype=torch.int32)
 
 
 def _pointwise(
@@ -52,26 +72,33 @@ def _pointwise(
     out_step: float,
     out_zero_point: int,
     out_dtype: torch.dtype,
-    name: str,
-    algorithm: str,
+    activation: str | None,
 ) -> Tensor:
-    N = len(w_scale)
-    return torch.ops.onednn.qlinear_pointwise(
-        x_q, 1.0, x_zero_point, operand, w_scale, torch.zeros(N, dtype=torch.int32), bias,
+    N = w_scale.shape[0]
+    name, algorithm = NAMED[activation]
+    return torch.ops.onednn.qlinear_pointwise.default(
+        x_q, 1.0, x_zero_point, operand, w_scale.view(N), _no_zero_points(N), bias,
         out_step, out_zero_point, out_dtype, name, [], algorithm,
     )  # fmt: skip
 
 
-# The default compiler has its own lowering of oneDNN's op, and that wants frozen weights.
-_opaque = torch.library.custom_op("qtk::onednn_linear", _pointwise, mutates_args=())
+# The default compiler has its own lowering of oneDNN's op, and that wants frozen weights. Not a
+# `custom_op`, whose checks of every call cost 10 microseconds more.
+torch.library.define(
+    "qtk::onednn_linear",
+    "(Tensor x_q, Tensor operand, Tensor w_scale, Tensor? bias, int x_zero_point, float out_step, "
+    "int out_zero_point, ScalarType out_dtype, str? activation) -> Tensor",
+)
+torch.library.impl("qtk::onednn_linear", "CompositeExplicitAutograd", _pointwise)
+_opaque = torch.ops.qtk.onednn_linear.default
 
 
-@_opaque.register_fake
+@torch.library.register_fake("qtk::onednn_linear")
 def _shape_of_pointwise(
     x_q: Tensor, operand: Tensor, w_scale: Tensor, bias: Tensor | None, x_zero_point: int,
-    out_step: float, out_zero_point: int, out_dtype: torch.dtype, name: str, algorithm: str,
+    out_step: float, out_zero_point: int, out_dtype: torch.dtype, activation: str | None,
 ) -> Tensor:  # fmt: skip
-    return x_q.new_empty((*x_q.shape[:-1], len(w_scale)), dtype=out_dtype)
+    return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
 
 
 def float32_chunks(
@@ -100,28 +127,3 @@ def float32_chunks(
         p *= w_scale[:, g % w_scale.shape[1]]
         y = p if y is None else y + p
     return torch.zeros(*x_q.shape[:-1], w_q.shape[0]) if y is None else y
-
-
-def onednn_static(
-    x_q: Tensor,
-    operand: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    x_zero_point: int,
-    activation: str | None,
-    out_dtype: torch.dtype,
-    out_step: float | None,
-    out_zero_point: int,
-    out_signed: bool,
-    out_bits: int,
-) -> Tensor:
-    """Everything in oneDNN's epilogue; its saturation is that of 8 bits."""
-    if out_step is None:
-        y = onednn_linear(x_q, operand, w_scale, bias, x_zero_point, activation)
-        return y.to(out_dtype)
-    code_dtype = torch.int8 if out_signed else torch.uint8
-    q = onednn_linear(
-        x_q, operand, w_scale, bias, x_zero_point, activation, out_step, out_zero_point, code_dtype
-    )
-    qmin = -(2 ** (out_bits - 1)) if out_signed else 0
-    return q if out_bits == 8 else q.clamp_(qmin, qmin + 2**out_bits - 1)

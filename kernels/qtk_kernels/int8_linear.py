@@ -20,7 +20,7 @@ from torch import Tensor
 from ._activation import activate, check_activation
 from ._codes import group_size_of, rows_of, scale_strides
 from ._dispatch import backend_of, cpu_has_int8, on_device
-from ._int8_cpu import float32_chunks, is_onednn, onednn_linear, onednn_static
+from ._int8_cpu import float32_chunks, is_onednn, onednn_linear
 from ._lang import (
     along_m,
     along_n,
@@ -336,13 +336,14 @@ def int8_linear(
             x_q, restore_int8(operand), w_scale, bias, x_scale, x_zero_point, size, out
         )
     if onednn and G == 1 and x_scale is None:
-        return onednn_static(
-            x_q, operand, w_scale, bias, x_zero_point, activation,
-            out_dtype, out_step, out_zero_point, out_signed, out_bits,
+        y = onednn_linear(
+            x_q, operand, w_scale, bias, x_zero_point, activation=activation,
+            out_dtype=out.dtype, out_step=out.step, out_zero_point=out_zero_point,
         )  # fmt: skip
-    if onednn and G == 1 and x_scale is not None:
-        y = onednn_linear(x_q, operand, w_scale, None, x_zero_point)
-        y = y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale)
+        full = out_step is None or out_bits == 8  # oneDNN saturates at 8 bits
+        return y if full else y.clamp_(out.qmin, out.qmin + 2**out_bits - 1)
+    if onednn and G == 1:
+        y = onednn_linear(x_q, operand, w_scale, bias, x_zero_point, x_scale=x_scale)
     elif name == "cpu":
         w_q = restore_int8(operand)
         y = float32_chunks(x_q, w_q, w_scale, x_scale, x_zero_point, size)

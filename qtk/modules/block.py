@@ -17,7 +17,6 @@ fused path cannot give (attention maps, hooks inside the block, gradients, train
 original forward runs on the same quantized linears.
 """
 
-from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -27,43 +26,15 @@ from torch.nn import functional as F
 
 from qtk.hadamard import rotate
 from qtk.models import Block
-from qtk.modules.attention import CHILD, QuantAttention
-from qtk.modules.linear import Plan, QuantLinear, linear_of_codes, prepare_operand
+from qtk.modules.attention import attention
+from qtk.modules.cpu_block import Forward, cpu_forward, runs_here
+from qtk.modules.linear import QuantLinear, linear_of_codes
+from qtk.modules.parts import Norm, Parts, make_parts
 from qtk_kernels._activation import activate
 from qtk_kernels.gelu_quantize import activation_quantize
 from qtk_kernels.layer_norm_quantize import layer_norm_quantize
 
-CACHED_ROWS = 512  # of an MLP's inner activation: 3 to 6 MB of float32 at usual widths
 IGNORED = ("position_ids", "cache_position", "use_cache", "return_dict")  # change no number here
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A LayerNorm and the quantizer behind it.
-
-    Attributes:
-        weight, bias: [H], the float norm.
-        q_weight, q_bias: [H] with the quantizer's multiplier and offset folded in.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-    q_weight: Tensor
-    q_bias: Tensor
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the fused forward reads, worked out once."""
-
-    qkv: Plan
-    linears: tuple[
-        QuantLinear, QuantLinear, QuantLinear, QuantLinear
-    ]  # q (for q, k, v), out, fc1, fc2
-    norm1: Norm
-    norm2: Norm
-    products: QuantAttention | None
 
 
 class FusedBlock(nn.Module):
@@ -71,6 +42,7 @@ class FusedBlock(nn.Module):
 
     block: Block
     _parts: Parts | None
+    _on_cpu: Forward | None  # the forward of cpu_block.py, where it serves
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
@@ -79,28 +51,35 @@ class FusedBlock(nn.Module):
             self.prepare()
         if self._parts is None or _asks_for_more(self, hidden_states, attention_mask, args, kwargs):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore
-        cache = kwargs.get("past_key_values")
-        return fused_forward(self._parts, self.block, hidden_states, attention_mask, cache)
+        return self.fused(hidden_states, attention_mask, kwargs.get("past_key_values"))
+
+    def fused(self, x: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        """The fused forward, [B, T, H] -> [B, T, H]."""
+        if self._on_cpu is not None and x.dtype == torch.float32:
+            return self._on_cpu(x, mask, cache)
+        assert self._parts is not None
+        return fused_forward(self._parts, self.block, x, mask, cache)
 
     def prepare(self) -> None:
         """Builds the fused parts, or leaves None where the block cannot be fused."""
-        self._parts = make_parts(self, self.block)
+        self._parts = parts = make_parts(self, self.block)
+        self._on_cpu = cpu_forward(parts, self.block) if parts and runs_here(parts) else None
 
     @property
     def is_fused(self) -> bool:
         return self._parts is not None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedBlock":
-        self._parts = None
+        self._parts = self._on_cpu = None
         super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._parts = None  # the norms and linears inside are about to change
+        self._parts = self._on_cpu = None  # the norms and linears inside are about to change
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parts": None}
+        return {**self.__dict__, "_parts": None, "_on_cpu": None}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self).__mro__[2],), self.__getstate__()
@@ -119,7 +98,7 @@ def fuse(model: nn.Module, blocks: tuple[Block, ...]) -> None:
         if not isinstance(module, FusedBlock):
             base: Any = type(module)
             module.__class__ = fused_class(base)
-        module.block, module._parts = block, None  # type: ignore[assignment]
+        module.block, module._parts, module._on_cpu = block, None, None  # type: ignore
         module.prepare()  # type: ignore[operator]
 
 
@@ -143,37 +122,14 @@ def fused_forward(
     context = attention(qkv, block, mask, cache, parts.products)
     y = out.multiply(*out.quantize(context), out_dtype=x.dtype)
 
-    if block.pre_norm:
-        codes, scale, x = _norm_quantize(y, x, parts.norm2, fc1, emit="sum")
-    else:
-        codes, scale, x = _norm_quantize(y, x, parts.norm1, fc1, emit="norm")
-    y = mlp(codes, scale, fc1, fc2, block.activation or "", x.dtype)
-
+    norm, emit = (parts.norm2, "sum") if block.pre_norm else (parts.norm1, "norm")
+    codes, scale, x = _norm_quantize(y, x, norm, fc1, emit)
+    h = fc1.multiply(codes, scale, out_dtype=x.dtype)
+    y = fc2.multiply(*_activation_quantize(h, block.activation or "", fc2), out_dtype=x.dtype)
     if block.pre_norm:
         return x + y
     norm = parts.norm2
     return F.layer_norm(x + y, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-
-
-def attention(
-    qkv: Tensor, block: Block, mask: Tensor | None, cache: Any = None,
-    products: QuantAttention | None = None,
-) -> Tensor:  # fmt: skip
-    """softmax(q k^T / sqrt(D)) v, quantized or in floating point: [B, T, 3 * H] -> [B, T, H]."""
-    B, T, width = qkv.shape
-    D = width // (3 * block.heads)
-    q, k, v = qkv.view(B, T, 3, block.heads, D).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
-    if cache is not None:
-        k, v = cache.update(k, v, int(block.name.rpartition(".")[2]))
-    causal = block.causal and mask is None and T > 1
-    if products is not None:
-        return products(q, k, v, mask=mask, causal=causal)
-    if mask is not None and mask.dtype == torch.bool and not mask.is_cuda:
-        # added, not selected: a CPU's attention takes 5.6 ms instead of 9 for 16x12x128x32
-        blocked = torch.finfo(q.dtype).min
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, blocked)
-    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    return context.transpose(1, 2).reshape(B, T, block.heads * D)
 
 
 def _norm_quantize(
@@ -203,28 +159,6 @@ def _norm_rotate_quantize(
     if emit == "norm":
         emitted = F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias, norm.eps)
     return *reader.quantize_rotated(rotate(y)), emitted
-
-
-def mlp(
-    codes: Tensor, scale: Tensor | None, fc1: QuantLinear, fc2: QuantLinear, activation: str,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """fc2(activation(fc1(x))) from the codes of x: [..., H] -> [..., H].
-
-    On a CPU some rows at a time, so that what lies between the two products stays in the cache
-    (2048x384x1536 on 2 cores: 8.6 ms where all rows at once take 14).
-    """
-    rows = codes.shape[:-1].numel()
-    if fc1.plan.backend != "cpu" or rows <= CACHED_ROWS or torch.compiler.is_compiling():
-        h = fc1.multiply(codes, scale, out_dtype=dtype)
-        return fc2.multiply(*_activation_quantize(h, activation, fc2), out_dtype=dtype)
-    flat = codes.reshape(rows, -1)
-    y = torch.empty(rows, fc2.out_features, dtype=dtype)
-    for start in range(0, rows, CACHED_ROWS):
-        part = slice(start, start + CACHED_ROWS)
-        part_scale = None if scale is None else scale.reshape(rows, -1)[part]
-        y[part] = mlp(flat[part], part_scale, fc1, fc2, activation, dtype)
-    return y.view(*codes.shape[:-1], -1)
 
 
 def _activation_quantize(
@@ -258,70 +192,4 @@ def _asks_for_more(
         return True
     if torch.compiler.is_compiling():
         return False  # a hook breaks fullgraph anyway
-    inner = (m for m in module.modules() if m is not module)
-    return any(m._forward_hooks or m._forward_pre_hooks for m in inner)
-
-
-def make_parts(module: nn.Module, block: Block) -> Parts | None:
-    """Folds norms into quantizers and joins q, k and v; None where that cannot be done."""
-    names = (block.q, block.k, block.v, block.out, block.fc1, block.fc2)
-    modules = [module.get_submodule(name) for name in names]
-    linears = [m for m in modules if isinstance(m, QuantLinear) and m.scheme.a is not None]
-    if block.activation is None or len(linears) < len(names):
-        return None
-    q, k, v, out, fc1, fc2 = linears
-    if any(linear.weight_scale.is_meta for linear in linears) or not _same_input(q, k, v):
-        return None
-    norm1 = _norm(module.get_submodule(block.norm1), q if block.pre_norm else fc1)
-    norm2 = _norm(module.get_submodule(block.norm2), fc1)
-    parent = module.get_submodule(block.q.rpartition(".")[0])
-    return Parts(_join(q, k, v), (q, out, fc1, fc2), norm1, norm2, getattr(parent, CHILD, None))
-
-
-def _same_input(q: QuantLinear, k: QuantLinear, v: QuantLinear) -> bool:
-    """Whether one quantized tensor serves all three."""
-
-    def equal(a: Tensor | None, b: Tensor | None) -> bool:
-        return a is b or (a is not None and b is not None and torch.equal(a, b))
-
-    return all(
-        q.scheme == other.scheme
-        and q.rotation == other.rotation
-        and equal(q.plan.before and q.plan.before[0], other.plan.before and other.plan.before[0])
-        and equal(q.plan.before and q.plan.before[1], other.plan.before and other.plan.before[1])
-        and q.plan.clip == other.plan.clip
-        and equal(q.plan.multiplier, other.plan.multiplier)
-        and equal(q.plan.offset, other.plan.offset)
-        for other in (k, v)
-    )
-
-
-def _join(q: QuantLinear, k: QuantLinear, v: QuantLinear) -> Plan:
-    """One plan whose output is [q, k, v], 3 * H wide."""
-    linears, plan = (q, k, v), q.plan
-    codes = torch.cat([linear.codes() for linear in linears])
-    operand, _ = prepare_operand(codes, q.is_int4, q.weight_scale.shape[1], plan.backend)
-    biases = [
-        linear.plan.weight_scale.new_zeros(linear.out_features)
-        if linear.plan.bias is None
-        else linear.plan.bias
-        for linear in linears
-    ]
-    weight_scale = torch.cat([linear.plan.weight_scale for linear in linears])
-    return replace(plan, operand=operand, weight_scale=weight_scale, bias=torch.cat(biases))
-
-
-def _norm(norm: nn.Module, reader: QuantLinear) -> Norm:
-    assert isinstance(norm, nn.LayerNorm)
-    K, device = norm.normalized_shape[0], reader.weight_scale.device
-    gamma = torch.ones(K, device=device) if norm.weight is None else norm.weight.detach().float()
-    beta = torch.zeros(K, device=device) if norm.bias is None else norm.bias.detach().float()
-    plan = reader.plan
-    multiplier, offset = plan.multiplier, plan.offset
-    if reader.rotation:
-        multiplier, offset = plan.before or (None, None)
-    q_weight, q_bias = gamma, beta
-    if multiplier is not None and offset is not None:
-        q_weight, q_bias = gamma * multiplier, beta * multiplier + offset
-    dtype = gamma.dtype if norm.weight is None else norm.weight.dtype
-    return Norm(gamma.to(dtype), beta.to(dtype), norm.eps, q_weight, q_bias)
+    return any(module._parts.hooks)  # type: ignore

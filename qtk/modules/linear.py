@@ -9,7 +9,7 @@ The stored weight is what goes to disk: int8, packed int4, or dense bits for the
 a kernel wants another layout, the stored form is released and restored when it is asked for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from qtk.pack import dense
 from qtk.scheme import Format, Scheme
 from qtk_kernels._dispatch import backend_of
 from qtk_kernels._int4 import pack_int4, unpack_int4
+from qtk_kernels._int8_cpu import onednn_linear
 from qtk_kernels.hadamard_quantize import hadamard_quantize
 from qtk_kernels.int4_linear import (
     int4_linear,
@@ -106,7 +107,7 @@ class Plan:
     """What a call needs, worked out once: folded vectors and the weight as its kernel reads it.
 
     Attributes:
-        operand: the weight, in the kernel's layout.
+        operand: the weight, in the kernel's layout; None while it is part of a joined one.
         before: x * multiplier + offset before the rotation, where there is one.
         multiplier, offset: [K] float32; q = round(x * multiplier + offset).
         weight_scale: [N, G], times the input's step when that is static.
@@ -114,10 +115,11 @@ class Plan:
         signed: codes are int8; else uint8, shifted by 2 ** (bits - 1).
         x_zero_point: what a dynamic kernel subtracts from a code.
         kernel: the name of what runs, for the summary.
+        onednn: whether that is oneDNN, which needs none of the kernels' checks and choices.
     """
 
     backend: str
-    operand: Tensor
+    operand: Tensor | None
     before: Affine | None
     multiplier: Tensor | None
     offset: Tensor | None
@@ -127,6 +129,7 @@ class Plan:
     x_zero_point: int
     clip: float
     kernel: str
+    onednn: bool = False
 
 
 class QuantLinear(nn.Module):
@@ -178,6 +181,7 @@ class QuantLinear(nn.Module):
         buffer("input_zero_point", static, dtype=torch.int32)
         buffer("input_clip", a is not None and not static)
         self._plan: Plan | None = None
+        self._joined: tuple[Tensor, slice] | None = None
 
     @classmethod
     def from_codes(
@@ -249,17 +253,22 @@ class QuantLinear(nn.Module):
         )  # fmt: skip
 
     def multiply(
-        self, q: Tensor, scale: Tensor | None, out_dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """What `quantize` gave -> [..., N]."""
+        self, q: Tensor, scale: Tensor | None, out_dtype: torch.dtype = torch.float32,
+        activation: str | None = None,
+    ) -> Tensor:  # fmt: skip
+        """What `quantize` gave -> [..., N], an activation applied to it if asked for."""
+        if self.plan.operand is None:
+            self.prepare()  # the joined operand is another layer's business now
         plan = self.plan
+        assert plan.operand is not None
         if self.scheme.a is None:
+            assert activation is None
             return weight_only_linear(
                 q, plan.operand, plan.weight_scale, plan.bias, bits=4 if self.is_int4 else 8,
                 in_features=self.in_features, group_size=self.w.group_size, backend=plan.backend,
             )  # fmt: skip
         return linear_of_codes(
-            q, scale, plan, self.is_int4, self.in_features, self.w.group_size, out_dtype
+            q, scale, plan, self.is_int4, self.in_features, self.w.group_size, out_dtype, activation
         )
 
     # --- the weight
@@ -286,8 +295,11 @@ class QuantLinear(nn.Module):
         K = self.in_features
         if self.weight is not None:
             return load(self.weight, self.w.bits, K)
-        operand = self.plan.operand
-        return restore_codes(operand, self.is_int4, K)
+        if self._joined is not None:
+            operand, rows = self._joined
+            return restore_codes(operand, self.is_int4, K)[rows]
+        assert self.plan.operand is not None
+        return restore_codes(self.plan.operand, self.is_int4, K)
 
     def dequantized_weight(self) -> Tensor:
         """[N, K] float32, the weight that multiplies x'. Made for the call."""
@@ -317,11 +329,21 @@ class QuantLinear(nn.Module):
         if self.scheme.a is not None:
             self.weight = None  # the operand gives the codes back
 
+    def join(self, operand: Tensor, rows: slice) -> None:
+        """Gives up the own operand for rows of one that several layers share, until it is needed.
+
+        Args:
+            operand: codes of several layers, in the layout of this layer's kernel.
+            rows: which of its output channels are this layer's.
+        """
+        self._joined = operand, rows
+        self._plan = replace(self.plan, operand=None)
+
     def unprepare(self) -> None:
         """Back to the stored form alone."""
         if self.weight is None:
             self.weight = self.stored_weight()
-        self._plan = None
+        self._plan = self._joined = None
 
     # --- moving, copying, saving
 
@@ -351,7 +373,7 @@ class QuantLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_buffers"] = {**self._buffers, "weight": self.stored_weight()}
-        state["_plan"] = None
+        state["_plan"] = state["_joined"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -369,19 +391,25 @@ def _own(x: Tensor) -> Tensor:
 
 def linear_of_codes(
     q: Tensor, scale: Tensor | None, plan: Plan, is_int4: bool, in_features: int,
-    group_size: int | None, out_dtype: torch.dtype,
+    group_size: int | None, out_dtype: torch.dtype, activation: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Codes [..., K] times the plan's operand -> [..., N]."""
+    assert plan.operand is not None
+    if plan.onednn:
+        return onednn_linear(
+            q, plan.operand, plan.weight_scale, plan.bias, plan.x_zero_point, x_scale=scale,
+            activation=activation, out_dtype=out_dtype,
+        )  # fmt: skip
     if is_int4:
         return int4_linear(
             q, plan.operand, plan.weight_scale, plan.bias, in_features=in_features, x_scale=scale,
-            x_zero_point=plan.x_zero_point, group_size=group_size, out_dtype=out_dtype,
-            backend=plan.backend,
+            x_zero_point=plan.x_zero_point, group_size=group_size, activation=activation,
+            out_dtype=out_dtype, backend=plan.backend,
         )  # fmt: skip
     return int8_linear(
         q, plan.operand, plan.weight_scale, plan.bias, x_scale=scale,
-        x_zero_point=plan.x_zero_point, group_size=group_size, out_dtype=out_dtype,
-        backend=plan.backend,
+        x_zero_point=plan.x_zero_point, group_size=group_size, activation=activation,
+        out_dtype=out_dtype, backend=plan.backend,
     )  # fmt: skip
 
 
@@ -428,7 +456,7 @@ def make_plan(layer: QuantLinear, codes: Tensor) -> Plan:
     operand, name = prepare_operand(codes, layer.is_int4, groups, backend)
     return Plan(
         backend, operand, before, multiplier, offset, weight_scale, bias, signed, x_zero_point,
-        grid.clip, name,
+        grid.clip, name, onednn=operand.is_mkldnn,
     )  # fmt: skip
 
 

@@ -1,0 +1,148 @@
+"""The fused block on a CPU with oneDNN: the calls of PyTorch that it takes, chosen beforehand.
+
+The numbers are those of `fused_forward` in block.py. At 16 tokens a CPU spends most of its time
+between operations, so all that does not depend on the tokens is looked up once, here. Tensors that
+nobody else reads are overwritten, because a CPU takes longer to get fresh memory than to compute
+what goes there.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qtk.hadamard import rotate
+from qtk.models import Block
+from qtk.modules.attention import attention
+from qtk.modules.linear import Plan, QuantLinear
+from qtk.modules.parts import Norm, Parts
+from qtk_kernels._codes import EPS
+from qtk_kernels._int8_cpu import onednn_linear
+
+CACHED = 2 << 20  # bytes of an MLP's inner activation to work on at a time
+
+Codes = tuple[Tensor, Tensor | None]
+Reader = Callable[[Tensor], Codes]
+Forward = Callable[[Tensor, Tensor | None, Any], Tensor]
+
+
+def runs_here(parts: Parts) -> bool:
+    """Whether oneDNN multiplies in every linear of the block."""
+    return parts.qkv.onednn and all(linear.plan.onednn for linear in parts.linears[1:])
+
+
+def cpu_forward(parts: Parts, block: Block) -> Forward:
+    """The block's forward on float32 [B, T, H]; a mask and a cache may be None."""
+    q, out, fc1, fc2 = parts.linears
+    norm1, norm2 = partial(_norm, parts.norm1), partial(_norm, parts.norm2)
+    read_stream = reader(q, folded=block.pre_norm, keep=not block.pre_norm)
+    read_context, read_hidden = reader(out), reader(fc2)
+    read_norm = reader(fc1, folded=True)
+    to_qkv, project = product(parts.qkv), product(out.plan)
+    up, down = product(fc1.plan, block.activation), product(fc2.plan)
+    fold1 = partial(_folded, parts.norm1)
+    fold2 = partial(_folded, parts.norm2 if block.pre_norm else parts.norm1)
+    at_once = CACHED // (4 * fc1.out_features)
+
+    def finish(x: Tensor, context: Tensor) -> Tensor:
+        """What follows attention, for tokens one by one: two [M, H] -> [M, H]."""
+        x = project(*read_context(context)).add_(x)
+        codes = read_norm(fold2(x))
+        if not block.pre_norm:
+            x = norm1(x)
+        y = down(*read_hidden(up(*codes))).add_(x)
+        return y if block.pre_norm else norm2(y)
+
+    def forward(x: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        shape = x.shape
+        qkv = to_qkv(*read_stream(fold1(x) if block.pre_norm else x))
+        context = attention(qkv, block, mask, cache, parts.products)
+        x, context = x.reshape(-1, shape[-1]), context.view(-1, shape[-1])
+        if len(x) <= at_once or torch.compiler.is_compiling():
+            return finish(x, context).view(shape)
+        y = torch.empty_like(x)
+        for rows, *piece in zip(*(t.split(at_once) for t in (y, x, context)), strict=True):
+            rows.copy_(finish(*piece))
+        return y.view(shape)
+
+    return forward
+
+
+def _norm(norm: Norm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def _folded(norm: Norm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm.q_weight, norm.q_bias, norm.eps)
+
+
+def product(plan: Plan, activation: str | None = None) -> Callable[..., Tensor]:
+    """Codes and their scale -> activation(linear), float32."""
+    assert plan.operand is not None
+    operand: Tensor = plan.operand
+
+    def multiply(codes: Tensor, scale: Tensor | None) -> Tensor:
+        return onednn_linear(
+            codes, operand, plan.weight_scale, plan.bias, plan.x_zero_point, x_scale=scale,
+            activation=activation,
+        )  # fmt: skip
+
+    return multiply
+
+
+def reader(linear: QuantLinear, folded: bool = False, keep: bool = False) -> Reader:
+    """How the input of a linear becomes codes.
+
+    Args:
+        folded: a LayerNorm has done the first affine map.
+        keep: the input is needed afterwards, and must not be overwritten.
+    """
+    plan, a = linear.plan, linear.scheme.a
+    assert a is not None
+    last = None
+    if plan.multiplier is not None and plan.offset is not None:
+        last = (plan.multiplier, plan.offset)
+    first, second = (plan.before, last) if linear.rotation else (last, None)
+    if folded:
+        first = None
+    grid = _token_grid(plan, a.bits) if a.granularity == "token" else _static_grid(a.bits)
+
+    def read(x: Tensor) -> Codes:
+        if keep and first is None:
+            x = x.clone()
+        elif first is not None:
+            x = (x * first[0] if keep else x.mul_(first[0])).add_(first[1])
+        if linear.rotation:
+            x = rotate(x)
+        if second is not None:
+            x = x.mul_(second[0]).add_(second[1])
+        return grid(x)
+
+    return read
+
+
+def _static_grid(bits: int) -> Reader:
+    qmax = 2**bits - 1
+
+    def codes(x: Tensor) -> Codes:
+        return x.round_().clamp_(0, qmax).to(torch.uint8), None
+
+    return codes
+
+
+def _token_grid(plan: Plan, bits: int) -> Reader:
+    qmax = torch.tensor(2.0 ** (bits - 1) - 1)
+
+    def codes(x: Tensor) -> Codes:
+        limit = x.abs().amax(-1, keepdim=True).clamp_(min=EPS)
+        if plan.clip != 1:
+            limit = limit.mul_(plan.clip)
+        x = x.mul_(qmax / limit).round_()
+        if plan.clip != 1:
+            x = x.clamp_(-qmax, qmax)
+        return x.add_(plan.x_zero_point).to(torch.uint8), limit.div_(qmax)
+
+    return codes

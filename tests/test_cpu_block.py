@@ -1,0 +1,127 @@
+"""The fused block on a CPU with int8 instructions: the same numbers, and less memory."""
+
+import copy
+
+import pytest
+import torch
+
+import qtk
+from qtk.modules import cpu_block
+from qtk.modules.block import FusedBlock, fused_forward
+from qtk.modules.linear import QuantLinear
+from qtk_kernels._dispatch import cpu_has_int8
+from tests.zoo import build
+
+pytestmark = pytest.mark.skipif(not cpu_has_int8(), reason="needs a CPU that multiplies bytes")
+
+SCHEMES = {
+    "W8A8": {},
+    "W8A8 token": {"activations": "token"},
+    "W4A8": {"w": 4},
+    "W4A4 rotated": {"w": 4, "a": 4, "rounding": "nearest"},
+    "W4A4 rotated token": {"w": 4, "a": 4, "rounding": "nearest", "activations": "token"},
+    "W8A8 plain token": {"method": "none", "activations": "token"},
+}
+
+
+def quantized(name, **options):
+    model, batch = build(name)
+    model.config.use_cache = False
+    options = {"w": 8, "a": 8, **options}
+    return qtk.quantize(model, calib=[batch], progress=False, **options), batch
+
+
+def blocks(qmodel):
+    return [m for m in qmodel.modules() if isinstance(m, FusedBlock)]
+
+
+@pytest.mark.parametrize("name", ["OPTModel", "OPT350m", "BertModel", "ViTModel"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_it_computes_what_the_general_block_does(name, scheme):
+    qmodel, _ = quantized(name, **SCHEMES[scheme])
+    x = torch.randn(3, 5, qmodel.config.hidden_size)
+    for block in blocks(qmodel):
+        y = fused_forward(block._parts, block.block, x, None)
+        y_hat = block._on_cpu(x, None, None)
+        if name.startswith("OPT"):
+            assert torch.equal(y, y_hat)  # relu has nothing to round
+        else:  # oneDNN's gelu is another polynomial: a code moves where it stood at a tie
+            assert (y - y_hat).norm() < 1e-2 * y.norm()
+
+
+@torch.no_grad()
+def test_rows_are_independent_of_how_many_are_done_at_once(monkeypatch):
+    qmodel, batch = quantized("BertModel")
+    y = qmodel(**batch)[0]
+    monkeypatch.setattr(cpu_block, "CACHED", 4 * 64 * 3)  # three tokens of 64 channels
+    for block in blocks(qmodel):
+        block.prepare()
+    assert torch.equal(qmodel(**batch)[0], y)
+
+
+@torch.no_grad()
+def test_the_input_is_not_overwritten():
+    for name in ("BertModel", "OPTModel"):
+        for options in ({}, {"activations": "token", "method": "none"}):
+            qmodel, _ = quantized(name, **options)
+            x = torch.randn(1, 4, 32)
+            before = x.clone()
+            blocks(qmodel)[0]._on_cpu(x, None, None)
+            assert torch.equal(x, before)
+
+
+@torch.no_grad()
+def test_the_epilogue_knows_every_activation():
+    for activation in ("gelu", "gelu_new", "relu"):
+        model, batch = build("BertModel", hidden_act=activation)
+        qmodel = qtk.quantize(model, 8, 8, calib=[batch], progress=False)
+        y = qmodel(**batch)[0]
+        for block in blocks(qmodel):
+            block._on_cpu = None
+        assert (qmodel(**batch)[0] - y).norm() < 1e-2 * y.norm()
+
+
+def held(qmodel):
+    """Bytes of codes that the linears of the blocks hold."""
+    linears = {m for block in blocks(qmodel) for m in block.modules() if isinstance(m, QuantLinear)}
+    tensors = [t for m in linears for t in (m.weight, m._plan.operand) if t is not None]
+    tensors += [block._parts.qkv.operand for block in blocks(qmodel)]
+    return sum(t.numel() for t in tensors)
+
+
+@pytest.mark.parametrize("w", [8, 4])
+@torch.no_grad()
+def test_the_codes_of_q_k_and_v_are_held_once(w):
+    qmodel, batch = quantized("BertModel", w=w)
+    once = sum(m.in_features * m.out_features for m in qmodel.modules()
+               if isinstance(m, QuantLinear))  # fmt: skip
+    assert held(qmodel) == once
+    state = {k: v.clone() for k, v in qmodel.state_dict().items()}
+    y = qmodel(**batch)[0]
+    for block in blocks(qmodel):  # called on its own, q needs its codes again
+        block.get_submodule(block.block.q)(torch.randn(1, 32))
+    assert held(qmodel) > once
+    for other in (qmodel, copy.deepcopy(qmodel)):
+        assert all(torch.equal(v, other.state_dict()[k]) for k, v in state.items())
+        assert torch.equal(other(**batch)[0], y)
+
+
+@torch.no_grad()
+def test_a_hook_inside_is_still_called():
+    qmodel, batch = quantized("BertModel")
+    seen = []
+    handle = qmodel.encoder.layer[0].output.dense.register_forward_hook(lambda *a: seen.append(1))
+    qmodel(**batch)
+    handle.remove()
+    qmodel(**batch)
+    assert len(seen) == 1
+
+
+@torch.no_grad()
+def test_half_precision_takes_the_general_block():
+    qmodel, batch = quantized("BertModel")
+    y = qmodel(**batch)[0]
+    assert torch.nn.functional.cosine_similarity(
+        qmodel.to(torch.bfloat16)(**batch)[0].float(), y, dim=-1
+    ).min() > 0.999  # fmt: skip
