@@ -22,6 +22,7 @@ from qtk.pack import dense
 from qtk.scheme import Format, Scheme
 from qtk_kernels._dispatch import backend_of
 from qtk_kernels._int4 import pack_int4, unpack_int4
+from qtk_kernels._int4_cpu import MOST_ROWS, FewRows, few_rows_linear, prepare_few_rows
 from qtk_kernels._int8_cpu import onednn_linear
 from qtk_kernels.hadamard_quantize import hadamard_quantize
 from qtk_kernels.int4_linear import (
@@ -116,6 +117,7 @@ class Plan:
         x_zero_point: what a dynamic kernel subtracts from a code.
         kernel: the name of what runs, for the summary.
         onednn: whether that is oneDNN, which needs none of the kernels' checks and choices.
+        few_rows: four-bit weights once more, for a CPU's kernel for few tokens.
     """
 
     backend: str
@@ -130,6 +132,7 @@ class Plan:
     clip: float
     kernel: str
     onednn: bool = False
+    few_rows: FewRows | None = None
 
 
 class QuantLinear(nn.Module):
@@ -263,6 +266,8 @@ class QuantLinear(nn.Module):
         assert plan.operand is not None
         if self.scheme.a is None:
             assert activation is None
+            if plan.few_rows is not None and q.shape[:-1].numel() <= MOST_ROWS:
+                return few_rows_linear(q, plan.few_rows, plan.bias)
             return weight_only_linear(
                 q, plan.operand, plan.weight_scale, plan.bias, bits=4 if self.is_int4 else 8,
                 in_features=self.in_features, group_size=self.w.group_size, backend=plan.backend,
@@ -326,8 +331,7 @@ class QuantLinear(nn.Module):
         if self.weight_scale.is_meta:
             return
         self._plan = make_plan(self, self.codes())
-        if self.scheme.a is not None:
-            self.weight = None  # the operand gives the codes back
+        self.weight = None  # the operand gives the codes back
 
     def join(self, operand: Tensor, rows: slice) -> None:
         """Gives up the own operand for rows of one that several layers share, until it is needed.
@@ -435,11 +439,16 @@ def make_plan(layer: QuantLinear, codes: Tensor) -> Plan:
         packed = pack_int4(codes) if layer.is_int4 else codes
         operand = prepare_weight_only(packed, bits=bits, in_features=K, backend=backend)
         name = weight_only_kernel_name(operand, bits=bits, backend=backend)
+        few_rows = None
+        if backend == "cpu" and layer.is_int4:
+            few_rows = prepare_few_rows(codes, layer.weight_scale, w.group_size)
+        if few_rows is not None:
+            name = f"aten int4 in bfloat16 up to {MOST_ROWS} tokens, else {name}"
         before, affine = grid.affines()
         multiplier, offset = affine or (None, None)
         return Plan(
             backend, operand, before, multiplier, offset, layer.weight_scale, layer.bias,
-            signed=True, x_zero_point=0, clip=1.0, kernel=name,
+            signed=True, x_zero_point=0, clip=1.0, kernel=name, few_rows=few_rows,
         )  # fmt: skip
 
     signed = backend != "cpu"
