@@ -110,11 +110,11 @@ def onnx_runtime(model: nn.Module, tokenizer: Any, texts: list[str]) -> nn.Modul
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    from benchmarks.bench_cpu_models import export_onnx
+    from benchmarks.cpu_contenders import export_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
-        export_onnx(model, source)
+        export_onnx(model, "minilm", source)
         quantize_dynamic(source, target, weight_type=QuantType.QInt8)
         session = onnxruntime.InferenceSession(str(target))
     return _Session(session, model.config)
