@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from ._plan import forget
+
 MAX_ROW = 8192  # channels that one program holds in registers; longer rows are walked
 SMS = 128  # programs that fill a large GPU
 TUNED = Path(__file__).parent / "tuned"
@@ -120,10 +122,12 @@ def use_tile(tile: dict[str, Any]) -> Iterator[None]:
     """Gives every matrix product inside a `with` block this tile: for measuring."""
     global _forced
     before, _forced = _forced, tile
+    forget()
     try:
         yield
     finally:
         _forced = before
+        forget()
 
 
 @cache

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from qtk_kernels._plan import forget
+
 ULP = 2.0**-24  # half the spacing of float32 at 1: the error of one rounding
 
 
@@ -16,6 +18,14 @@ def _poisoned_outputs(monkeypatch):
         return out.fill_(77) if out.numel() else out
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_plans():
+    """Tests that change rules or replace kernels meet no plan that others made."""
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture
