@@ -7,6 +7,7 @@ tiles, grids and compile-time parameters of a call whose like was seen before. E
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
+from math import prod
 from typing import Any
 
 import torch
@@ -70,6 +71,10 @@ def row_step(shape: Sequence[int], stride: Sequence[int]) -> int | None:
             return None
         rows *= size
     return shape[-1] if step is None else step
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def broadcast_strides(

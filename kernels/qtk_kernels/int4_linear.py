@@ -31,7 +31,7 @@ from ._lang import (
     tl,
 )
 from ._launch import gemm_launch, packed_steps
-from ._plan import opaque, planned, row_step, shape_of
+from ._plan import contiguous_strides, opaque, planned, row_step, shape_of
 from ._split_k import LinearPlan, launch_linear, plan_linear
 from .int8_linear import (
     Output,
@@ -259,8 +259,8 @@ def _plan(
         raise ValueError(f"operand must be {want} for {K} channels, got {list(w)}")
     grouped = size < K
     bytes_, steps = packed_steps(K, size, width)
-    if x_dtype == torch.uint8 and not x_packed:  # its sign bit is flipped
-        x_zero_point -= 128
+    if x_dtype == torch.uint8 and not x_packed:  # its sign bit is flipped, in a copy
+        stride, x_zero_point = contiguous_strides(x), x_zero_point - 128
     tile = gemm_launch(
         "int4_linear W4A4" if x_packed else "int4_linear W4A8", M, N, K, device=device,
         grouped=grouped, weight_bits=4, computed_weights=True, computed_tokens=x_packed,

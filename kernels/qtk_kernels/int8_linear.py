@@ -36,7 +36,7 @@ from ._lang import (
     tl,
 )
 from ._launch import dot_width, gemm_launch, steps_of
-from ._plan import opaque, planned, row_step, shape_of
+from ._plan import contiguous_strides, opaque, planned, row_step, shape_of
 from ._split_k import LinearPlan, launch_linear, plan_linear
 
 
@@ -283,8 +283,8 @@ def _plan(
     M, (N, K) = prod(x[:-1]), w
     grouped = size < K
     group, block_k = (size, dot_width(size)) if grouped else (0, 128)
-    if x_dtype == torch.uint8:  # its sign bit is flipped
-        x_zero_point -= 128
+    if x_dtype == torch.uint8:  # its sign bit is flipped, in a copy
+        stride, x_zero_point = contiguous_strides(x), x_zero_point - 128
     tile = gemm_launch(
         "int8_linear", M, N, K, device=device, grouped=grouped, computed_weights=False
     )
@@ -301,8 +301,10 @@ def _plan(
 
 
 def flipped(x_q: Tensor) -> Tensor:
-    """Tensor cores multiply int8 by int8 only: unsigned codes, less 128."""
-    return (x_q ^ 0x80).view(torch.int8) if x_q.dtype == torch.uint8 else x_q
+    """Tensor cores multiply int8 by int8 only: unsigned codes, less 128, contiguous."""
+    if x_q.dtype == torch.uint8:
+        return (x_q ^ 0x80).view(torch.int8).contiguous()
+    return x_q
 
 
 def empty_output(x: Tensor, N: int, spelled: tuple[Any, ...]) -> Tensor:

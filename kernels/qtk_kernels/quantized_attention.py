@@ -27,7 +27,6 @@ in the logarithm; that their bytes are fp8 operands, and need no exponential, is
 """
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +37,7 @@ from ._attention_kernel import quantized_attention_kernel
 from ._attention_ref import WHOLE, expanded, group, quantized_attention_ref, weights_ref
 from ._dispatch import INTERPRETED, backend_of, on_device
 from ._launch import cdiv, next_power_of_2
-from ._plan import Plan, broadcast_strides, opaque, planned
+from ._plan import Plan, broadcast_strides, contiguous_strides, opaque, planned
 from ._softmax import LOG2_E, OFFSET, Softmax
 
 ONE_TILE = 256  # keys of a row that a program holds: 128 scores a thread
@@ -160,7 +159,7 @@ def _plan(
     if epilogue is not None and epilogue.shape != (H * D,):
         raise ValueError(f"the epilogue must be [{H * D}], got {list(epilogue.shape)}")
     copy = q.stride[3] != 1 or k.stride[3] != 1
-    strides = [_contiguous(x.shape) if copy else x.stride for x in (q, k)]
+    strides = [contiguous_strides(x.shape) if copy else x.stride for x in (q, k)]
     scales = [
         (0, 0, 0) if s is None
         else broadcast_strides(s.shape, s.stride, (B, H, s.shape[2]), "a scale")
@@ -191,10 +190,6 @@ def _plan(
          **tile,
          "enable_fp_fusion": False},  # the definition says where a product and a sum are one
     )  # fmt: skip
-
-
-def _contiguous(shape: torch.Size) -> tuple[int, ...]:
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _empty(
