@@ -49,7 +49,8 @@ def test_no_table_is_shipped_that_nobody_measured():
 
 @pytest.mark.parametrize("change", [
     {"tile": {**TILE, "BLOCK_M": 17}}, {"tile": {"BLOCK_M": 16}},
-    {"tile": {**TILE, "num_warps": 3}}, {"tile": {**TILE, "POWER": 1}}, {"M": 0}, {"M": "1"}, {"us": 0}, {"us": None}, {"K": None},
+    {"tile": {**TILE, "num_warps": 3}}, {"tile": {**TILE, "POWER": 1}}, {"M": 0}, {"M": "1"},
+    {"us": 0}, {"us": None}, {"K": None},
 ], ids=str)  # fmt: skip
 def test_a_table_that_no_kernel_can_follow_is_refused(tmp_path, change):
     entry = {"kernel": "int8_linear", "M": 1, "N": 64, "K": 64, "us": 1.0, "tile": TILE}
