@@ -1,12 +1,13 @@
 """Every kernel at the shapes of BERT, ViT and OPT: time, rate, and share of what the GPU can do.
 
-    python -m benchmarks.bench_kernels [--minutes 8] [--fresh]
+    python -m benchmarks.bench_kernels [--minutes 8] [--fresh] [--packages]
     python -m pytest benchmarks -k kernel            a few of them, through pytest-benchmark
 
 Times are medians on the device, of CUDA graphs whose calls go around in more memory than a cache
 holds. The ceilings, copy bandwidth and the rates of library matrix products, are measured in the
 same run, and so are the peers: eager PyTorch, torch.compile, torch._int_mm, torch._scaled_mm,
-bfloat16 products, and gemlite and torchao where they are installed. Rows are written as they come;
+bfloat16 products, and with --packages, at shapes of their own, gemlite and torchao where they are
+installed. Rows are written as they come;
 another run goes on where this one ran out of time. Writes benchmarks/results/gpu_kernels.{csv,
 json,png} and gpu_slower.json, the shapes where a peer is faster.
 
@@ -15,6 +16,7 @@ Without a GPU it measures nothing: it says so and runs the ahead-of-time report.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -54,7 +56,7 @@ QUANTIZERS = ("shift_scale_quantize", "gelu_quantize", "layer_norm_quantize", "h
 FROM_FLOAT = "int8_linear from bfloat16"  # the quantizer and the product
 # what design documents and other projects quote: square products of 4096 and 8192
 SQUARES = [(M, n, n) for n in (4096, 8192) for M in (1, 16, 64, 256, 1024, n)]
-WITH_PACKAGES = ((1, 16, 64, 1024), ((4096, 4096), (8192, 8192)))
+BESIDE = " beside packages"  # which may tune themselves for minutes at a shape
 Case = tuple[str, tuple[int, ...]]
 
 
@@ -62,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
+    parser.add_argument("--packages", action="store_true", help="beside gemlite and torchao")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("No GPU: nothing is measured. The ahead-of-time report instead:", flush=True)
@@ -72,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [] if options.fresh else read_csv(path, run)
     known = {(row["kernel"], row["shape"]) for row in rows}
     limits = ceilings()
-    for name, shape in cases():
+    for name, shape in package_cases() if options.packages else cases():
         if (name, "x".join(map(str, shape))) in known or not has_instructions(name):
             continue
         if time.monotonic() > end:
@@ -93,20 +96,21 @@ def ahead_of_time() -> int:
 
 def this_run() -> dict[str, str]:
     """What rows must share to stand in one table."""
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False,
-    ).stdout.splitlines()  # fmt: skip
-    return {"device": torch.cuda.get_device_name(), "driver": driver[0] if driver else "unknown",
+    driver = "unknown"
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        told = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        driver = (told.splitlines() or [driver])[0]
+    return {"device": torch.cuda.get_device_name(), "driver": driver,
             "torch": torch.__version__, "triton": triton.__version__}  # fmt: skip
 
 
 def head(run: dict[str, str], limits: dict[str, float]) -> dict[str, Any]:
     """Hardware and versions, as every result file has them."""
     found = ", ".join(f"{name} {rate / 1e6:.2f}" for name, rate in limits.items())
-    device = f"{run['device']}, driver {run['driver']}; measured TB/s and POPS: {found}"
+    device = f"{run['device']}, driver {run['driver']}"
     return {
-        "hardware": device,
+        "hardware": f"{device}; measured TB/s and POPS: {found}" if found else device,
         "versions": {"torch": run["torch"], "triton": run["triton"], "cuda": torch.version.cuda,
                      **versions()},
     }  # fmt: skip
@@ -133,6 +137,12 @@ def cases() -> list[Case]:
     found += [(kernel, (M, N, K)) for (N, K), M, kernel in product(widths(), ROWS, products)]
     found += [(kernel, (M, K)) for K, M, kernel in product(sorted(inner), ROWS, QUANTIZERS)]
     return list(dict.fromkeys(found))
+
+
+def package_cases() -> list[Case]:
+    kernels = ("weight_only_linear W4A16 grouped", FROM_FLOAT)
+    shapes = product((1, 16, 64, 1024), (4096, 8192))
+    return [(kernel + BESIDE, (M, n, n)) for (M, n), kernel in product(shapes, kernels)]
 
 
 def has_instructions(name: str) -> bool:
@@ -166,6 +176,7 @@ def measured(name: str, shape: tuple[int, ...], limits: dict[str, float]) -> Row
 
 def calls_of(name: str, shape: tuple[int, ...]) -> Calls:
     """A round of calls of a kernel."""
+    name = name.removesuffix(BESIDE)
     if name in QUANTIZERS:
         M, K = shape
         return quantizer_calls(name, M, K, "triton")
@@ -187,7 +198,7 @@ def work_of(name: str, shape: tuple[int, ...]) -> dict[str, float]:
         return {"bytes": 3.0 * M * K + 4.0 * M + 8.0 * K, "ops": 0.0}
     M, N, K = shape
     weight = 0.5 if "W4" in name else 1.0
-    tokens = 0.5 if "W4A4" in name else 2.0 if "A16" in name or name == FROM_FLOAT else 1.0
+    tokens = 0.5 if "W4A4" in name else 2.0 if "A16" in name or FROM_FLOAT in name else 1.0
     return {"bytes": N * K * weight + M * K * tokens + 2.0 * M * N, "ops": 2.0 * M * N * K}
 
 
@@ -248,8 +259,8 @@ def peers_of(name: str, shape: tuple[int, ...]) -> dict[str, Callable[[], Calls 
         found["int_mm"] = lambda: library("int8", M, N, K, DEVICE)
     if name == "fp8_linear":
         found["scaled_mm"] = lambda: library("fp8", M, N, K, DEVICE)
-    layer = {FROM_FLOAT: "W8A8", "weight_only_linear W4A16 grouped": "W4A16"}.get(name)
-    if layer and M in WITH_PACKAGES[0] and (N, K) in WITH_PACKAGES[1]:
+    if name.endswith(BESIDE):
+        layer = "W8A8" if FROM_FLOAT in name else "W4A16"
         for other in PACKAGES:
             found[other] = partial(package, other, layer, M, N, K, DEVICE)
     return found

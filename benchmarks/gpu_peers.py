@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def package(name: str, kernel: str, M: int, N: int, K: int, device: str = "cuda"
 
 def gemlite_linear(kernel: str, N: int, K: int, device: str) -> Callable[[Tensor], Tensor]:
     """gemlite 0.6: helper classes that pack codes, or quantize a linear."""
+    load_gemlite_tiles()
     helper = importlib.import_module("gemlite.helper")
     if kernel == "W8A8":
         linear = bf16_linear(N, K, device)
@@ -81,6 +83,15 @@ def gemlite_linear(kernel: str, N: int, K: int, device: str) -> Callable[[Tensor
     scales = torch.rand(N * K // GROUP, 1, device=device).to(torch.bfloat16) * 1e-2
     packer = helper.A16W4_HQQ_INT(device=device, dtype=torch.bfloat16)
     return packer.from_weights(codes, scales, torch.full_like(scales, 8.0))
+
+
+@cache
+def load_gemlite_tiles() -> None:
+    """gemlite knows no H200 by name and would search for minutes: it gets what it knows of H100."""
+    core = importlib.import_module("gemlite.core")
+    if core.selected_tag is None and torch.cuda.get_device_capability() == (9, 0):
+        folder = Path(str(core.__file__)).parent / "configs"
+        core.GemLiteLinear.load_config(str(folder / "h100.json"))
 
 
 def torchao_linear(kernel: str, N: int, K: int, device: str) -> Callable[[Tensor], Tensor]:

@@ -6,10 +6,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
+from benchmarks import bench_attention, bench_gpu_models, gpu_peers, gpu_tables, readme_tables
 from benchmarks import bench_kernels as bench
-from benchmarks import gpu_peers, gpu_tables, readme_tables
 from qtk_kernels import _tune
+from qtk_kernels._dispatch import use_backend
 
 RUN = {"device": "imagined GPU", "driver": "1", "torch": "2", "triton": "3"}
 LIMITS = {"bytes": 4e6, "bf16": 8e8, "int8": 1.6e9}
@@ -99,6 +101,17 @@ def row(kernel="int8_linear", shape="16x64x128", us=2.0, **peers):
     return {"kernel": kernel, "shape": shape, "us": us, **work, **roofs, **peers, **RUN}
 
 
+def test_packages_stand_beside_at_shapes_of_their_own(imagined, monkeypatch):
+    case = (bench.FROM_FLOAT + bench.BESIDE, (17, 32, 128))
+    monkeypatch.setattr(bench, "package_cases", lambda: [case])
+    assert bench.main(["--packages"]) == 0
+    (row,) = gpu_tables.read_csv(imagined / "gpu_kernels.csv", RUN)
+    installed = {name for name in gpu_peers.PACKAGES if find_spec(name) is not None}
+    assert set(gpu_tables.peers_of(row)) <= {"bf16"} | installed
+    monkeypatch.undo()
+    assert len(bench.package_cases()) == 16
+
+
 def test_shares_are_of_the_nearer_roof():
     memory = gpu_tables.derived(row(shape="1x4096x4096", us=8.4))
     assert memory["bound"] == "memory"
@@ -161,3 +174,61 @@ def test_packages_that_are_missing_or_do_not_take_a_shape_are_no_peers(monkeypat
     monkeypatch.setattr(gpu_peers, "find_spec", lambda name: None)
     assert gpu_peers.package("gemlite", "W4A16", 4, 64, 128, "cpu") is None
     assert gpu_peers.versions() == {}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_measured_beside_the_library(imagined, monkeypatch, causal):
+    monkeypatch.setattr(bench_attention, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_attention, "RESULTS", imagined)
+    monkeypatch.setattr(bench_attention, "TOKENS", 40)
+    monkeypatch.setattr(bench_attention, "HEADS", 2)
+    monkeypatch.setattr(bench_attention, "LENGTHS", (20,))
+    monkeypatch.setattr(bench_attention, "BUFFERS", 1)
+    monkeypatch.setattr(bench_attention, "microseconds", clock)
+    with use_backend("triton"):
+        rows = bench_attention.measured(20, causal)
+        bench_attention.main([])
+    found = {row[2]: float(row[5]) for row in rows}
+    ours = [name for name in found if name.startswith("qtk")]
+    assert len(ours) == 4 and "MATH" in found
+    assert all(found[name] < 0.2 for name in found)
+    table = json.loads((imagined / "gpu_attention.json").read_text())
+    assert table.keys() >= readme_tables.KEYS and len(table["rows"]) == 2 * len(rows)
+
+
+def test_whole_models_are_measured_in_bfloat16(imagined, monkeypatch):
+    def tiny():
+        config = BertConfig(num_hidden_layers=1, hidden_size=128, num_attention_heads=2,
+                            intermediate_size=256, vocab_size=20001)  # fmt: skip
+        return BertModel(config), bench_gpu_models.ids
+
+    outputs = []
+
+    def keep(calls):
+        outputs.append(calls[0]()[0])
+        return 2000.0
+
+    monkeypatch.setattr(bench_gpu_models, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_gpu_models, "RESULTS", imagined)
+    monkeypatch.setattr(bench_gpu_models, "MODELS", {"tiny": tiny, "other": tiny})
+    monkeypatch.setattr(bench_gpu_models, "BATCHES", (1, 2))
+    monkeypatch.setattr(bench_gpu_models, "TOKENS", 5)
+    monkeypatch.setattr(bench_gpu_models, "this_run", lambda: RUN)
+    monkeypatch.setattr(bench_gpu_models, "microseconds", keep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # for quantizing, there is none
+    assert bench_gpu_models.main([]) == 0 and not list(imagined.iterdir())
+    rows = bench_gpu_models.measured("tiny", float("inf"))
+    assert [row[:3] for row in rows] == [
+        ["tiny", batch, what] for what in ("bfloat16, compiled", *bench_gpu_models.SCHEMES)
+        for batch in ("1", "2")
+    ]  # fmt: skip
+    assert all(row[3:] == ["2.000", "1.00x"] for row in rows)
+    want, *quantized = outputs[::2]
+    assert all(y.dtype == torch.bfloat16 for y in outputs)
+    assert all(((y - want).norm() / want.norm()).item() < 0.2 for y in quantized)
+    monkeypatch.setattr(bench_gpu_models, "measured", lambda name, end: [[name]])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for arguments in ([], ["--model", "other"]):  # another run replaces rows of its models only
+        assert bench_gpu_models.main(arguments) == 0
+        table = json.loads((imagined / "gpu_models.json").read_text())
+        assert table["rows"] == [["tiny"], ["other"]]
