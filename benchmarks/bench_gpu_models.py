@@ -96,7 +96,11 @@ def measured(name: str, end: float) -> list[list[str]]:
         runs = runs.to(torch.bfloat16) if options else _copy(model)
         for batch, inputs in batches.items():
             torch._dynamo.reset()
-            ms = time_of(runs, inputs)
+            try:
+                ms = time_of(runs, inputs)
+            except Exception as error:  # the others are still to be measured
+                print(f"{what} of {name}, batch {batch}: {type(error).__name__}: {error}")
+                continue
             base.setdefault(batch, ms)
             rows.append([name, str(batch), what, f"{ms:.3f}", f"{base[batch] / ms:.2f}x"])
             print(*rows[-1], flush=True)
