@@ -1,30 +1,37 @@
 """Time of quantized attention against scaled_dot_product_attention, every backend it offers.
 
-    python -m benchmarks.bench_attention       needs a GPU; without one, what the compiler makes of
+    python -m benchmarks.bench_attention [--minutes 8]
+                                               needs a GPU; without one, what the compiler makes of
                                                the kernels is reported instead, which is no timing
 
-writes benchmarks/results/attention_<device>.csv: median of interleaved runs, buffers rotated so
-that L2 does not answer, and the error against float64 softmax attention beside each time.
+writes benchmarks/results/gpu_attention.json: medians on the device of CUDA graphs that go around in
+more memory than a cache holds, and the error against float64 softmax attention beside each time.
 """
 
-import csv
+import argparse
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from itertools import product
-from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.gpu_tables import RESULTS
+from qtk_kernels._tune import microseconds
+from qtk_kernels.quantized_attention import Epilogue, quantized_attention
+
+DEVICE = "cuda"
+CODES_STEP = 32.0  # codes of an output in units of 1 / 32
 HEADS, HEAD = 12, 64
 LENGTHS = (128, 197, 512, 1024, 2048, 4096)
 TOKENS = 32768  # of a call, all sequences together
-RUNS, BUFFERS = 100, 4
+BUFFERS = 4
 BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
 
 
@@ -34,19 +41,24 @@ def codes(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale[..., None]).round().to(torch.int8), scale
 
 
-def quantized(qkv: list[Tensor], causal: bool, fp8: bool) -> Callable[[], Tensor]:
-    """Code softmax of four steps, int8 first product, and v in float8 or int8 stored transposed."""
-    from qtk_kernels.quantized_attention import quantized_attention
+def quantized(qkv: list[Tensor], causal: bool, fp8: bool, out: bool) -> Callable[[], Tensor]:
+    """Code softmax of four steps, int8 first product, and v in float8 or int8 stored transposed.
 
+    Args:
+        out: write int8 codes for the next linear, not bfloat16.
+    """
     (q, q_scale), (k, k_scale) = codes(qkv[0]), codes(qkv[1])
     v, v_scale = qkv[2].to(torch.float8_e4m3fn), None
     if not fp8:
         v_scale = qkv[2].float().abs().amax(2) / 127
         v = (qkv[2] / v_scale[:, :, None]).round().to(torch.int8)
     v = v.transpose(2, 3).contiguous().transpose(2, 3)
+    width = q.shape[1] * q.shape[3]
+    one = torch.ones(width, device=DEVICE)
+    epilogue = Epilogue(one * CODES_STEP, one * 0) if out else None
     return lambda: quantized_attention(
         q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, softmax="code", steps=4,
-        causal=causal, out_dtype=torch.bfloat16,
+        causal=causal, out_dtype=torch.bfloat16, epilogue=epilogue,
     )  # fmt: skip
 
 
@@ -60,69 +72,71 @@ def library(qkv: list[Tensor], causal: bool, backend: str) -> Callable[[], Tenso
     return run
 
 
-def time_of(calls: list[Callable[[], Any]]) -> float:
-    """Median milliseconds of a call, through rotating buffers."""
-    times = []
-    for i in range(RUNS + 10):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        calls[i % len(calls)]()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return median(times[10:])
-
-
 def error_of(y: Tensor, qkv: list[Tensor], causal: bool) -> float:
     """Relative, against float64."""
     q, k, v = (x[:1].double() for x in qkv)
     want = scaled_dot_product_attention(q, k, v, is_causal=causal)
     want = want.transpose(1, 2).flatten(2)
     got = (y.transpose(1, 2).flatten(2) if y.dim() == 4 else y)[:1].double()
+    got = got / CODES_STEP if y.dtype == torch.int8 else got
     return float((got - want).norm() / want.norm())
 
 
-def rows() -> list[dict[str, Any]]:
-    out = []
-    for T, causal in product(LENGTHS, (False, True)):
-        shape = (max(TOKENS // T, 1), HEADS, T, HEAD)
-        buffers = [
-            [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-            for _ in range(BUFFERS)
-        ]
-        peers: dict[str, list[Callable[[], Tensor]]] = {
-            name: [library(qkv, causal, name) for qkv in buffers] for name in BACKENDS
-        }
-        for fp8 in (False, True):
-            peers[f"qtk code {'fp8' if fp8 else 'int8'}"] = [
-                quantized(qkv, causal, fp8) for qkv in buffers
-            ]
-        for name, calls in peers.items():
-            try:
-                error = error_of(calls[0](), buffers[0], causal)
-            except RuntimeError as refusal:  # a backend that does not take this shape
-                print(f"{name}: {str(refusal).splitlines()[0]}", file=sys.stderr)
-                continue
-            out.append({"T": T, "causal": causal, "what": name, "ms": time_of(calls),
-                        "error": error})  # fmt: skip
-            print(out[-1], flush=True)
-    return out
+def measured(T: int, causal: bool) -> list[list[str]]:
+    """A line for each contender: microseconds, speed over the best library backend, error."""
+    shape = (max(TOKENS // T, 1), HEADS, T, HEAD)
+    buffers = [
+        [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
+        for _ in range(BUFFERS)
+    ]
+    contenders: dict[str, list[Callable[[], Tensor]]] = {
+        name: [library(qkv, causal, name) for qkv in buffers] for name in BACKENDS
+    }
+    for fp8, out in product((False, True), (False, True)):
+        name = f"qtk code {'fp8' if fp8 else 'int8'}{', codes out' if out else ''}"
+        contenders[name] = [quantized(qkv, causal, fp8, out) for qkv in buffers]
+    found = {}
+    for name, calls in contenders.items():
+        try:
+            found[name] = error_of(calls[0](), buffers[0], causal), microseconds(calls)
+        except (RuntimeError, ValueError) as refusal:  # does not take this shape or this device
+            print(f"{name}: {str(refusal).splitlines()[0]}", file=sys.stderr)
+    best = min((us for name, (_, us) in found.items() if name in BACKENDS), default=float("nan"))
+    return [
+        [str(T), "yes" if causal else "no", name, f"{us:.1f}", f"{best / us:.2f}x", f"{error:.4f}"]
+        for name, (error, us) in found.items()
+    ]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.0)
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no GPU: no times. What the compiler makes of the kernels:", flush=True)
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         subprocess.run([sys.executable, "-m", "benchmarks.aot_attention"], env=env, check=True)
         return
-    from benchmarks.fidelity import RESULTS
+    from benchmarks.bench_kernels import head, this_run
 
-    device = torch.cuda.get_device_name().replace(" ", "_")
-    with (RESULTS / f"attention_{device}.csv").open("w", newline="") as file:
-        found = rows()
-        writer = csv.DictWriter(file, ["device", "torch", *found[0]])
-        writer.writeheader()
-        writer.writerows({"device": device, "torch": torch.__version__, **row} for row in found)
+    end, rows = time.monotonic() + 60 * options.minutes, []
+    for T, causal in product(LENGTHS, (False, True)):
+        if time.monotonic() > end:
+            print("out of time: longer sequences were not measured", flush=True)
+            break
+        rows += measured(T, causal)
+        print(*rows[-1], flush=True)
+    table = {
+        "title": "Attention on a GPU",
+        **head(this_run(), {}),
+        "columns": ["tokens", "causal", "what", "us", "over the best library", "relative error"],
+        "rows": rows,
+        "notes": f"{HEADS} heads of {HEAD}, {TOKENS} tokens a call; quantizing q, k and v is not "
+        "in the time; errors on random numbers",
+    }
+    (RESULTS / "gpu_attention.json").write_text(
+        json.dumps(table, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

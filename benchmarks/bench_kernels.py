@@ -1,239 +1,280 @@
 """Every kernel at the shapes of BERT, ViT and OPT: time, rate, and share of what the GPU can do.
 
-    python -m benchmarks.bench_kernels [--minutes 9]
+    python -m benchmarks.bench_kernels [--minutes 8] [--fresh] [--packages]
+    python -m pytest benchmarks -k kernel            a few of them, through pytest-benchmark
 
-Times are medians of device events, with weights and activations that go around more memory than a
-cache holds. The ceilings, copy bandwidth and the rates of library matrix products, are measured in
-the same run, and so are the peers: eager PyTorch, torch.compile, torch._int_mm, torch._scaled_mm,
-bfloat16 products, and gemlite and torchao where they are installed. Writes
-benchmarks/results/gpu_kernels.{json,csv,png}.
+Times are medians on the device, of CUDA graphs whose calls go around in more memory than a cache
+holds. The ceilings, copy bandwidth and the rates of library matrix products, are measured in the
+same run, and so are the peers: eager PyTorch, torch.compile, torch._int_mm, torch._scaled_mm,
+bfloat16 products, and with --packages, at shapes of their own, gemlite and torchao where they are
+installed. Rows are written as they come;
+another run goes on where this one ran out of time. Writes benchmarks/results/gpu_kernels.{csv,
+json,png} and gpu_slower.json, the shapes where a peer is faster.
 
 Without a GPU it measures nothing: it says so and runs the ahead-of-time report.
 """
 
 import argparse
-import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from qtk_kernels._tune import KERNELS, MODELS, ROWS, linear_call, microseconds, widths
-from qtk_kernels.fp8_linear import to_fp8
+from benchmarks.gpu_peers import PACKAGES, library, package, versions
+from benchmarks.gpu_tables import RESULTS, Row, read_csv, write, write_csv
+from qtk_kernels._lang import triton
+from qtk_kernels._tune import (
+    KERNELS,
+    MODELS,
+    ROWS,
+    Calls,
+    copies,
+    linear_calls,
+    microseconds,
+    random_codes,
+    rounds_of,
+    widths,
+)
 from qtk_kernels.gelu_quantize import activation_quantize
 from qtk_kernels.hadamard_quantize import hadamard_quantize
+from qtk_kernels.int8_linear import int8_linear
 from qtk_kernels.layer_norm_quantize import layer_norm_quantize
 from qtk_kernels.shift_scale_quantize import shift_scale_quantize
 
-RESULTS = Path(__file__).parent / "results"
-QUANTIZER_ROWS = (512, 4096, 16384)
-Call = Callable[[int], Any]
+DEVICE = "cuda"
+QUANTIZERS = ("shift_scale_quantize", "gelu_quantize", "layer_norm_quantize", "hadamard_quantize")
+FROM_FLOAT = "int8_linear from bfloat16"  # the quantizer and the product
+# what design documents and other projects quote: square products of 4096 and 8192
+SQUARES = [(M, n, n) for n in (4096, 8192) for M in (1, 16, 64, 256, 1024, n)]
+BESIDE = " beside packages"  # which may tune themselves for minutes at a shape
+Case = tuple[str, tuple[int, ...]]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=9.0)
-    minutes = parser.parse_args().minutes
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
+    parser.add_argument("--packages", action="store_true", help="beside gemlite and torchao")
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("No GPU: nothing is measured. The ahead-of-time report instead:", flush=True)
-        report = Path(__file__).parent / "aot_report.py"
-        return subprocess.run([sys.executable, str(report)], check=False).returncode
-    end = time.monotonic() + 60 * minutes
+        return ahead_of_time()
+    end = time.monotonic() + 60 * options.minutes
+    run = this_run()
+    path = RESULTS / "gpu_kernels.csv"
+    rows = [] if options.fresh else read_csv(path, run)
+    known = {(row["kernel"], row["shape"]) for row in rows}
     limits = ceilings()
-    rows = []
-    for name, shape, work, call, peers in cases():
+    for name, shape in package_cases() if options.packages else cases():
+        if (name, "x".join(map(str, shape))) in known or not has_instructions(name):
+            continue
         if time.monotonic() > end:
-            print("out of time: the rest of the shapes was not measured", flush=True)
+            print("out of time: another run goes on from here", flush=True)
             break
-        rows.append(measured(name, shape, work, call, peers, limits))
+        rows.append({**measured(name, shape, limits), **run})
         print(json.dumps(rows[-1]), flush=True)
+        write_csv(rows, path)
         torch.cuda.empty_cache()
-    write(rows, limits)
+    write(rows, head(run, limits))
     return 0
+
+
+def ahead_of_time() -> int:
+    report = Path(__file__).parent / "aot_report.py"
+    return subprocess.run([sys.executable, str(report)], check=False).returncode
+
+
+def this_run() -> dict[str, str]:
+    """What rows must share to stand in one table."""
+    driver = "unknown"
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        told = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        driver = (told.splitlines() or [driver])[0]
+    return {"device": torch.cuda.get_device_name(), "driver": driver,
+            "torch": torch.__version__, "triton": triton.__version__}  # fmt: skip
+
+
+def head(run: dict[str, str], limits: dict[str, float]) -> dict[str, Any]:
+    """Hardware and versions, as every result file has them."""
+    found = ", ".join(f"{name} {rate / 1e6:.2f}" for name, rate in limits.items())
+    device = f"{run['device']}, driver {run['driver']}"
+    return {
+        "hardware": f"{device}; measured TB/s and POPS: {found}" if found else device,
+        "versions": {"torch": run["torch"], "triton": run["triton"], "cuda": torch.version.cuda,
+                     **versions()},
+    }  # fmt: skip
 
 
 def ceilings() -> dict[str, float]:
     """Bytes and operations a microsecond of the library's copy and large matrix products."""
     a = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
     b = torch.empty_like(a)
-    found = {"bytes": 2 * a.numel() / microseconds(lambda _: b.copy_(a))}
+    found = {"bytes": 2 * a.numel() / microseconds([lambda: b.copy_(a)])}
     M = 8192
     for name in ("bf16", "int8", "fp8"):
-        call = library(name, M, M, M)
-        if call is not None:
-            found[name] = 2 * M**3 / microseconds(call)
+        calls = library(name, M, M, M)
+        if calls is not None:
+            found[name] = 2 * M**3 / microseconds(calls)
     return found
 
 
-def library(name: str, M: int, N: int, K: int) -> Call | None:
-    """A library's matrix product, or None where it does not take the shape or the device."""
-    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
-    copies = min(max((1 << 28) // (2 * N * K), 1), 32) + 1
-    w = [torch.randn(N, K, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-    if name == "bf16":
-        return lambda i: F.linear(x, w[i % copies])
-    if name == "int8":
-        if M <= 16 or N % 8 or K % 8:
-            return None
-        q, ws = x.to(torch.int8), [v.to(torch.int8) for v in w]
-        return lambda i: torch._int_mm(q, ws[i % copies].T)
-    if torch.cuda.get_device_capability() < (8, 9) or N % 16 or K % 16:
-        return None
-    one = torch.ones((), device="cuda")
-    q, ws = to_fp8(x)[0], [to_fp8(v)[0] for v in w]
-    return lambda i: torch._scaled_mm(
-        q, ws[i % copies].T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
-    )
+def cases() -> list[Case]:
+    """Kernels and shapes, those that are quoted most first."""
+    products, inner = (*KERNELS, FROM_FLOAT), {width for pair in MODELS.values() for width in pair}
+    found: list[Case] = [("layer_norm_quantize", (8192, 4096))]
+    found += [(kernel, shape) for shape, kernel in product(SQUARES, products)]
+    found += [(kernel, (M, N, K)) for (N, K), M, kernel in product(widths(), ROWS, products)]
+    found += [(kernel, (M, K)) for K, M, kernel in product(sorted(inner), ROWS, QUANTIZERS)]
+    return list(dict.fromkeys(found))
 
 
-Case = tuple[str, tuple[int, ...], dict[str, float], Call, dict[str, Call]]
+def package_cases() -> list[Case]:
+    kernels = ("weight_only_linear W4A16 grouped", FROM_FLOAT)
+    shapes = product((1, 16, 64, 1024), (4096, 8192))
+    return [(kernel + BESIDE, (M, n, n)) for (M, n), kernel in product(shapes, kernels)]
 
 
-def cases() -> Iterator[Case]:
-    """name, shape, bytes and operations, the kernel, its peers."""
-    for M, K in product(QUANTIZER_ROWS, sorted({w for pair in MODELS.values() for w in pair})):
-        yield from quantizers(M, K)
-    for M, (N, K), kernel in product(ROWS, widths(), KERNELS):
-        weight = 0.5 if "W4" in kernel else 1.0
-        tokens = 2.0 if "A16" in kernel else 0.5 if "A4" in kernel else 1.0
-        work = {"bytes": N * K * weight + M * K * tokens + 2 * M * N, "ops": 2.0 * M * N * K}
-        device = torch.device("cuda")
-        yield (
-            kernel,
-            (M, N, K),
-            work,
-            linear_call(kernel, M, N, K, device),
-            peers_of(kernel, M, N, K),
-        )
+def has_instructions(name: str) -> bool:
+    """Tensor cores multiply float8 from sm_89 on."""
+    return name != "fp8_linear" or DEVICE != "cuda" or torch.cuda.get_device_capability() >= (8, 9)
 
 
-def quantizers(M: int, K: int) -> Iterator[Case]:
-    """The row kernels with a scale a token, against PyTorch eager and compiled."""
-    copies = max((1 << 28) // (2 * M * K), 1) + 1
-    xs = [torch.randn(M, K, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-    a, b = torch.rand(K, device="cuda"), torch.randn(K, device="cuda")
-    work = {"bytes": 3.0 * M * K, "ops": 0.0}
-    options: dict[str, Any] = {"bits": 8, "granularity": "token"}
-    ops: dict[str, Callable[..., Any]] = {
-        "shift_scale_quantize": lambda x, how: shift_scale_quantize(
-            x, a, b, **options, backend=how
-        ),
-        "gelu_quantize": lambda x, how: activation_quantize(
-            x, a, b, activation="gelu", **options, backend=how
-        ),
-        "layer_norm_quantize": lambda x, how: layer_norm_quantize(
-            x, a, b, 1e-5, **options, backend=how
-        ),
-        "hadamard_quantize": lambda x, how: hadamard_quantize(x, a, b, **options, backend=how),
-    }
-    for name, op in ops.items():
-
-        def run(how: str, op: Callable[..., Any] = op) -> Call:
-            return lambda i: op(xs[i % copies], how=how)
-
-        compiled = torch.compile(op)
-        peers = {"eager": run("reference"), "compiled": run("reference", compiled)}
-        yield name, (M, K), work, run("triton"), peers
-
-
-def peers_of(kernel: str, M: int, N: int, K: int) -> dict[str, Call]:
-    names = ["bf16"] + ["int8"] * (kernel == "int8_linear") + ["fp8"] * (kernel == "fp8_linear")
-    found = {name: library(name, M, N, K) for name in names}
-    peers = {name: call for name, call in found.items() if call is not None}
-    if kernel == "weight_only_linear W4A16 grouped":
-        peers |= {name: call for name in ("gemlite", "torchao") if (call := packed(name, M, N, K))}
-    return peers
-
-
-def packed(name: str, M: int, N: int, K: int) -> Call | None:
-    """W4A16 in groups of 128 of another project, None where it is not installed."""
-    if find_spec(name) is None:
-        return None
-    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
-    linear = torch.nn.Linear(K, N, bias=False, device="cuda", dtype=torch.bfloat16)
-    if name == "torchao":
-        from torchao.quantization import Int4WeightOnlyConfig, quantize_
-
-        quantize_(linear, Int4WeightOnlyConfig(group_size=128))
-    else:
-        from gemlite.helper import A16W4
-
-        linear = A16W4(device="cuda", dtype=torch.bfloat16).from_linear(linear)
-    return lambda _: linear(x)
-
-
-def measured(
-    name: str, shape: tuple[int, ...], work: dict[str, float], call: Call, peers: dict[str, Call],
-    limits: dict[str, float],
-) -> dict[str, Any]:  # fmt: skip
-    """One row: times in microseconds, rates, and the share of the nearer ceiling."""
+def measured(name: str, shape: tuple[int, ...], limits: dict[str, float]) -> Row:
+    """Times in microseconds, and what the roofs are for this kernel."""
+    calls = calls_of(name, shape)
     start = time.perf_counter()
-    call(0)
-    torch.cuda.synchronize()
+    calls[0]()
+    synchronize()
     first = time.perf_counter() - start
-    us = microseconds(call)
     kind = "int8" if name.startswith("int") else "fp8" if name.startswith("fp8") else "bf16"
-    ops = work["ops"] / limits.get(kind, limits["bf16"])
-    floor = max(work["bytes"] / limits["bytes"], ops)
-    return {
-        "kernel": name, "shape": "x".join(map(str, shape)), "us": round(us, 2),
-        "GB/s": round(work["bytes"] / us / 1e3, 1), "TOPS": round(work["ops"] / us / 1e6, 2),
-        "of_ceiling": round(floor / us, 3), "bound": "compute" if floor == ops else "memory",
-        "first_call_s": round(first, 2),
-        **{f"{peer}_us": round(microseconds(run), 2) for peer, run in peers.items()},
+    row: Row = {
+        "kernel": name, "shape": "x".join(map(str, shape)), "us": round(microseconds(calls), 3),
+        **work_of(name, shape), "roof_bytes": limits["bytes"],
+        "roof_ops": limits.get(kind, limits["bf16"]), "first_call_s": round(first, 2),
     }  # fmt: skip
+    for peer, make in peers_of(name, shape).items():
+        try:
+            theirs = make()
+            if theirs is not None:
+                row[f"{peer}_us"] = round(microseconds(theirs), 3)
+        except Exception as error:  # a peer that fails is no reason to lose our own time
+            print(f"{peer} at {name} {row['shape']}: {type(error).__name__}: {error}", flush=True)
+            synchronize()
+    return row
 
 
-def write(rows: list[dict[str, Any]], limits: dict[str, float]) -> None:
-    """JSON, CSV and a roofline plot."""
-    import triton
-
-    head = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "cuda": torch.version.cuda,
-        "ceilings": {k: round(v / 1e6, 3) for k, v in limits.items()},  # TB/s, TOPS
-    }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({**head, "rows": rows}, indent=1)
-    (RESULTS / "gpu_kernels.json").write_text(text + "\n", encoding="utf-8")
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    with (RESULTS / "gpu_kernels.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    if find_spec("matplotlib") is not None:
-        plot(rows, limits)
+def calls_of(name: str, shape: tuple[int, ...]) -> Calls:
+    """A round of calls of a kernel."""
+    name = name.removesuffix(BESIDE)
+    if name in QUANTIZERS:
+        M, K = shape
+        return quantizer_calls(name, M, K, "triton")
+    M, N, K = shape
+    if name == FROM_FLOAT:
+        return from_float_calls(M, N, K)
+    return linear_calls(name, M, N, K, torch.device(DEVICE))
 
 
-def plot(rows: list[dict[str, Any]], limits: dict[str, float]) -> None:
-    """Operations a byte against the rate, below the measured roof."""
-    import matplotlib
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 5))
-    for name in dict.fromkeys(row["kernel"] for row in rows if row["TOPS"]):
-        mine = [row for row in rows if row["kernel"] == name]
-        intensity = [1e3 * row["TOPS"] / row["GB/s"] for row in mine]
-        axes.loglog(intensity, [row["TOPS"] for row in mine], "o", label=name, markersize=3)
-    x = [2.0**i for i in range(-1, 13)]
-    for kind in ("bf16", "int8", "fp8"):
-        if kind in limits:
-            roof = [min(i * limits["bytes"], limits[kind]) / 1e6 for i in x]
-            axes.loglog(x, roof, label=f"{kind} roof, measured", linewidth=1)
-    axes.set_xlabel("operations a byte")
-    axes.set_ylabel("TOPS")
-    axes.legend(fontsize=7)
-    figure.savefig(RESULTS / "gpu_kernels.png", dpi=150, bbox_inches="tight")
+def work_of(name: str, shape: tuple[int, ...]) -> dict[str, float]:
+    """Bytes that have to move and operations that have to be done."""
+    if name in QUANTIZERS:
+        M, K = shape
+        return {"bytes": 3.0 * M * K + 4.0 * M + 8.0 * K, "ops": 0.0}
+    M, N, K = shape
+    weight = 0.5 if "W4" in name else 1.0
+    tokens = 0.5 if "W4A4" in name else 2.0 if "A16" in name or FROM_FLOAT in name else 1.0
+    return {"bytes": N * K * weight + M * K * tokens + 2.0 * M * N, "ops": 2.0 * M * N * K}
+
+
+def from_float_calls(M: int, N: int, K: int) -> Calls:
+    """A scale a token, then the product."""
+    x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
+    w, w_scale = random_codes(N, K, 127, DEVICE), torch.rand(N, 1, device=DEVICE)
+    out: dict[str, Any] = {"out_dtype": torch.bfloat16, "backend": "triton"}
+    n = rounds_of(x.nbytes + w.nbytes)
+
+    def call(x: Tensor, w: Tensor) -> Callable[[], Any]:
+        def run() -> Tensor:
+            q, scale = shift_scale_quantize(x, bits=8, granularity="token", backend="triton")
+            return int8_linear(q, w, w_scale, x_scale=scale, **out)
+
+        return run
+
+    return [call(*pair) for pair in zip(copies(x, n), copies(w, n), strict=True)]
+
+
+def quantizer(name: str, x: Tensor, a: Tensor, b: Tensor, how: str) -> Any:
+    """A row kernel with a scale a token."""
+    options: dict[str, Any] = {"bits": 8, "granularity": "token", "backend": how}
+    if name == "gelu_quantize":
+        return activation_quantize(x, a, b, activation="gelu", **options)
+    if name == "layer_norm_quantize":
+        return layer_norm_quantize(x, a, b, 1e-5, **options)
+    run = shift_scale_quantize if name == "shift_scale_quantize" else hadamard_quantize
+    return run(x, a, b, **options)
+
+
+def quantizer_calls(name: str, M: int, K: int, how: str) -> Calls:
+    """The kernel, or its definition in eager ("reference") or compiled ("compiled") PyTorch."""
+    x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
+    a, b = torch.rand(K, device=DEVICE), torch.randn(K, device=DEVICE)
+    run, how = (compiled(name), "reference") if how == "compiled" else (quantizer, how)
+    return [partial(run, name, x, a, b, how) for x in copies(x, rounds_of(x.nbytes))]
+
+
+@cache
+def compiled(name: str) -> Callable[..., Any]:
+    """One compilation serves all shapes."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(quantizer, dynamic=True)
+
+
+def peers_of(name: str, shape: tuple[int, ...]) -> dict[str, Callable[[], Calls | None]]:
+    """How to make every peer of a kernel."""
+    if name in QUANTIZERS:
+        M, K = shape
+        return {"eager": lambda: quantizer_calls(name, M, K, "reference"),
+                "compile": lambda: quantizer_calls(name, M, K, "compiled")}  # fmt: skip
+    M, N, K = shape
+    found: dict[str, Callable[[], Calls | None]] = {
+        "bf16": lambda: library("bf16", M, N, K, DEVICE)
+    }
+    if name == "int8_linear":
+        found["int_mm"] = lambda: library("int8", M, N, K, DEVICE)
+    if name == "fp8_linear":
+        found["scaled_mm"] = lambda: library("fp8", M, N, K, DEVICE)
+    if name.endswith(BESIDE):
+        layer = "W8A8" if FROM_FLOAT in name else "W4A16"
+        for other in PACKAGES:
+            found[other] = partial(package, other, layer, M, N, K, DEVICE)
+    return found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures on a GPU")
+@pytest.mark.parametrize("kernel", [*KERNELS, FROM_FLOAT])
+def test_bench_kernel(benchmark: Any, kernel: str) -> None:
+    """The host's time of a call in its turn, with the device's beside it."""
+    calls = calls_of(kernel, (16, 4096, 4096))
+    benchmark.extra_info["device_us"] = microseconds(calls)
+    turn = iter(range(10**9))
+    benchmark(lambda: calls[next(turn) % len(calls)]())
+    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python -m benchmarks.bench_overhead
 
 The launch is replaced by nothing, so that what remains is ours: checks, shapes, strides, tiles and
-the allocation of the result. Needs no GPU; measured on the CPU that it names. Writes
-benchmarks/results/host_overhead.json.
+the allocation of the result. Needs no GPU; measured on the CPU that it names. "first" is a call of
+a signature that no call had before, "in a graph" one through the operator that torch.compile puts
+into its graphs. Writes benchmarks/results/host_overhead.json.
 """
 
 import os
@@ -29,10 +30,13 @@ from qtk_kernels import (
     int4_linear,
     int8_linear,
     layer_norm_quantize,
+    log_softmax_quantize,
+    quantized_attention,
     shift_scale_quantize,
     weight_only_linear,
 )
 from qtk_kernels._int4 import pack_int4
+from qtk_kernels._plan import forget
 
 RESULTS = Path(__file__).parent / "results" / "host_overhead.json"
 
@@ -45,13 +49,17 @@ class Nothing:
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """One call of each op, 16 tokens, 768 channels."""
+    """One call of each op, 16 tokens, 768 channels; "split" has a second launch behind it."""
     M, N, K = 16, 768, 768
     x, v = torch.randn(M, K), torch.rand(K)
     x_q = torch.randint(-8, 8, (M, K), dtype=torch.int8)
     w_q = torch.randint(-8, 8, (N, K), dtype=torch.int8)
     w_4, w_scale, x_scale, bias = pack_int4(w_q), torch.rand(N, 1), torch.rand(M, 1), torch.rand(N)
     x_8, w_8 = fp8_linear.to_fp8(x)[0], fp8_linear.to_fp8(w_q)[0]
+    wide = torch.randint(-8, 8, (2, 4096), dtype=torch.int8)
+    heads = torch.randint(-8, 8, (1, 12, M, 64), dtype=torch.int8)
+    head_scale, values = torch.rand(1, 12, M), torch.randn(1, 12, M, 64)
+    mask = torch.ones(1, 1, 1, M, dtype=torch.bool)
     token: dict[str, Any] = {"bits": 8, "granularity": "token", "backend": "triton"}
     scaled: dict[str, Any] = {"x_scale": x_scale, "backend": "triton"}
     return {
@@ -64,6 +72,9 @@ def calls() -> dict[str, Callable[[], Any]]:
         ),
         "hadamard_quantize": lambda: hadamard_quantize.hadamard_quantize(x, v, v, **token),
         "int8_linear": lambda: int8_linear.int8_linear(x_q, w_q, w_scale, bias, **scaled),
+        "int8_linear, split": lambda: int8_linear.int8_linear(
+            wide, wide, w_scale[:2], x_scale=x_scale[:2], backend="triton"
+        ),
         "int4_linear": lambda: int4_linear.int4_linear(
             x_q, w_4, w_scale, bias, in_features=K, **scaled
         ),
@@ -71,6 +82,20 @@ def calls() -> dict[str, Callable[[], Any]]:
             x, w_4, w_scale, bias, bits=4, in_features=K, backend="triton"
         ),
         "fp8_linear": lambda: fp8_linear.fp8_linear(x_8, w_8, w_scale, bias, **scaled),
+        "quantized_attention": lambda: quantized_attention.quantized_attention(
+            heads,
+            heads,
+            values,
+            q_scale=head_scale,
+            k_scale=head_scale,
+            softmax="code",
+            steps=4,
+            mask=mask,
+            backend="triton",
+        ),
+        "log_softmax_quantize": lambda: log_softmax_quantize.log_softmax_quantize(
+            x, backend="triton"
+        ),
     }
 
 
@@ -78,8 +103,9 @@ def stub() -> None:
     """Replaces every kernel that a launcher calls."""
     _split_k._add_parts_kernel = Nothing()
     shift_scale_quantize._shift_scale_quantize_kernel = Nothing()
+    quantized_attention.quantized_attention_kernel = Nothing()  # type: ignore[assignment]
     for module in (layer_norm_quantize, hadamard_quantize, int8_linear, int4_linear,
-                   weight_only_linear, fp8_linear):  # fmt: skip
+                   weight_only_linear, fp8_linear, log_softmax_quantize):  # fmt: skip
         setattr(module, f"_{module.__name__.split('.')[-1]}_kernel", Nothing())
 
 
@@ -93,16 +119,37 @@ def microseconds(call: Callable[[], Any], repeats: int = 2000) -> float:
     return 1e6 * median(times)
 
 
+def first(call: Callable[[], Any]) -> float:
+    """Median of calls that meet no plan."""
+    times = []
+    for _ in range(20):
+        forget()
+        times.append(microseconds(call, 1))
+    return median(times)
+
+
+def in_a_graph(call: Callable[[], Any]) -> float:
+    """The same call as `opaque` makes it while a graph is compiled."""
+    eager, torch.compiler.is_compiling = torch.compiler.is_compiling, lambda: True
+    try:
+        return microseconds(call)
+    finally:
+        torch.compiler.is_compiling = eager
+
+
 def main() -> None:
     torch.set_num_threads(1)
     ops = calls()
     stub()
-    rows = [[name, f"{microseconds(call):.1f}"] for name, call in ops.items()]
+    rows = [
+        [name, *(f"{measure(call):.1f}" for measure in (microseconds, in_a_graph, first))]
+        for name, call in ops.items()
+    ]
     result = {
         "title": "Host time of a kernel call, without the launch",
         "hardware": cpu_name(),
         "versions": {"torch": torch.__version__},
-        "columns": ["op", "microseconds"],
+        "columns": ["op", "microseconds", "in a graph", "first"],
         "rows": rows,
         "notes": "launch replaced by nothing; checks, tiles and the allocation of results remain; "
         "CPU tensors, so what a GPU's allocator costs is not in it",

@@ -1,16 +1,20 @@
 """Every kernel against its reference, at random odd shapes, dtypes and layouts.
 
-    python -m benchmarks.check_gpu [cases]        on a GPU; with TRITON_INTERPRET=1 on a CPU
+    python -m benchmarks.check_gpu [cases] [--only OP] [--minutes 9]    on a CPU: interpreted
 
-Outputs are poisoned before a kernel runs, so that what it does not write is seen. The bounds are
-those of the tests: equal codes but next to a rounding boundary, and K float32 roundings.
+`cases` of each op. Outputs are poisoned before a kernel runs, so that what it does not write is
+seen; on a GPU every case runs twice, and must give the same bits. The bounds are those of the
+tests: equal codes but next to a rounding boundary, and K float32 roundings.
 """
 
+import argparse
 import os
 import random
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from benchmarks import check_attention
 from qtk_kernels._int4 import pack_int4, unpack_int4
 from qtk_kernels.fp8_linear import fp8_linear, to_fp8
 from qtk_kernels.gelu_quantize import activation_quantize
@@ -31,11 +36,16 @@ from qtk_kernels.weight_only_linear import weight_only_linear
 
 ULP = 2.0**-24
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SIZES = (1, 2, 3, 7, 16, 31, 33, 64, 65, 100, 129, 197, 256, 300)
-WIDTHS = (*SIZES, 384, 768, 1025)
+# on a GPU some that take several programs, the largest tiles, and sums split among programs
+SIZES = (1, 2, 3, 7, 16, 31, 33, 64, 65, 100, 129, 197, 256, 300, 1030)
+WIDTHS = (*SIZES, 384, 768, 1025, 4096, 5000)
+LARGE = ((4097, 4100, 1025), (2048, 1536, 768), (8200, 2056, 128))
+LAYOUTS = ("dense", "wide rows", "columns", "unaligned")
 if not torch.cuda.is_available():  # the interpreter takes a second for each tile
     SIZES = (1, 2, 3, 7, 16, 17, 31, 33, 48, 65)  # type: ignore[assignment]
     WIDTHS = (*SIZES, 100, 129, 197, 256, 300)  # type: ignore[assignment]
+    LARGE = ()  # type: ignore[assignment]
+FEW = SIZES[:8] if torch.cuda.is_available() else (1, 2, 3, 5)  # rows of a quantizer
 
 
 @contextmanager
@@ -58,13 +68,31 @@ def both(op: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, Any]:
     """What the kernel gives into poisoned memory, and the reference."""
     with poisoned():
         got = op(*args, **options, backend="triton")
+        if torch.cuda.is_available():
+            same(got, op(*args, **options, backend="triton"))
     return got, op(*args, **options, backend="reference")
 
 
-def quantizers(rng: random.Random, device: str) -> None:
+def same(first: Any, second: Any) -> None:
+    """Two runs of a kernel differ in no bit."""
+    pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in (first, second)), strict=True)
+    for a, b in pairs:
+        assert a is b is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (
+            "two runs of the same call differ"
+        )
+
+
+def sizes(rng: random.Random) -> tuple[int, int, int]:
+    """M, N and K."""
+    if LARGE and rng.random() < 0.1:
+        return rng.choice(LARGE)
+    return rng.choice(SIZES), rng.choice(SIZES), rng.choice(WIDTHS)
+
+
+def quantizer(op: str, rng: random.Random, device: str) -> None:
     """Codes differ by one at most, and only in one of a thousand; scales by a few roundings."""
-    K, M = rng.choice(WIDTHS), rng.choice(SIZES[:8])
-    x = strided(torch.randn(M, K, device=device) * 4, rng).to(rng.choice(DTYPES))
+    K, M = rng.choice(WIDTHS), rng.choice(FEW)
+    x = laid_out((torch.randn(M, K, device=device) * 4).to(rng.choice(DTYPES)), rng)
     a, b = torch.rand(K, device=device) * 10, torch.randn(K, device=device)
     packed = rng.random() < 0.3
     granularity = rng.choice(["tensor", "token", 32, 128, rng.randint(1, K)])
@@ -72,7 +100,6 @@ def quantizers(rng: random.Random, device: str) -> None:
         "bits": rng.randint(2, 4 if packed else 8), "granularity": granularity,
         "signed": packed or rng.random() < 0.5, "packed": packed,
     }  # fmt: skip
-    op = rng.choice(["shift_scale", "activation", "layer_norm", "hadamard"])
     if op == "shift_scale":
         got, want = both(shift_scale_quantize, x, a, b, **options)
     elif op == "activation":
@@ -111,10 +138,9 @@ def largest_term(op: str, x: Tensor, a: Tensor, b: Tensor) -> float:
     return size * len(a) ** 0.5 if op == "hadamard" else size
 
 
-def integer_linears(rng: random.Random, device: str) -> None:
+def integer_linear(op: str, rng: random.Random, device: str) -> None:
     """One group gives equal bits; several add their parts in another order."""
-    M, N, K = rng.choice(SIZES), rng.choice(SIZES), rng.choice(WIDTHS)
-    op = rng.choice(["W8A8", "W4A8", "W4A4"])
+    M, N, K = sizes(rng)
     top = 128 if op == "W8A8" else 8
     w_q = torch.randint(-top, top, (N, K), dtype=torch.int8, device=device)
     unsigned = op != "W4A4" and rng.random() < 0.4
@@ -131,10 +157,10 @@ def integer_linears(rng: random.Random, device: str) -> None:
     w_scale, bias = torch.rand(N, G, device=device) * 1e-2, torch.randn(N, device=device)
     x = x_q.view(torch.uint8) if unsigned else x_q
     if op == "W8A8":
-        got, want = both(int8_linear, strided(x, rng), w_q, w_scale, bias, **args)
+        got, want = both(int8_linear, laid_out(x, rng), w_q, w_scale, bias, **args)
     else:
         packed = op == "W4A4"
-        x = pack_int4(x_q) if packed else strided(x, rng)
+        x = pack_int4(x_q) if packed else laid_out(x, rng)
         args |= {"in_features": K, "x_packed": packed}
         got, want = both(int4_linear, x, pack_int4(w_q), w_scale, bias, **args)
     if G == 1:
@@ -146,20 +172,28 @@ def integer_linears(rng: random.Random, device: str) -> None:
     near(got, want, (2 * G + 16) * ULP * (part * scale * w_scale.amax(1) + bias.abs()))
 
 
-def float_linears(rng: random.Random, device: str) -> None:
-    """K float32 roundings, and one of the result."""
-    M, N, K = rng.choice(SIZES), rng.choice(SIZES), rng.choice(WIDTHS)
-    bias = torch.randn(N, device=device)
+def fp8(rng: random.Random, device: str) -> None:
+    """The 14 bits that a tensor core adds with, and a few roundings."""
+    M, N, K = sizes(rng)
     x, w = torch.randn(M, K, device=device), torch.randn(N, K, device=device)
-    if rng.random() < 0.3 and (device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)):
-        (x_q, x_scale), (w_8, w_scale) = to_fp8(x), to_fp8(w)
-        got, want = both(fp8_linear, x_q, w_8, w_scale, bias, x_scale=x_scale)
-        magnitude = (x_q.double() * x_scale).abs() @ (w_8.double() * w_scale).abs().T
-        lost = 2.0**-13 if device == "cuda" else K * ULP  # 14 bits in a tensor core
-        near(got, want, (lost + 8 * ULP) * magnitude + 8 * ULP * bias.abs())
-        return
-    bits, dtype = rng.choice([3, 4, 8]), rng.choice(DTYPES)
-    x = strided(x.to(dtype), rng)
+    bias, (x_q, x_scale), (w_8, w_scale) = torch.randn(N, device=device), to_fp8(x), to_fp8(w)
+    token = rng.random() < 0.7
+    got, want = both(
+        fp8_linear, laid_out(x_q, rng), w_8, w_scale, bias, x_scale=x_scale if token else None,
+        out_dtype=rng.choice(DTYPES[1:]) if rng.random() < 0.3 else torch.float32,
+    )  # fmt: skip
+    magnitude = x_q.double().abs() @ (w_8.double() * w_scale).abs().T
+    magnitude = magnitude * x_scale if token else magnitude
+    lost = 2.0**-13 if device == "cuda" else K * ULP
+    rounding = torch.finfo(got.dtype).eps * want.double().abs()
+    near(got, want, rounding + (lost + 8 * ULP) * magnitude + 8 * ULP * bias.abs())
+
+
+def weight_only(rng: random.Random, device: str) -> None:
+    """K float32 roundings, and one of the result."""
+    M, N, K = sizes(rng)
+    bias, bits, dtype = torch.randn(N, device=device), rng.choice([3, 4, 8]), rng.choice(DTYPES)
+    x = laid_out(torch.randn(M, K, device=device).to(dtype), rng)
     top = 2 ** (bits - 1)
     w_q = torch.randint(-top, top, (N, K), dtype=torch.int8, device=device)
     size = rng.choice([None, 32, 64, 128, rng.randint(1, K)])
@@ -178,9 +212,18 @@ def float_linears(rng: random.Random, device: str) -> None:
     near(got, want, rounding + 2 * (K + 8) * ULP * magnitude)
 
 
-def strided(x: Tensor, rng: random.Random) -> Tensor:
-    """x itself, or a view of the same values in wider rows."""
-    return x if rng.random() < 0.6 else torch.cat([x, x], -1)[:, : x.shape[1]]
+def laid_out(x: Tensor, rng: random.Random) -> Tensor:
+    """The same values [M, K] in one of LAYOUTS."""
+    layout = rng.choice(LAYOUTS)
+    if layout == "wide rows":
+        return torch.cat([x, x], -1)[:, : x.shape[1]]
+    if layout == "columns":
+        return x.T.contiguous().T
+    if layout == "unaligned":  # a pointer that is a multiple of nothing
+        flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+        flat[1:] = x.flatten()
+        return flat[1:].view(x.shape)
+    return x
 
 
 def near(got: Tensor, want: Tensor, tolerance: Tensor) -> None:
@@ -188,28 +231,53 @@ def near(got: Tensor, want: Tensor, tolerance: Tensor) -> None:
     assert worst <= 0, f"{worst:.3g} beyond the bound"
 
 
-CHECKS = (quantizers, integer_linears, float_linears)
+QUANTIZERS = ("shift_scale", "activation", "layer_norm", "hadamard")
+CHECKS: dict[str, Callable[[random.Random, str], None]] = {
+    **{op: partial(quantizer, op) for op in QUANTIZERS},
+    **{op: partial(integer_linear, op) for op in ("W8A8", "W4A8", "W4A4")},
+    "fp8": fp8,
+    "weight_only": weight_only,
+    "attention": check_attention.attention,
+    "log_softmax": check_attention.log_softmax,
+}
 
 
-def check(seed: int, device: str) -> None:
-    """One random case."""
-    rng = random.Random(seed)
+def check(name: str, seed: int, device: str) -> None:
+    """One random case of an op."""
     torch.manual_seed(seed)
-    rng.choice(CHECKS)(rng, device)
+    CHECKS[name](random.Random(seed), device)
 
 
-def main(cases: int) -> int:
+def runnable(device: str) -> list[str]:
+    """The ops that this device has instructions for."""
+    old = device == "cuda" and torch.cuda.get_device_capability() < (8, 9)
+    return [name for name in CHECKS if not (old and name == "fp8")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("cases", type=int, nargs="?", default=100)
+    parser.add_argument("--only", choices=list(CHECKS))
+    parser.add_argument("--minutes", type=float, default=9.0)
+    options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    failed = 0
-    for seed in range(cases):
-        try:
-            check(seed, device)
-        except AssertionError as error:
-            failed += 1
-            print(f"seed {seed}: {error}", flush=True)
-    print(f"{cases - failed} of {cases} random cases agree with the reference on {device}")
+    end, failed = time.monotonic() + 60 * options.minutes, 0
+    done = dict.fromkeys([options.only] if options.only else runnable(device), 0)
+    for seed in range(options.cases):  # all ops keep pace, so that time cuts none of them off
+        for name in done:
+            if time.monotonic() > end:
+                break
+            done[name] += 1
+            try:
+                check(name, seed, device)
+            except Exception as error:  # a kernel that does not compile is a finding, too
+                failed += 1
+                print(f"{name}, seed {seed}: {type(error).__name__}: {error}", flush=True)
+    for name, cases in done.items():
+        print(f"{name}: {cases} random cases" + (", out of time" * (cases < options.cases)))
+    print(f"{failed} of {sum(done.values())} disagree with the reference on {device}")
     return int(failed > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000))
+    sys.exit(main())

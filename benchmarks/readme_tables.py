@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # what README.md shows; every table is in benchmarks/results/README.md
 HEADLINES = ("fidelity_minilm", "fidelity_peers", "fidelity_opt", "fidelity_vit", "cpu_models",
-             "cpu_models_ort", "quantize")  # fmt: skip
+             "cpu_models_ort", "quantize", "gpu_models", "gpu_kernels",
+             "gpu_attention")  # fmt: skip
+ON_A_GPU = ("gpu_kernels", "gpu_slower", "gpu_attention", "gpu_models")  # of run_gpu.sh
+NOT_MEASURED = "Speed on a GPU: **not measured**; `benchmarks/run_gpu.sh` measures it."
 KEYS = {"title", "hardware", "versions", "columns", "rows", "notes"}
 
 
@@ -43,27 +46,33 @@ def markdown(result: dict[str, Any]) -> str:
 
 def insert(readme: str, folder: Path) -> str:
     """README.md with everything between the markers replaced."""
-    return fill(readme, results(folder, HEADLINES))
+    return fill(readme, results(folder, HEADLINES), folder)
 
 
 def insert_all(page: str, folder: Path) -> str:
     """benchmarks/results/README.md, likewise."""
-    return fill(page, results(folder))
+    return fill(page, results(folder), folder)
 
 
-def fill(page: str, found: list[dict[str, Any]]) -> str:
+def fill(page: str, found: list[dict[str, Any]], folder: Path) -> str:
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    tables = "\n\n".join(map(markdown, found))
-    return f"{before}{BEGIN}\n\n{tables or 'Nothing has been measured yet.'}\n\n{END}{after}"
+    tables = list(map(markdown, found)) or ["Nothing has been measured yet."]
+    if not on_a_gpu(folder):
+        tables.append(NOT_MEASURED)
+    text = "\n\n".join(tables)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def on_a_gpu(folder: Path) -> list[str]:
+    """The tables of what a GPU measured."""
+    return [markdown(result) for name in ON_A_GPU for result in results(folder, (name,))]
 
 
 def kernel_table(folder: Path) -> str:
     """What the compiler made of every kernel for sm_90, and what a GPU measured, if one did."""
     with (folder / "aot.csv").open(encoding="utf-8", newline="") as file:
         compiled = [row for row in csv.DictReader(file) if row["arch"] == "90"]
-    path = folder / "gpu_kernels.json"
-    gpu = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     columns = ["kernel", "registers", "spilled", "shared", "occupancy", "loop", "per element",
                "unpack", "tensor core"]  # fmt: skip
     keys = ("variant", "registers", "spill_bytes", "shared", "occupancy", "loop", "per_element",
@@ -75,12 +84,7 @@ def kernel_table(folder: Path) -> str:
         f"<sub>sm_90 only, {len(compiled)} variants, triton {compiled[0]['triton']}.</sub>",
         "",
     ]
-    if gpu is None:
-        return "\n".join([*lines, "Speed on a GPU: **not measured**."])
-    names = ["kernel", "shape", "us", "GB/s", "TOPS", "of_ceiling", "bf16_us"]
-    lines += [_line(names), _line(["---", "---", *["---:"] * 5])]
-    lines += [_line([str(row.get(name, "")) for name in names]) for row in gpu["rows"]]
-    return "\n".join([*lines, "", f"<sub>{gpu['device']}, triton {gpu['triton']}.</sub>"])
+    return "\n".join([*lines, "\n\n".join(on_a_gpu(folder) or [NOT_MEASURED])])
 
 
 def attention_table(folder: Path) -> str:

@@ -55,6 +55,37 @@ def test_the_default_compiler(name):
     assert cosine_similarity(y_hat.flatten(), y.flatten(), dim=0) > 0.9999
 
 
+@pytest.mark.parametrize(("name", "options"), [
+    *((name, {}) for name in NAMES), ("BertModel", SCHEMES["W4A4"]),
+    ("BertModel", SCHEMES["W4A16 g16"]), ("BertModel", {"attention": "int8", "softmax": "code"}),
+])  # fmt: skip
+def test_one_graph_of_kernels(name, options):
+    """What a GPU compiles: the launchers are nodes. Here their kernels run in the interpreter."""
+    qmodel, batch = quantized(name, **options, backend="triton")
+    y = output(qmodel, batch)
+    nodes = []
+
+    def note(graph, _):
+        nodes.extend(str(n.target) for n in graph.graph.nodes if str(n.target).startswith("qtk."))
+        return graph
+
+    assert torch.equal(output(torch.compile(qmodel, fullgraph=True, backend=note), batch), y)
+    assert len(nodes) >= 6
+
+
+def test_gradients_pass_a_compiled_layer_of_kernels():
+    """Straight through the rounding: the gradient is that of the dequantized weight."""
+    qmodel, _ = quantized("BertModel", backend="triton")
+    layer = qmodel.encoder.layer[0].output.dense
+    x = torch.randn(4, layer.in_features, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    (eager,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (got,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    assert torch.equal(compiled(x), layer(x))
+    torch.testing.assert_close(got, eager)
+    assert got.abs().max() > 0
+
+
 def test_another_batch_and_length_need_no_other_model():
     qmodel, batch = quantized("BertModel")
     compiled = torch.compile(qmodel, fullgraph=True, backend="eager", dynamic=True)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,6 +72,25 @@ def test_tables_are_made_of_result_files(tmp_path: Path) -> None:
     assert "<sub>N. H. torch 2.</sub>" in made
     assert tables.insert_all(made, tmp_path) == made
     assert "Nothing has been measured" in tables.insert(text, tmp_path)  # not a headline
+
+
+def test_what_a_gpu_measured_gets_its_tables_and_what_none_did_is_said(tmp_path: Path) -> None:
+    tables = load(ROOT / "benchmarks" / "readme_tables.py")
+    text = f"a\n{tables.BEGIN}\nold\n{tables.END}\nb\n"
+    for name in ("aot.csv", "aot_attention.csv"):
+        shutil.copy(ROOT / "benchmarks" / "results" / name, tmp_path)
+    pages = (tables.insert, tables.insert_all, tables.insert_kernels)
+    for page in pages:
+        assert page(text, tmp_path).count("Speed on a GPU: **not measured**") == 1
+    for name in tables.ON_A_GPU:
+        (tmp_path / f"{name}.json").write_text(
+            f'{{"title": "{name}", "hardware": "H", "versions": {{"torch": "2"}},'
+            ' "columns": ["a"], "rows": [["1"]], "notes": "N"}'
+        )
+    for page in pages:
+        made = page(text, tmp_path)
+        assert "not measured" not in made and "**gpu_models**" in made and "**gpu_kernels**" in made
+    assert "**gpu_slower**" in tables.insert_all(text, tmp_path)
 
 
 def test_examples_are_short() -> None:

@@ -1,5 +1,7 @@
 """The definition of `quantized_attention` in plain PyTorch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -71,16 +73,16 @@ def quantized_attention_ref(
     return y.transpose(1, 2).flatten(2)
 
 
-def group(scale: Tensor | None, T: int) -> int:
-    """Tokens that share a scale."""
-    return 1 if scale is None else max(cdiv(T, scale.shape[-1]), 1)
+def group(scale: Sequence[int], T: int) -> int:
+    """Tokens that share a scale of that shape."""
+    return max(cdiv(T, scale[-1]), 1)
 
 
 def per_token(scale: Tensor, T: int, B: int, H: int) -> Tensor:
     """[B, H, G] to [B, H, T]."""
     if scale.shape[-1] == T:
         return scale.expand(B, H, T)
-    index = torch.arange(T, device=scale.device) // group(scale, T)
+    index = torch.arange(T, device=scale.device) // group(scale.shape, T)
     return scale.expand(B, H, -1)[..., index]
 
 

@@ -10,6 +10,7 @@ with qmax = 2 ** (bits - 1) - 1 and rounding to nearest even. The dynamic grids 
 most negative code is never used. G = ceil(K / group_size); the last group may be short.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
@@ -54,6 +55,12 @@ class Codes:
         if not 0 < self.clip <= 1:
             raise ValueError(f"clip must be in (0, 1], got {self.clip}")
 
+    @classmethod
+    def of(cls, bits: int, granularity: str, signed: bool, packed: bool, clip: float) -> "Codes":
+        """As ops spell them: a group size is a number in a string."""
+        size = granularity.lstrip("-").isdigit()
+        return cls(bits, int(granularity) if size else granularity, signed, packed, clip)
+
     @property
     def static(self) -> bool:
         return self.granularity == "tensor"
@@ -78,16 +85,18 @@ class Codes:
         """Channels that share a scale."""
         return self.granularity if isinstance(self.granularity, int) else max(K, 1)
 
-    def empty(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Uninitialized codes and scale for x [..., K]."""
-        K = x.shape[-1]
+    def results(self, shape: Sequence[int]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the codes, and of the scale if there is one, for x of `shape`."""
+        *leading, K = shape
         width = packed_width(K) if self.packed else K
-        dtype = torch.uint8 if self.packed else self.dtype
-        q = torch.empty((*x.shape[:-1], width), dtype=dtype, device=x.device)
+        q = (*leading, width), torch.uint8 if self.packed else self.dtype
         if self.static:
-            return q, None
-        G = -(-K // self.group_size(K))
-        return q, torch.empty((*x.shape[:-1], G), dtype=torch.float32, device=x.device)
+            return [q]
+        return [q, ((*leading, -(-K // self.group_size(K))), torch.float32)]
+
+    def empty(self, x: Tensor) -> list[Tensor]:
+        """Uninitialized codes, and scale if there is one, for x [..., K]."""
+        return [x.new_empty(shape, dtype=dtype) for shape, dtype in self.results(x.shape)]
 
     def launch(self, M: int, K: int, at_least: int = 1) -> dict:
         """The parameters of a row kernel that writes these codes, in tiles of some channels.
@@ -152,20 +161,12 @@ def quantize_ref(y: Tensor, codes: Codes) -> tuple[Tensor, Tensor | None]:
     return (pack_int4(q) if codes.packed else q), scale
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """[..., K] as [M, K] with contiguous rows, copied only if it has to be."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def check_channels(x: Tensor, **vectors: Tensor | None) -> None:
-    """Raises unless every vector is None or [K]."""
-    K = x.shape[-1]
+def check_channels(shape: Sequence[int], **vectors: Sequence[int] | None) -> None:
+    """Raises unless the shape of every vector is None or (K,), for x of `shape`."""
+    K = shape[-1]
     for name, vector in vectors.items():
-        if vector is not None and vector.shape != (K,):
-            raise ValueError(
-                f"{name} must be [{K}] for x {list(x.shape)}, got {list(vector.shape)}"
-            )
+        if vector is not None and tuple(vector) != (K,):
+            raise ValueError(f"{name} must be [{K}] for x {list(shape)}, got {list(vector)}")
 
 
 def group_size_of(K: int, G: int, group_size: int | None) -> int:
@@ -180,9 +181,9 @@ def group_size_of(K: int, G: int, group_size: int | None) -> int:
     return group_size
 
 
-def scale_strides(scale: Tensor | None) -> tuple[int, int]:
+def scale_strides(shape: Sequence[int] | None) -> tuple[int, int]:
     """Steps from row to row and from group to group; 0 from a single group to the next."""
-    if scale is None:
+    if shape is None:
         return 0, 0
-    G = scale.shape[-1]
+    G = shape[-1]
     return G, int(G > 1)

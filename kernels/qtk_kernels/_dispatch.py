@@ -58,9 +58,13 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+_HERE = nullcontext()
+
+
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Makes the device of `x` current, for a launch on a second GPU."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Makes the device of `x` current, for a launch on a second GPU; costs nothing on the first."""
+    index = x.get_device()  # -1 on a CPU
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 @torch.compiler.assume_constant_result

@@ -6,7 +6,8 @@ matrix products on a GPU and writes `tuned/sm_<capability>.json`, which then com
 
     {"device": name, "capability": [major, minor], "versions": {"torch": ..., "triton": ...},
      "entries": [{"kernel": "int8_linear", "M": 16, "N": 4096, "K": 4096,
-                  "tile": {"BLOCK_M": ..., ..., "num_stages": ...}, "us": 7.1}, ...]}
+                  "tile": {"BLOCK_M": ..., ..., "num_stages": ...}, "us": 7.1, "before_us": 8.0,
+                  "first_call_s": 1.2}, ...]}
 
 No table is shipped that was not measured.
 """
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ._plan import forget, planned
 
 MAX_ROW = 8192  # channels that one program holds in registers; longer rows are walked
 SMS = 128  # programs that fill a large GPU
@@ -120,10 +123,12 @@ def use_tile(tile: dict[str, Any]) -> Iterator[None]:
     """Gives every matrix product inside a `with` block this tile: for measuring."""
     global _forced
     before, _forced = _forced, tile
+    forget()
     try:
         yield
     finally:
         _forced = before
+        forget()
 
 
 @cache
@@ -166,7 +171,7 @@ def _tiles(block_m: int, block_n: int, swap: bool, warps: int, stages: int) -> d
     }  # fmt: skip
 
 
-@cache
+@planned
 def nearest(
     kernel: str, M: int, N: int, K: int, capability: tuple[int, int]
 ) -> dict[str, Any] | None:
@@ -181,10 +186,41 @@ def nearest(
     return best["tile"] if best is not None and distance(best) <= FAR else None
 
 
-@cache
+@planned
 def _table(capability: tuple[int, int]) -> list[dict[str, Any]]:
-    path = TUNED / "sm_{}{}.json".format(*capability)
-    return json.loads(path.read_text(encoding="utf-8"))["entries"] if path.exists() else []
+    path = table_path(capability)
+    return read_table(path)["entries"] if path.exists() else []
+
+
+def table_path(capability: tuple[int, int], folder: Path | None = None) -> Path:
+    return (folder or TUNED) / "sm_{}{}.json".format(*capability)
+
+
+TILE = {
+    "BLOCK_M": (16, 32, 64, 128, 256), "BLOCK_N": (16, 32, 64, 128, 256), "GROUP_M": range(1, 65),
+    "SWAP": (False, True), "SPLIT_K": range(1, MAX_SPLITS + 1), "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": range(1, 8),
+}  # fmt: skip
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A table of measured tiles; raises ValueError where a kernel could not run what it says."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        for entry in table["entries"]:
+            tile = entry["tile"]
+            wrong = {name: value for name, value in tile.items() if value not in TILE[name]}
+            if wrong or tile.keys() != TILE.keys():
+                raise ValueError(f"tile {tile}")
+            sizes = [entry[name] for name in "MNK"]
+            if not all(isinstance(n, int) and n > 0 for n in sizes) or not entry["us"] > 0:
+                raise ValueError(f"entry {entry}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no table of tiles ({type(error).__name__}: {error}): "
+            "delete it, or let `qtk tune` write it"
+        ) from error
+    return table
 
 
 @cache

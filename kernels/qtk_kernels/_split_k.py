@@ -7,11 +7,17 @@ atomics, so that results do not change from run to run; integer parts give the v
 program that adds everything.
 """
 
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ._dispatch import on_device
 from ._lang import jit, scaled, store_linear, tl
 from ._launch import cdiv
+from ._plan import Plan, row_step
 
 BLOCK = 256  # output channels of a program
 
@@ -38,36 +44,76 @@ def _add_parts_kernel(
     )  # fmt: skip
 
 
-def empty_parts(split: int, M: int, N: int, integers: bool, like: Tensor) -> Tensor | None:
-    """Uninitialized [split, M, N], or None where one program adds everything."""
-    if split == 1:
-        return None
-    dtype = torch.int32 if integers else torch.float32
-    return torch.empty((split, M, N), dtype=dtype, device=like.device)
+@dataclass(frozen=True, slots=True)
+class LinearPlan(Plan):
+    """A matrix product: its result is [..., N], then parts [SPLIT_K, M, N] if there are several.
+
+    Attributes:
+        second: grid, numbers and options of the launch that adds the parts, or None.
+        scaled: the parts are scaled already.
+    """
+
+    second: Plan | None
+    scaled: bool
 
 
-def add_parts(
-    parts: Tensor,
-    out: Tensor,
+def plan_linear(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    N: int,
+    out_dtype: torch.dtype,
+    tile: dict[str, Any],
+    numbers: tuple[int | float, ...],
+    options: dict[str, Any],
+    *,
+    integers: bool,
+    scaled: bool,
+    shift: int = 0,
+    out: tuple[float, int] = (1.0, 0),
+    epilogue: dict[str, Any],
+) -> LinearPlan:
+    """The launches of a linear layer on x of `shape`.
+
+    Args:
+        tile: from `gemm_launch`.
+        numbers, options: of the product's kernel, without the tile.
+        integers: what the parts are, scaled: whether the scales are in them already.
+        shift: power of two that integer parts are too large by.
+        out: step and zero point of codes.
+        epilogue: ACTIVATION, QMIN and QMAX of `store_linear`.
+    """
+    M, split = prod(shape[:-1]), tile["SPLIT_K"]
+    results: list[tuple[tuple[int, ...], torch.dtype]] = [((*shape[:-1], N), out_dtype)]
+    second = None
+    if split > 1:
+        results.append(((split, M, N), torch.int32 if integers else torch.float32))
+        fixed = {"SPLIT_K": split, "SHIFT": shift, **epilogue, "BLOCK_N": BLOCK, "num_warps": 2,
+                 "enable_fp_fusion": False}  # as the epilogue of one program  # fmt: skip
+        second = Plan(False, (), (cdiv(N, BLOCK), M), (M, N, *out), fixed)
+    grid = (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), split)
+    copy = row_step(shape, stride) is None
+    return LinearPlan(copy, results, grid, numbers, {**options, **tile}, second, scaled)
+
+
+def launch_linear(
+    kernel: Any,
+    plan: LinearPlan,
+    x: Tensor,
+    operands: tuple[Tensor | None, ...],
     bias: Tensor | None,
     x_scale: Tensor | None = None,
     w_scale: Tensor | None = None,
-    *,
-    shift: int = 0,
-    out_step: float = 1.0,
-    out_zero_point: int = 0,
-    **epilogue: int | str,
-) -> None:
-    """Adds parts [split, M, N] and writes out [M, N].
-
-    Args:
-        x_scale, w_scale: [M] and [N], or None where the parts are scaled already.
-        shift: power of two that integer parts are too large by.
-        epilogue: ACTIVATION, QMIN and QMAX of `store_linear`.
-    """
-    split, M, N = parts.shape
-    _add_parts_kernel[(cdiv(N, BLOCK), M)](
-        parts, x_scale, w_scale, bias, out, M, N, out_step, out_zero_point,
-        SPLIT_K=split, SHIFT=shift, **epilogue, BLOCK_N=BLOCK, num_warps=2,
-        enable_fp_fusion=False,  # as the epilogue of one program
-    )  # fmt: skip
+) -> Tensor:
+    """Runs a linear's kernel on x and its other operands, and adds the parts if there are any."""
+    y, *parts = plan.empty(x.device)
+    with on_device(x):
+        kernel[plan.grid](
+            x.contiguous() if plan.copy else x, *operands, bias, y, *(parts or (None,)),
+            *plan.numbers, **plan.options,
+        )  # fmt: skip
+        if plan.second is not None:
+            scales = (None, None) if plan.scaled else (x_scale, w_scale)
+            _add_parts_kernel[plan.second.grid](
+                parts[0], *scales, bias, y, *plan.second.numbers, **plan.second.options
+            )
+    return y

@@ -1,6 +1,7 @@
 """Measures tiles of the matrix products on this GPU and writes `tuned/sm_<capability>.json`."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -8,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._int4 import pack_int4
 from ._lang import triton
-from ._launch import TUNED, _table, gemm_launch, nearest, use_tile
+from ._launch import gemm_launch, read_table, table_path, use_tile
+from ._plan import forget
 from .fp8_linear import fp8_linear, to_fp8
 from .int4_linear import int4_linear
 from .int8_linear import int8_linear
@@ -28,56 +31,72 @@ KERNELS = (
     "int8_linear", "int4_linear W4A8", "int4_linear W4A4", "weight_only_linear W8A16",
     "weight_only_linear W4A16 grouped", "fp8_linear",
 )  # fmt: skip
-L2 = 1 << 28  # bytes of weights to go around in, so that no cache answers
-REPEATS = 20
+L2 = 1 << 28  # bytes that calls go around in, so that no cache answers
+MOST = 300  # calls in a round
+ROUNDS = 11
+Calls = list[Callable[[], Any]]
 
 
 def widths() -> list[tuple[int, int]]:
-    """(N, K) of the linears of the models: attention, both of the MLP."""
+    """(N, K) of the linears of the models: attention, both of the MLP. A third of them first."""
     pairs = {pair for h, m in MODELS.values() for pair in ((h, h), (m, h), (h, m))}
-    return sorted(pairs, key=lambda pair: pair[0] * pair[1])
+    by_size = sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair))
+    return [pair for start in range(3) for pair in by_size[start::3]]
 
 
-def linear_call(kernel: str, M: int, N: int, K: int, device: torch.device) -> Callable[[int], Any]:
-    """call(i) runs the kernel with the i-th of enough weights to miss every cache."""
+def rounds_of(bytes_: float) -> int:
+    """Calls until all have read more than a cache holds."""
+    return min(max(int(L2 // bytes_), 1) + 1, MOST)
+
+
+def copies(x: Tensor, n: int) -> list[Tensor]:
+    """n tensors of the same values in memory of their own."""
+    return list(x.expand(n, *x.shape).contiguous().unbind(0))
+
+
+def random_codes(rows: int, K: int, top: int, device: Any) -> Tensor:
+    """int8 in [-top, top)."""
+    return torch.randint(-top, top, (rows, K), dtype=torch.int8, device=device)
+
+
+def linear_calls(kernel: str, M: int, N: int, K: int, device: torch.device) -> Calls:
+    """A round of calls of a kernel, each with weights and activations of its own."""
     op = kernel.removesuffix(" grouped")
-    small = "W4" in op
-    copies = min(max(L2 // (N * K // (2 if small else 1)), 1), 64) + 1
-    codes = torch.randint(-8, 8, (N, K), dtype=torch.int8, device=device)
-    stored = pack_int4(codes) if small else codes
+    small, packed = "W4" in op, op.endswith("W4A4")
+    # whole ranges: a device that multiplies small numbers draws less power and runs faster
+    weight = random_codes(N, K, 8 if small else 127, device)
+    weight = pack_int4(weight) if small else weight
+    x: Tensor = torch.randn(M, K, device=device, dtype=torch.bfloat16)
+    x_scale, G = torch.rand(M, 1, device=device), 1
     if op == "fp8_linear":
-        stored = to_fp8(codes)[0]
-    weights = [stored.clone() for _ in range(copies)]
-    G = -(-K // 128) if kernel.endswith("grouped") else 1
+        weight, x = to_fp8(torch.randn(N, K, device=device))[0], to_fp8(x)[0]
+    elif op.startswith("int"):
+        x = random_codes(M, K, 8 if packed else 127, device)
+        x = pack_int4(x) if packed else x
+    if kernel.endswith("grouped"):
+        G = -(-K // 128)
     w_scale = torch.rand(N, G, device=device)
-    x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
-    x_scale = torch.rand(M, 1, device=device)
-    x_q = torch.randint(-8, 8, (M, K), dtype=torch.int8, device=device)
-    bf16: dict[str, Any] = {"out_dtype": torch.bfloat16, "backend": "triton"}
-    if op == "int8_linear":
-        return lambda i: int8_linear(x_q, weights[i % copies], w_scale, x_scale=x_scale, **bf16)
+    options: dict[str, Any] = {"backend": "triton", "x_scale": x_scale, "out_dtype": torch.bfloat16}
+    run: Callable[..., Any] = int8_linear
     if op == "fp8_linear":
-        x_8 = to_fp8(x)[0]
-        return lambda i: fp8_linear(x_8, weights[i % copies], w_scale, x_scale=x_scale, **bf16)
-    if op.startswith("weight_only"):
-        args: dict[str, Any] = {
-            "bits": 4 if small else 8,
-            "in_features": K,
-            "group_size": 128 if G > 1 else None,
-        }
-        return lambda i: weight_only_linear(
-            x, weights[i % copies], w_scale, **args, backend="triton"
-        )
-    packed = op.endswith("W4A4")
-    x_4 = pack_int4(x_q) if packed else x_q
-    return lambda i: int4_linear(
-        x_4, weights[i % copies], w_scale, x_scale=x_scale, in_features=K, x_packed=packed, **bf16
-    )
+        run = fp8_linear
+    elif op.startswith("int4"):
+        run, options = int4_linear, {**options, "in_features": K, "x_packed": packed}
+    elif op.startswith("weight_only"):
+        run = weight_only_linear
+        options = {"backend": "triton", "bits": 4 if small else 8, "in_features": K,
+                   "group_size": 128 if G > 1 else None}  # fmt: skip
+    n = rounds_of(weight.nbytes + x.nbytes)
+
+    def call(x: Tensor, w: Tensor) -> Callable[[], Any]:
+        return lambda: run(x, w, w_scale, **options)
+
+    return [call(*pair) for pair in zip(copies(x, n), copies(weight, n), strict=True)]
 
 
 def candidates(kernel: str, M: int) -> Iterator[dict[str, Any]]:
     """Tiles worth a measurement; a left operand unpacked in registers only on two warps."""
-    unpacks = "W4" in kernel or "A16" in kernel
+    unpacks, tokens_too = "W4" in kernel or "A16" in kernel, "W4A4" in kernel
     names = ("BLOCK_M", "BLOCK_N", "GROUP_M", "SWAP", "num_warps", "num_stages", "SPLIT_K")
     if M <= 64:
         block_m = 16 if M <= 16 else 32 if M <= 32 else 64
@@ -85,46 +104,63 @@ def candidates(kernel: str, M: int) -> Iterator[dict[str, Any]]:
             warps = 2 if unpacks else 4
             yield dict(zip(names, (block_m, block_n, 8, True, warps, stages, split), strict=True))
     if M > 16:
-        for block_m, block_n, stages in product((64, 128), (64, 128, 256), (2, 3, 4)):
+        # unpacked tokens are a left operand, which below 64 rows does not go to wgmma
+        for block_m, block_n in product((32,) if tokens_too else (64, 128), (64, 128, 256)):
             warps = 8 if block_m * block_n >= 128 * 128 else 4
-            if not (kernel.endswith("W4A4") and block_m >= 64):  # tokens, too, are unpacked
+            for stages in (2, 3, 4):
                 yield dict(zip(names, (block_m, block_n, 8, False, warps, stages, 1), strict=True))
 
 
-def microseconds(call: Callable[[int], Any]) -> float:
-    """Median time on the device of one call."""
-    for i in range(3):
-        call(i)
-    events = [(_event(), _event()) for _ in range(REPEATS)]
-    for i, (start, stop) in enumerate(events):
-        start.record()
-        call(i)
-        stop.record()
+def microseconds(calls: Calls, rounds: int = ROUNDS) -> float:
+    """Median time on the device of one of `calls`, in a CUDA graph of all of them.
+
+    A graph keeps the host out: it could not launch as fast as small kernels run.
+    """
+    for call in calls[:3]:
+        call()
     torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(stop) for start, stop in events)
-    return 1e3 * times[len(times) // 2]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        start, stop = _event(), _event()
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return 1e3 * sorted(times)[len(times) // 2] / len(calls)
 
 
 def best_tile(kernel: str, M: int, N: int, K: int, device: torch.device) -> dict[str, Any]:
     """One entry of the table: the fastest tile, and the seconds that the first call took."""
-    call = linear_call(kernel, M, N, K, device)
+    calls = linear_calls(kernel, M, N, K, device)
     start = time.perf_counter()
-    call(0)
-    torch.cuda.synchronize()
+    want = calls[0]()
+    _synchronize(device)
     first = time.perf_counter() - start
-    best: dict[str, Any] = {"us": microseconds(call)}
-    best["tile"] = _present(kernel, M, N, K, device)
+    before_us = us = microseconds(calls)
+    best = _present(kernel, M, N, K, device)
     for tile in candidates(kernel, M):
         with use_tile(tile):
             try:
-                us = microseconds(call)
+                agrees = _close(calls[0](), want)
+                found = microseconds(calls) if agrees else float("inf")
             except triton.OutOfResources:  # too much shared memory for this device
                 continue
-        if us < best["us"]:
-            best = {"us": us, "tile": tile}
-    us = round(best["us"], 2)
-    return {"kernel": kernel, "M": M, "N": N, "K": K, "tile": best["tile"], "us": us,
-            "first_call_s": round(first, 2)}  # fmt: skip
+        if found < us:
+            us, best = found, tile
+    return {"kernel": kernel, "M": M, "N": N, "K": K, "tile": best, "us": round(us, 2),
+            "before_us": round(before_us, 2), "first_call_s": round(first, 2)}  # fmt: skip
+
+
+def _close(got: Tensor, want: Tensor) -> bool:
+    """Whether a tile computes what the others do: float sums in another order, bfloat16 results."""
+    error = (got.float() - want.float()).abs().max()
+    return bool(error <= 2**-6 * want.float().abs().max())
 
 
 def tune(
@@ -132,31 +168,46 @@ def tune(
 ) -> Path:
     """Measures every kernel at the shapes of the models, and stops when the time is over.
 
+    Every entry is written once it is known. Another run goes on where this one stopped, unless
+    torch or Triton have changed.
+
     Args:
         folder: where the table goes; None for the package, where the kernels find it.
-
-    Returns:
-        The file; entries that it held for other shapes are kept.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
-    major, minor = torch.cuda.get_device_capability(device)
-    path = (folder or TUNED) / f"sm_{major}{minor}.json"
-    found = {_key(e): e for e in json.loads(path.read_text())["entries"]} if path.exists() else {}
+    device, name, capability = _this_gpu()
+    path = table_path(capability, folder)
+    table: dict[str, Any] = {
+        "device": name, "capability": list(capability),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__}, "entries": [],
+    }  # fmt: skip
+    if path.exists():
+        old = read_table(path)
+        if all(old.get(name) == table[name] for name in ("device", "versions")):
+            table["entries"] = old["entries"]
+    known = {_key(entry) for entry in table["entries"]}
     end = time.monotonic() + 60 * minutes
-    for M, (N, K), kernel in product(ROWS, widths(), KERNELS):
-        if time.monotonic() > end or (kernel, M, N, K) in found:
+    for (N, K), M, kernel in product(widths(), ROWS, KERNELS):
+        if (kernel, M, N, K) in known or (kernel == "fp8_linear" and capability < (8, 9)):
             continue
+        if time.monotonic() > end:
+            log("out of time: another run goes on from here")
+            break
         entry = best_tile(kernel, M, N, K, device)
-        found[_key(entry)] = entry
-        log(f"{kernel} {M}x{N}x{K}: {entry['us']} us, first call {entry['first_call_s']} s")
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    table = {"device": torch.cuda.get_device_name(device), "capability": [major, minor],
-             "versions": versions, "entries": list(found.values())}  # fmt: skip
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    _table.cache_clear()
-    nearest.cache_clear()
+        table["entries"].append(entry)
+        write_table(path, table)
+        log(f"{kernel} {M}x{N}x{K}: {entry['us']} us, before {entry['before_us']} us, "
+            f"first call {entry['first_call_s']} s")  # fmt: skip
+    write_table(path, table)
+    forget()
     return path
+
+
+def write_table(path: Path, table: dict[str, Any]) -> None:
+    """All of it or nothing: a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(f".{os.getpid()}.tmp")
+    whole.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    whole.replace(path)
 
 
 def _present(kernel: str, M: int, N: int, K: int, device: torch.device) -> dict[str, Any]:
@@ -172,5 +223,16 @@ def _key(entry: dict[str, Any]) -> tuple[str, int, int, int]:
     return entry["kernel"], entry["M"], entry["N"], entry["K"]
 
 
+def _this_gpu() -> tuple[torch.device, str, tuple[int, int]]:
+    device = torch.device("cuda", torch.cuda.current_device())
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return device, name, capability
+
+
 def _event() -> Any:
     return torch.cuda.Event(enable_timing=True)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

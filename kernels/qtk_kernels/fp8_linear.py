@@ -10,14 +10,15 @@ therefore adds every 128 channels to a float32 sum of its own.
 M tokens, K input channels, N output channels. Tensor cores multiply e4m3 from sm_89 on.
 """
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._activation import activate, check_activation
-from ._codes import EPS, rows_of, scale_strides
-from ._dispatch import backend_of, on_device
+from ._codes import EPS, scale_strides
+from ._dispatch import backend_of
 from ._lang import (
     along_m,
     along_n,
@@ -30,7 +31,9 @@ from ._lang import (
     tl,
 )
 from ._launch import cdiv, gemm_launch
-from ._split_k import add_parts, empty_parts
+from ._plan import opaque, planned, row_step, shape_of
+from ._split_k import LinearPlan, launch_linear, plan_linear
+from .int8_linear import check_scales
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
@@ -98,34 +101,63 @@ def _fp8_linear_kernel(
         store_linear(out_ptr, y, bias_ptr, offs_m, offs_n, M, N, 1.0, 0, SWAP, ACTIVATION, 0, 0)
 
 
-def _launch_fp8_linear(
-    x_q: Tensor,
-    w_q: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    x_scale: Tensor | None,
+def _check(
+    x: torch.Size, x_dtype: torch.dtype, w: torch.Size, w_dtype: torch.dtype,
+    w_scale: torch.Size, bias: torch.Size | None, x_scale: torch.Size | None,
     activation: str | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    x_2d = rows_of(x_q)
-    (M, K), N = x_2d.shape, w_q.shape[0]
-    x_scale = None if x_scale is None else x_scale.contiguous()
-    y = torch.empty((*x_q.shape[:-1], N), dtype=out_dtype, device=x_q.device)
-    tile = gemm_launch(
-        "fp8_linear", M, N, K, device=x_q.device, grouped=False, computed_weights=False
-    )
-    parts = empty_parts(tile["SPLIT_K"], M, N, False, x_q)
+) -> None:  # fmt: skip
+    check_activation(activation)
+    if x_dtype != E4M3 or w_dtype != E4M3:
+        raise ValueError(f"codes must be {E4M3}, got {x_dtype} and {w_dtype}")
+    K, N = x[-1], w_scale[0]
+    if w != (N, K) or w_scale != (N, 1):
+        raise ValueError(
+            f"operand must be [{N}, {K}] and w_scale [{N}, 1], got {list(w)} and {list(w_scale)}"
+        )
+    if x_scale is not None and x_scale != (*x[:-1], 1):
+        raise ValueError(f"x_scale must be {[*x[:-1], 1]}, got {list(x_scale)}")
+    check_scales(x, N, x_scale, bias)
+
+
+@planned
+def _plan(
+    x: torch.Size, stride: tuple[int, ...], device: torch.device, out_dtype: torch.dtype,
+    *signature: Any,
+) -> LinearPlan:  # fmt: skip
+    _check(x, *signature)
+    _, (N, K), _, _, _, x_scale, activation = signature
+    M, step = prod(x[:-1]), row_step(x, stride)
+    tile = gemm_launch("fp8_linear", M, N, K, device=device, grouped=False, computed_weights=False)
     epilogue: dict[str, Any] = {"ACTIVATION": activation or ""}
-    with on_device(x_q):
-        _fp8_linear_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), tile["SPLIT_K"])](
-            x_2d, w_q.contiguous(), x_scale, w_scale, bias, y, parts,
-            M, N, K, cdiv(K, BLOCK_K), x_2d.stride(0), scale_strides(x_scale)[0],
-            **epilogue, BLOCK_K=BLOCK_K, **tile,
-            enable_fp_fusion=False,  # the epilogue then rounds as the reference does
-        )  # fmt: skip
-        if parts is not None:
-            add_parts(parts, y, bias, x_scale, w_scale, **epilogue, QMIN=0, QMAX=0)
-    return y
+    return plan_linear(
+        x, stride, N, out_dtype, tile,
+        (M, N, K, cdiv(K, BLOCK_K), K if step is None else step, scale_strides(x_scale)[0]),
+        {**epilogue, "BLOCK_K": BLOCK_K,
+         "enable_fp_fusion": False},  # the epilogue then rounds as the reference does
+        integers=False, scaled=False, epilogue={**epilogue, "QMIN": 0, "QMAX": 0},
+    )  # fmt: skip
+
+
+def _empty(
+    x: Tensor, w: Tensor, _ws: Any, _b: Any, _xs: Any, _a: Any, out_dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=out_dtype)
+
+
+@opaque(_empty)
+def _launch_fp8_linear(
+    x_q: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, x_scale: Tensor | None,
+    activation: str | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    plan = _plan(
+        x_q.shape, x_q.stride(), x_q.device, out_dtype, x_q.dtype, w.shape, w.dtype,
+        w_scale.shape, shape_of(bias), shape_of(x_scale), activation,
+    )  # fmt: skip
+    x_scale = None if x_scale is None else x_scale.contiguous()
+    w_scale = w_scale.contiguous()
+    return launch_linear(
+        _fp8_linear_kernel, plan, x_q, (w.contiguous(), x_scale, w_scale), bias, x_scale, w_scale
+    )
 
 
 def fp8_linear_kernel_name(operand: Tensor, *, backend: str | None = None) -> str:
@@ -161,22 +193,13 @@ def fp8_linear(
     Raises:
         ValueError: a dtype or a shape is not as above.
     """
-    check_activation(activation)
     name = backend_of(x_q, backend)
-    if x_q.dtype != E4M3 or operand.dtype != E4M3:
-        raise ValueError(f"codes must be {E4M3}, got {x_q.dtype} and {operand.dtype}")
-    K, N = x_q.shape[-1], w_scale.shape[0]
-    if operand.shape != (N, K) or w_scale.shape != (N, 1):
-        raise ValueError(
-            f"operand must be [{N}, {K}] and w_scale [{N}, 1], "
-            f"got {list(operand.shape)} and {list(w_scale.shape)}"
-        )
-    if x_scale is not None and x_scale.shape != (*x_q.shape[:-1], 1):
-        want = [*x_q.shape[:-1], 1]
-        raise ValueError(f"x_scale must be {want}, got {list(x_scale.shape)}")
-    w_scale = w_scale.contiguous()
-    if name == "triton" and x_q.numel() and N:
+    if name == "triton" and x_q.numel() and w_scale.shape[0]:
         return _launch_fp8_linear(x_q, operand, w_scale, bias, x_scale, activation, out_dtype)
+    _check(
+        x_q.shape, x_q.dtype, operand.shape, operand.dtype, w_scale.shape, shape_of(bias),
+        shape_of(x_scale), activation,
+    )  # fmt: skip
     if name == "cpu":
         y = x_q.float() @ operand.float().T
         y = (y if x_scale is None else y * x_scale) * w_scale[:, 0]

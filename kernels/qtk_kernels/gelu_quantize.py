@@ -13,6 +13,7 @@ from torch import Tensor
 from ._activation import activate, check_activation
 from ._codes import Codes, Granularity, check_channels, quantize_ref
 from ._dispatch import backend_of
+from ._plan import shape_of
 from .shift_scale_quantize import launch_shift_scale_quantize
 
 
@@ -58,9 +59,12 @@ def activation_quantize(
         q: [..., K], int8 or uint8, or [..., ceil(K / 128) * 64], uint8, if packed.
         scale: None (static), or [..., 1] or [..., G], float32.
     """
-    check_channels(x, multiplier=multiplier, offset=offset)
     check_activation(activation)
-    codes = Codes(bits, granularity, signed, packed, clip)
     if backend_of(x, backend) == "triton" and x.numel():
-        return launch_shift_scale_quantize(x, multiplier, offset, activation, codes)
+        q, *scale = launch_shift_scale_quantize(
+            x, multiplier, offset, activation, bits, str(granularity), signed, packed, clip
+        )
+        return q, scale[0] if scale else None
+    check_channels(x.shape, multiplier=shape_of(multiplier), offset=shape_of(offset))
+    codes = Codes(bits, granularity, signed, packed, clip)
     return activation_quantize_ref(x, multiplier, offset, activation, codes)

@@ -12,10 +12,13 @@ it multiplies by the two small matrices, a whole token at a time.
 """
 
 from functools import cache
+from math import prod
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref, rows_of
+from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref
 from ._dispatch import backend_of, on_device
 from ._hadamard import rotate, signs_on, split
 from ._lang import (
@@ -29,12 +32,24 @@ from ._lang import (
     tl,
 )
 from ._launch import cdiv, next_power_of_2
+from ._plan import Plan, opaque, planned, row_step, shape_of
 from .shift_scale_quantize import load_y
 
 
 def check_block(K: int, block: int) -> None:
     if block < 1 or K % block:
         raise ValueError(f"block must divide {K}, got {block}")
+
+
+def _check(
+    shape: torch.Size, block: int, multiplier: torch.Size | None, offset: torch.Size | None,
+    out_multiplier: torch.Size | None, out_offset: torch.Size | None,
+) -> None:  # fmt: skip
+    check_channels(
+        shape, multiplier=multiplier, offset=offset, out_multiplier=out_multiplier,
+        out_offset=out_offset,
+    )  # fmt: skip
+    check_block(shape[-1], block)
 
 
 def hadamard(x: Tensor, block: int | None = None) -> Tensor:
@@ -192,36 +207,56 @@ def hadamard_launch(M: int, K: int, block: int, codes: Codes) -> dict:
     return {"STAGES": 0, "BLOCKS": BLOCKS, "F": F, "P": P, **tile, "ROWS": 1, "num_warps": warps}
 
 
-def _launch_hadamard_quantize(
-    x: Tensor,
-    multiplier: Tensor | None,
-    offset: Tensor | None,
-    block: int,
-    out_multiplier: Tensor | None,
-    out_offset: Tensor | None,
-    codes: Codes,
-) -> tuple[Tensor, Tensor | None]:
-    K = x.shape[-1]
-    x_2d = rows_of(x)
-    M = x_2d.shape[0]
-    q, scale = codes.empty(x)
+@planned
+def _plan(
+    shape: torch.Size, stride: tuple[int, ...], block: int,
+    vectors: tuple[torch.Size | None, ...], *spelled: Any,
+) -> Plan:  # fmt: skip
+    _check(shape, block, *vectors)
+    codes = Codes.of(*spelled)
+    K, M = shape[-1], prod(shape[:-1])
+    step, results = row_step(shape, stride), codes.results(shape)
     _, f, p = split(block)
     tile = hadamard_launch(M, K, block, codes)
+    G = 1 if codes.static else results[1][0][-1]
+    return Plan(
+        copy=step is None,
+        results=results,
+        grid=(cdiv(M, tile["ROWS"]), cdiv(K, channels_of(tile))),
+        numbers=(M, K, G, f, p, results[0][0][-1], K if step is None else step, codes.clip,
+                 (f * p) ** -0.5),
+        options={**tile, "enable_fp_fusion": False},  # as the reference: a product, then a sum
+    )  # fmt: skip
+
+
+def _empty(
+    x: Tensor, _m: Any, _o: Any, _block: int, _om: Any, _oo: Any, *spelled: Any
+) -> list[Tensor]:
+    return Codes.of(*spelled).empty(x)
+
+
+@opaque(_empty)
+def _launch_hadamard_quantize(
+    x: Tensor, multiplier: Tensor | None, offset: Tensor | None, block: int,
+    out_multiplier: Tensor | None, out_offset: Tensor | None,
+    bits: int, granularity: str, signed: bool, packed: bool, clip: float,
+) -> list[Tensor]:  # fmt: skip
+    vectors = multiplier, offset, out_multiplier, out_offset
+    plan = _plan(
+        x.shape, x.stride(), block, tuple(map(shape_of, vectors)),
+        bits, granularity, signed, packed, clip,
+    )  # fmt: skip
+    results = plan.empty(x.device)
     matrices: tuple[Tensor | None, ...] = (None, None)
-    if tile["BLOCKS"]:
-        matrices = tuple(signs_on(n, x.device) for n in (f, p))
-    vectors = [
-        None if v is None else v.contiguous()
-        for v in (multiplier, offset, out_multiplier, out_offset)
-    ]
+    if plan.options["BLOCKS"]:
+        matrices = tuple(signs_on(n, x.device) for n in plan.numbers[3:5])
+    m, o, om, oo = (None if v is None else v.contiguous() for v in vectors)
     with on_device(x):
-        _hadamard_quantize_kernel[(cdiv(M, tile["ROWS"]), cdiv(K, channels_of(tile)))](
-            x_2d, *vectors[:2], *matrices, *vectors[2:], q, scale,
-            M, K, 1 if scale is None else scale.shape[-1], f, p, q.shape[-1], x_2d.stride(0),
-            codes.clip, (f * p) ** -0.5, **tile,
-            enable_fp_fusion=False,  # as the reference: a product, then a sum
+        _hadamard_quantize_kernel[plan.grid](
+            x.contiguous() if plan.copy else x, m, o, *matrices, om, oo,
+            results[0], None if len(results) == 1 else results[1], *plan.numbers, **plan.options,
         )  # fmt: skip
-    return q, scale
+    return results
 
 
 def hadamard_quantize(
@@ -256,13 +291,13 @@ def hadamard_quantize(
         q: [..., K], int8 or uint8, or [..., ceil(K / 128) * 64], uint8, if packed.
         scale: None (static), or [..., 1] or [..., G], float32.
     """
-    check_channels(
-        x, multiplier=multiplier, offset=offset, out_multiplier=out_multiplier,
-        out_offset=out_offset,
-    )  # fmt: skip
-    codes = Codes(bits, granularity, signed, packed, clip)
     block = x.shape[-1] if block is None else block
-    check_block(x.shape[-1], block)
-    triton = backend_of(x, backend) == "triton" and x.numel()
-    run = _launch_hadamard_quantize if triton else hadamard_quantize_ref
-    return run(x, multiplier, offset, block, out_multiplier, out_offset, codes)
+    if backend_of(x, backend) == "triton" and x.numel():
+        q, *scale = _launch_hadamard_quantize(
+            x, multiplier, offset, block, out_multiplier, out_offset,
+            bits, str(granularity), signed, packed, clip,
+        )  # fmt: skip
+        return q, scale[0] if scale else None
+    _check(x.shape, block, *map(shape_of, (multiplier, offset, out_multiplier, out_offset)))
+    codes = Codes(bits, granularity, signed, packed, clip)
+    return hadamard_quantize_ref(x, multiplier, offset, block, out_multiplier, out_offset, codes)

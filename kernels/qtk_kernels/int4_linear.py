@@ -6,11 +6,14 @@ of `_int4.py` and are unpacked in registers.
 M tokens, K input channels, N output channels, G groups of group_size channels (1 unless given).
 """
 
+from math import prod
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._codes import group_size_of, rows_of, scale_strides
-from ._dispatch import backend_of, on_device
+from ._codes import group_size_of, scale_strides
+from ._dispatch import backend_of
 from ._int4 import pack_int4, packed_width, unpack_int4
 from ._lang import (
     along_m,
@@ -27,10 +30,14 @@ from ._lang import (
     tile_of,
     tl,
 )
-from ._launch import cdiv, gemm_launch, packed_steps
-from ._split_k import add_parts, empty_parts
+from ._launch import gemm_launch, packed_steps
+from ._plan import contiguous_strides, opaque, planned, row_step, shape_of
+from ._split_k import LinearPlan, launch_linear, plan_linear
 from .int8_linear import (
     Output,
+    check_scales,
+    empty_output,
+    flipped,
     float32_name,
     int8_linear,
     int8_linear_ref,
@@ -225,49 +232,78 @@ def _int4_linear_kernel(
         )  # fmt: skip
 
 
-def _launch_int4_linear(
-    x_q: Tensor,
-    w_packed: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    K: int,
-    x_packed: bool,
-    x_scale: Tensor | None,
-    x_zero_point: int,
-    size: int,
-    out: Output,
-) -> Tensor:
-    if x_q.dtype == torch.uint8 and not x_packed:
-        # tensor cores multiply int8 by int8 only: flip the sign bit
-        x_q, x_zero_point = (x_q ^ 0x80).view(torch.int8), x_zero_point - 128
-    x_2d = rows_of(x_q)
-    M, (N, width) = x_2d.shape[0], w_packed.shape
+def _check(
+    x: torch.Size, w_scale: torch.Size, x_scale: torch.Size | None, bias: torch.Size | None,
+    K: int, x_packed: bool, group_size: int | None,
+) -> int:  # fmt: skip
+    """The channels in a group; raises where shapes do not fit."""
+    width = packed_width(K) if x_packed else K
+    if x[-1] != width:
+        raise ValueError(f"x_q must be [..., {width}] for {K} channels, got {list(x)}")
+    check_scales(x, w_scale[0], x_scale, bias)
+    G = max(w_scale[1], 1 if x_scale is None else x_scale[-1])
+    return group_size_of(K, G, group_size)
+
+
+@planned
+def _plan(
+    x: torch.Size, stride: tuple[int, ...], x_dtype: torch.dtype, device: torch.device,
+    w: torch.Size, w_scale: torch.Size, x_scale: torch.Size | None, bias: torch.Size | None,
+    K: int, x_packed: bool, x_zero_point: int, group_size: int | None, *spelled: Any,
+) -> LinearPlan:  # fmt: skip
+    out = Output(*spelled)
+    size = _check(x, w_scale, x_scale, bias, K, x_packed, group_size)
+    M, (N, width) = prod(x[:-1]), w
+    if w != (w_scale[0], packed_width(K)):
+        want = [w_scale[0], packed_width(K)]
+        raise ValueError(f"operand must be {want} for {K} channels, got {list(w)}")
     grouped = size < K
     bytes_, steps = packed_steps(K, size, width)
-    x_scale = None if x_scale is None else x_scale.contiguous()
-    y = torch.empty((*x_q.shape[:-1], N), dtype=out.dtype, device=x_q.device)
+    if x_dtype == torch.uint8 and not x_packed:  # its sign bit is flipped, in a copy
+        stride, x_zero_point = contiguous_strides(x), x_zero_point - 128
     tile = gemm_launch(
-        "int4_linear W4A4" if x_packed else "int4_linear W4A8", M, N, K, device=x_q.device,
+        "int4_linear W4A4" if x_packed else "int4_linear W4A8", M, N, K, device=device,
         grouped=grouped, weight_bits=4, computed_weights=True, computed_tokens=x_packed,
     )  # fmt: skip
-    parts = empty_parts(tile["SPLIT_K"], M, N, not grouped, x_q)
-    with on_device(x_q):
-        _int4_linear_kernel[
-            (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), tile["SPLIT_K"])
-        ](
-            x_2d, w_packed, x_scale, w_scale, bias, y, parts,
-            M, N, K, steps, x_zero_point * (16 if x_packed else 1), out.step, out.zero_point,
-            x_2d.stride(0), w_packed.stride(0), *scale_strides(x_scale), *scale_strides(w_scale),
-            GROUP=size if grouped else 0, X_PACKED=x_packed, HAS_ZERO_POINT=x_zero_point != 0,
-            **out.epilogue, BYTES=bytes_, **tile,
-            enable_fp_fusion=False,  # the epilogue then rounds as the reference does
-        )  # fmt: skip
-        if parts is not None:
-            scales = (None, None) if grouped else (x_scale, w_scale)
-            shift = 0 if grouped else 8 if x_packed else 4
-            add_parts(parts, y, bias, *scales, shift=shift, out_step=out.step,
-                      out_zero_point=out.zero_point, **out.epilogue)  # fmt: skip
-    return y
+    step = row_step(x, stride)
+    return plan_linear(
+        x, stride, N, out.dtype, tile,
+        (M, N, K, steps, x_zero_point * (16 if x_packed else 1), out.step, out.zero_point,
+         x[-1] if step is None else step, width,
+         *scale_strides(x_scale), *scale_strides(w_scale)),
+        {"GROUP": size if grouped else 0, "X_PACKED": x_packed,
+         "HAS_ZERO_POINT": x_zero_point != 0, **out.epilogue, "BYTES": bytes_,
+         "enable_fp_fusion": False},  # the epilogue then rounds as the reference does
+        integers=not grouped, scaled=grouped, shift=0 if grouped else 8 if x_packed else 4,
+        out=(out.step, out.zero_point), epilogue=out.epilogue,
+    )  # fmt: skip
+
+
+def _empty(
+    x_q: Tensor, w: Tensor, _ws: Any, _b: Any, _k: Any, _p: Any, _xs: Any, _z: Any, _g: Any,
+    *spelled: Any,
+) -> Tensor:  # fmt: skip
+    return empty_output(x_q, w.shape[0], spelled)
+
+
+@opaque(_empty)
+def _launch_int4_linear(
+    x_q: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, K: int, x_packed: bool,
+    x_scale: Tensor | None, x_zero_point: int, group_size: int | None,
+    activation: str | None, out_dtype: torch.dtype, out_step: float | None, out_zero_point: int,
+    out_signed: bool, out_bits: int,
+) -> Tensor:  # fmt: skip
+    plan = _plan(
+        x_q.shape, x_q.stride(), x_q.dtype, x_q.device, w.shape, w_scale.shape, shape_of(x_scale),
+        shape_of(bias), K, x_packed, x_zero_point, group_size,
+        activation, out_dtype, out_step, out_zero_point, out_signed, out_bits,
+    )  # fmt: skip
+    x_scale = None if x_scale is None else x_scale.contiguous()
+    w_scale = w_scale.contiguous()
+    return launch_linear(
+        _int4_linear_kernel, plan, x_q if x_packed else flipped(x_q),
+        (w.contiguous(), x_scale, w_scale), bias, x_scale, w_scale,
+    )  # fmt: skip
 
 
 def int4_linear(
@@ -309,19 +345,14 @@ def int4_linear(
     Returns:
         y: [..., N], out_dtype, or int8 or uint8 codes.
     """
-    out = Output(activation, out_dtype, out_step, out_zero_point, out_signed, out_bits)
-    name = backend_of(x_q, backend)
-    K = in_features
-    width = packed_width(K) if x_packed else K
-    if x_q.shape[-1] != width:
-        raise ValueError(f"x_q must be [..., {width}] for {K} channels, got {list(x_q.shape)}")
-    G = max(w_scale.shape[1], 1 if x_scale is None else x_scale.shape[-1])
-    size = group_size_of(K, G, group_size)
+    name, K = backend_of(x_q, backend), in_features
     if name == "triton" and x_q.numel() and w_scale.shape[0]:
         return _launch_int4_linear(
-            x_q, restore_int4(operand, K), w_scale.contiguous(), bias, K, x_packed,
-            x_scale, x_zero_point, size, out,
+            x_q, restore_int4(operand, K), w_scale, bias, K, x_packed, x_scale, x_zero_point,
+            group_size, activation, out_dtype, out_step, out_zero_point, out_signed, out_bits,
         )  # fmt: skip
+    out = Output(activation, out_dtype, out_step, out_zero_point, out_signed, out_bits)
+    _check(x_q.shape, w_scale.shape, shape_of(x_scale), shape_of(bias), K, x_packed, group_size)
     if x_packed:
         x_q = unpack_int4(x_q, K)
     if name == "cpu":

@@ -12,14 +12,15 @@ M tokens, K input channels, N output channels, G groups of group_size channels (
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._activation import activate, check_activation
-from ._codes import group_size_of, rows_of, scale_strides
-from ._dispatch import backend_of, cpu_has_int8, on_device
+from ._codes import group_size_of, scale_strides
+from ._dispatch import backend_of, cpu_has_int8
 from ._int8_cpu import float32_chunks, is_onednn, onednn_linear
 from ._lang import (
     along_m,
@@ -34,8 +35,9 @@ from ._lang import (
     tile_of,
     tl,
 )
-from ._launch import cdiv, dot_width, gemm_launch, steps_of
-from ._split_k import add_parts, empty_parts
+from ._launch import dot_width, gemm_launch, steps_of
+from ._plan import contiguous_strides, opaque, planned, row_step, shape_of
+from ._split_k import LinearPlan, launch_linear, plan_linear
 
 
 def fold_zero_point(
@@ -240,45 +242,99 @@ def _int8_linear_kernel(
         )  # fmt: skip
 
 
-def _launch_int8_linear(
-    x_q: Tensor,
-    w_q: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    x_scale: Tensor | None,
-    x_zero_point: int,
-    size: int,
-    out: Output,
-) -> Tensor:
-    if x_q.dtype == torch.uint8:
-        # tensor cores multiply int8 by int8 only: flip the sign bit
-        x_q, x_zero_point = (x_q ^ 0x80).view(torch.int8), x_zero_point - 128
-    x_2d = rows_of(x_q)
-    M, K = x_2d.shape
-    N = w_q.shape[0]
+def check_scales(
+    x: torch.Size, N: int, x_scale: torch.Size | None, bias: torch.Size | None
+) -> None:
+    """Raises unless there is one scale a token and group, and one bias an output channel."""
+    if x_scale is not None and x_scale[:-1] != x[:-1]:
+        raise ValueError(f"x_scale must be {[*x[:-1], 'G']}, got {list(x_scale)}")
+    if bias is not None and bias != (N,):
+        raise ValueError(f"bias must be [{N}], got {list(bias)}")
+
+
+def _check(
+    x: torch.Size, x_dtype: torch.dtype, w: torch.Size, w_scale: torch.Size,
+    x_scale: torch.Size | None, bias: torch.Size | None, group_size: int | None, blocked: bool,
+) -> int:  # fmt: skip
+    """The channels in a group; raises where shapes or dtypes do not fit."""
+    K, N = x[-1], w_scale[0]
+    G = max(w_scale[1], 1 if x_scale is None else x_scale[-1])
+    size = group_size_of(K, G, group_size)
+    want = (K, N) if blocked else (N, K)
+    if w != want:
+        raise ValueError(
+            f"operand must be {list(want)} for x_q {list(x)} and w_scale {list(w_scale)}, "
+            f"got {list(w)}"
+        )
+    if x_dtype not in (torch.int8, torch.uint8):
+        raise ValueError(f"x_q must be int8 or uint8, got {x_dtype}")
+    check_scales(x, N, x_scale, bias)
+    return size
+
+
+@planned
+def _plan(
+    x: torch.Size, stride: tuple[int, ...], x_dtype: torch.dtype, device: torch.device,
+    w: torch.Size, w_scale: torch.Size, x_scale: torch.Size | None, bias: torch.Size | None,
+    x_zero_point: int, group_size: int | None, *spelled: Any,
+) -> LinearPlan:  # fmt: skip
+    out = Output(*spelled)
+    size = _check(x, x_dtype, w, w_scale, x_scale, bias, group_size, blocked=False)
+    M, (N, K) = prod(x[:-1]), w
     grouped = size < K
     group, block_k = (size, dot_width(size)) if grouped else (0, 128)
-    x_scale = None if x_scale is None else x_scale.contiguous()
-    y = torch.empty((*x_q.shape[:-1], N), dtype=out.dtype, device=x_q.device)
+    if x_dtype == torch.uint8:  # its sign bit is flipped, in a copy
+        stride, x_zero_point = contiguous_strides(x), x_zero_point - 128
     tile = gemm_launch(
-        "int8_linear", M, N, K, device=x_q.device, grouped=grouped, computed_weights=False
+        "int8_linear", M, N, K, device=device, grouped=grouped, computed_weights=False
     )
-    parts = empty_parts(tile["SPLIT_K"], M, N, not grouped, x_q)
-    with on_device(x_q):
-        _int8_linear_kernel[
-            (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), tile["SPLIT_K"])
-        ](
-            x_2d, w_q.contiguous(), x_scale, w_scale, bias, y, parts,
-            M, N, K, steps_of(K, group, block_k), x_zero_point, out.step, out.zero_point,
-            x_2d.stride(0), *scale_strides(x_scale), *scale_strides(w_scale),
-            GROUP=group, HAS_ZERO_POINT=x_zero_point != 0, **out.epilogue, BLOCK_K=block_k, **tile,
-            enable_fp_fusion=False,  # the epilogue then rounds as the reference does
-        )  # fmt: skip
-        if parts is not None:
-            scales = (None, None) if grouped else (x_scale, w_scale)
-            add_parts(parts, y, bias, *scales, out_step=out.step, out_zero_point=out.zero_point,
-                      **out.epilogue)  # fmt: skip
-    return y
+    step = row_step(x, stride)
+    return plan_linear(
+        x, stride, N, out.dtype, tile,
+        (M, N, K, steps_of(K, group, block_k), x_zero_point, out.step, out.zero_point,
+         K if step is None else step, *scale_strides(x_scale), *scale_strides(w_scale)),
+        {"GROUP": group, "HAS_ZERO_POINT": x_zero_point != 0, **out.epilogue, "BLOCK_K": block_k,
+         "enable_fp_fusion": False},  # the epilogue then rounds as the reference does
+        integers=not grouped, scaled=grouped, out=(out.step, out.zero_point),
+        epilogue=out.epilogue,
+    )  # fmt: skip
+
+
+def flipped(x_q: Tensor) -> Tensor:
+    """Tensor cores multiply int8 by int8 only: unsigned codes, less 128, contiguous."""
+    if x_q.dtype == torch.uint8:
+        return (x_q ^ 0x80).view(torch.int8).contiguous()
+    return x_q
+
+
+def empty_output(x: Tensor, N: int, spelled: tuple[Any, ...]) -> Tensor:
+    """Uninitialized [..., N] of an `Output`."""
+    return x.new_empty((*x.shape[:-1], N), dtype=Output(*spelled).dtype)
+
+
+def _empty(
+    x_q: Tensor, w: Tensor, _ws: Any, _b: Any, _xs: Any, _z: Any, _g: Any, *spelled: Any
+) -> Tensor:
+    return empty_output(x_q, w.shape[0], spelled)
+
+
+@opaque(_empty)
+def _launch_int8_linear(
+    x_q: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, x_scale: Tensor | None,
+    x_zero_point: int, group_size: int | None, activation: str | None, out_dtype: torch.dtype,
+    out_step: float | None, out_zero_point: int, out_signed: bool, out_bits: int,
+) -> Tensor:  # fmt: skip
+    plan = _plan(
+        x_q.shape, x_q.stride(), x_q.dtype, x_q.device, w.shape, w_scale.shape, shape_of(x_scale),
+        shape_of(bias), x_zero_point, group_size,
+        activation, out_dtype, out_step, out_zero_point, out_signed, out_bits,
+    )  # fmt: skip
+    x_scale = None if x_scale is None else x_scale.contiguous()
+    w_scale = w_scale.contiguous()
+    return launch_linear(
+        _int8_linear_kernel, plan, flipped(x_q), (w.contiguous(), x_scale, w_scale), bias,
+        x_scale, w_scale,
+    )  # fmt: skip
 
 
 def int8_linear(
@@ -316,25 +372,20 @@ def int8_linear(
     Returns:
         y: [..., N], out_dtype, or int8 or uint8 codes.
     """
-    out = Output(activation, out_dtype, out_step, out_zero_point, out_signed, out_bits)
     name = backend_of(x_q, backend)
-    K, N = x_q.shape[-1], w_scale.shape[0]
-    G = max(w_scale.shape[1], 1 if x_scale is None else x_scale.shape[-1])
-    size = group_size_of(K, G, group_size)
-    onednn = name == "cpu" and is_onednn(operand, w_scale.shape[1])
-    want = (K, N) if onednn or operand.is_mkldnn else (N, K)
-    if operand.shape != want:
-        raise ValueError(
-            f"operand must be {list(want)} for x_q {list(x_q.shape)} and w_scale "
-            f"{list(w_scale.shape)}, got {list(operand.shape)}"
-        )
-    if x_q.dtype not in (torch.int8, torch.uint8):
-        raise ValueError(f"x_q must be int8 or uint8, got {x_q.dtype}")
-    w_scale = w_scale.contiguous()
-    if name == "triton" and x_q.numel() and N:
+    if name == "triton" and x_q.numel() and w_scale.shape[0]:
         return _launch_int8_linear(
-            x_q, restore_int8(operand), w_scale, bias, x_scale, x_zero_point, size, out
-        )
+            x_q, restore_int8(operand), w_scale, bias, x_scale, x_zero_point, group_size,
+            activation, out_dtype, out_step, out_zero_point, out_signed, out_bits,
+        )  # fmt: skip
+    out = Output(activation, out_dtype, out_step, out_zero_point, out_signed, out_bits)
+    G = max(w_scale.shape[1], 1 if x_scale is None else x_scale.shape[-1])
+    onednn = name == "cpu" and is_onednn(operand, w_scale.shape[1])
+    size = _check(
+        x_q.shape, x_q.dtype, operand.shape, w_scale.shape, shape_of(x_scale), shape_of(bias),
+        group_size, blocked=onednn or operand.is_mkldnn,
+    )  # fmt: skip
+    w_scale = w_scale.contiguous()
     if onednn and G == 1 and x_scale is None:
         y = onednn_linear(
             x_q, operand, w_scale, bias, x_zero_point, activation=activation,

@@ -13,11 +13,14 @@ residual stream: "norm" in post-norm models (BERT), "sum" in pre-norm models (OP
 M tokens, K channels.
 """
 
+from math import prod
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref, rows_of
+from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref
 from ._dispatch import backend_of, on_device
 from ._lang import (
     dynamic_divide,
@@ -30,6 +33,7 @@ from ._lang import (
     tl,
 )
 from ._launch import cdiv
+from ._plan import Plan, opaque, planned, row_step, shape_of
 
 EMIT = ("norm", "sum")
 
@@ -238,38 +242,83 @@ def _layer_norm_quantize_kernel(
         )  # fmt: skip
 
 
-def _launch_layer_norm_quantize(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    emit: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    codes: Codes,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    K = x.shape[-1]
-    x_2d = rows_of(x)
-    r_2d = None if residual is None else rows_of(residual)
-    norm: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
-    if emit == "norm" and norm_weight is not None and norm_bias is not None:
-        norm = (norm_weight.contiguous(), norm_bias.contiguous())
-    M = x_2d.shape[0]
-    q, scale = codes.empty(x)
-    emitted = None if emit is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tile = codes.launch(M, K)
+def _check(
+    shape: torch.Size, weight: torch.Size, bias: torch.Size, residual: torch.Size | None,
+    emit: str | None, norm_weight: torch.Size | None, norm_bias: torch.Size | None,
+) -> None:  # fmt: skip
+    check_channels(shape, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    if residual is not None and residual != shape:
+        raise ValueError(f"residual must be {list(shape)} as x is, got {list(residual)}")
+    if emit is not None and emit not in EMIT:
+        raise ValueError(f"emit must be None or one of {EMIT}, got {emit!r}")
+    if emit == "norm" and (norm_weight is None or norm_bias is None):
+        raise ValueError("emit='norm' needs norm_weight and norm_bias, got None")
+
+
+@planned
+def _plan(
+    shape: torch.Size, stride: tuple[int, ...], residual_stride: tuple[int, ...] | None,
+    dtype: torch.dtype, eps: float, vectors: tuple[Any, ...], *spelled: Any,
+) -> Plan:  # fmt: skip
+    _check(shape, *vectors)
+    codes = Codes.of(*spelled)
+    K, M = shape[-1], prod(shape[:-1])
+    step = row_step(shape, stride)
+    r_step = 0 if residual_stride is None else row_step(shape, residual_stride)
+    copy = step is None or r_step is None
+    if step is None or r_step is None:
+        step = r_step = K
+    tile, results = codes.launch(M, K), codes.results(shape)
     channels = channels_of(tile)
+    G = 1 if codes.static else results[1][0][-1]
+    numbers = M, K, G, results[0][0][-1], step, r_step, eps, codes.clip
+    return Plan(
+        copy,
+        results if vectors[3] is None else [*results, (tuple(shape), dtype)],
+        (cdiv(M, tile["ROWS"]),),
+        numbers,
+        # a fused sum only moves y within the bound that another order of summation needs
+        {"WALK": channels < K, "FULL": K % channels == 0 and channels == tile["BLOCK_K"],
+         "CHANNELS": channels, **tile},
+    )  # fmt: skip
+
+
+def _empty(
+    x: Tensor, _w: Any, _b: Any, _eps: Any, _r: Any, emit: str | None, _nw: Any, _nb: Any,
+    *spelled: Any,
+) -> list[Tensor]:  # fmt: skip
+    found = Codes.of(*spelled).empty(x)
+    return found if emit is None else [*found, x.new_empty(x.shape)]
+
+
+@opaque(_empty)
+def _launch_layer_norm_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None,
+    emit: str | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    bits: int, granularity: str, signed: bool, packed: bool, clip: float,
+) -> list[Tensor]:  # fmt: skip
+    """q, then the scale unless it is static, then what is emitted, if anything is."""
+    vectors = (weight.shape, bias.shape, shape_of(residual), emit, shape_of(norm_weight),
+               shape_of(norm_bias))  # fmt: skip
+    plan = _plan(
+        x.shape, x.stride(), None if residual is None else residual.stride(), x.dtype, eps,
+        vectors, bits, granularity, signed, packed, clip,
+    )  # fmt: skip
+    results = plan.empty(x.device)
+    if plan.copy:
+        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    norm: tuple[Tensor | None, ...] = (None, None)
+    if emit == "norm" and norm_weight is not None and norm_bias is not None:
+        norm = norm_weight.contiguous(), norm_bias.contiguous()
     with on_device(x):
-        _layer_norm_quantize_kernel[(cdiv(M, tile["ROWS"]),)](
-            x_2d, r_2d, weight.contiguous(), bias.contiguous(), *norm, q, scale, emitted,
-            M, K, 1 if scale is None else scale.shape[-1], q.shape[-1],
-            x_2d.stride(0), 0 if r_2d is None else r_2d.stride(0), eps, codes.clip,
-            WALK=channels < K, FULL=K % channels == 0 and channels == tile["BLOCK_K"],
-            CHANNELS=channels, **tile,
-            # a fused sum only moves y within the bound that another order of summation needs
+        _layer_norm_quantize_kernel[plan.grid](
+            x, residual, weight.contiguous(), bias.contiguous(),
+            *norm,
+            results[0], None if granularity == "tensor" else results[1],
+            None if emit is None else results[-1],
+            *plan.numbers, **plan.options,
         )  # fmt: skip
-    return q, scale, emitted
+    return results
 
 
 def layer_norm_quantize(
@@ -309,14 +358,15 @@ def layer_norm_quantize(
         scale: None (static), or [..., 1] or [..., G], float32.
         emitted: None, or [..., K] in x's dtype.
     """
-    check_channels(x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual must be {list(x.shape)} as x is, got {list(residual.shape)}")
-    if emit is not None and emit not in EMIT:
-        raise ValueError(f"emit must be None or one of {EMIT}, got {emit!r}")
-    if emit == "norm" and (norm_weight is None or norm_bias is None):
-        raise ValueError("emit='norm' needs norm_weight and norm_bias, got None")
+    if backend_of(x, backend) == "triton" and x.numel():
+        q, *rest = _launch_layer_norm_quantize(
+            x, weight, bias, eps, residual, emit, norm_weight, norm_bias,
+            bits, str(granularity), signed, packed, clip,
+        )  # fmt: skip
+        return q, None if granularity == "tensor" else rest[0], None if emit is None else rest[-1]
+    vectors = map(shape_of, (norm_weight, norm_bias))
+    _check(x.shape, weight.shape, bias.shape, shape_of(residual), emit, *vectors)
     codes = Codes(bits, granularity, signed, packed, clip)
-    triton = backend_of(x, backend) == "triton" and x.numel()
-    run = _launch_layer_norm_quantize if triton else layer_norm_quantize_ref
-    return run(x, weight, bias, eps, residual, emit, norm_weight, norm_bias, codes)
+    return layer_norm_quantize_ref(
+        x, weight, bias, eps, residual, emit, norm_weight, norm_bias, codes
+    )

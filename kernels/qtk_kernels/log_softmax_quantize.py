@@ -11,14 +11,17 @@ an octave is FQ-ViT's log2 quantizer, arXiv 2111.13824, two are RepQ-ViT's log-s
 M rows, K scores in each; a score of -inf, or below -1e15 in base 2, has probability 0.
 """
 
+from math import prod
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._codes import rows_of
 from ._dispatch import backend_of, on_device
 from ._int4 import pack_int4, packed_width, unpack_int4
 from ._lang import jit, round_codes, store_codes, tl
 from ._launch import MAX_ROW, cdiv, row_launch
+from ._plan import Plan, opaque, planned, row_step
 from ._softmax import LOG2_E, LOWEST, Softmax
 
 TOP = 15
@@ -68,6 +71,66 @@ def _log_dequantize_kernel(
     tl.store(out_ptr + offs_m[:, None] * K + offs_k[None, :], p, mask=mask)
 
 
+@planned
+def _plan(shape: torch.Size, stride: tuple[int, ...], steps: int, scale: float) -> Plan:
+    K, M, step = shape[-1], prod(shape[:-1]), row_step(shape, stride)
+    if K > MAX_ROW:
+        raise ValueError(f"backend 'triton' holds rows of up to {MAX_ROW} scores, got {K}")
+    tile, width = row_launch(M, K, at_least=128), packed_width(K)
+    return Plan(
+        copy=step is None,
+        results=[((*shape[:-1], width), torch.uint8)],
+        grid=(cdiv(M, tile["ROWS"]),),
+        numbers=(M, K, width, K if step is None else step, scale * LOG2_E),
+        options={"STEPS": steps, **tile, "enable_fp_fusion": False},
+    )
+
+
+def _empty(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed_width(x.shape[-1])), dtype=torch.uint8)
+
+
+@opaque(_empty)
+def _launch_log_softmax_quantize(x: Tensor, steps: int, scale: float) -> Tensor:
+    plan = _plan(x.shape, x.stride(), steps, scale)
+    (q,) = plan.empty(x.device)
+    with on_device(x):
+        _log_softmax_quantize_kernel[plan.grid](
+            x.contiguous() if plan.copy else x, q, *plan.numbers, **plan.options
+        )
+    return q
+
+
+@planned
+def _plan_back(shape: torch.Size, stride: tuple[int, ...], K: int, steps: int) -> Plan:
+    if shape[-1] != packed_width(K):
+        raise ValueError(f"{K} scores need [..., {packed_width(K)}], got {list(shape)}")
+    M, step = prod(shape[:-1]), row_step(shape, stride)
+    tile = row_launch(M, K)
+    return Plan(
+        copy=step is None,
+        results=[((*shape[:-1], K), torch.float32)],
+        grid=(cdiv(M, tile["ROWS"]), cdiv(K, tile["BLOCK_K"])),
+        numbers=(M, K, shape[-1] if step is None else step),
+        options={"STEPS": steps, **tile},
+    )
+
+
+def _empty_back(q: Tensor, K: int, _steps: int) -> Tensor:
+    return q.new_empty((*q.shape[:-1], K), dtype=torch.float32)
+
+
+@opaque(_empty_back)
+def _launch_log_dequantize(q: Tensor, K: int, steps: int) -> Tensor:
+    plan = _plan_back(q.shape, q.stride(), K, steps)
+    (out,) = plan.empty(q.device)
+    with on_device(q):
+        _log_dequantize_kernel[plan.grid](
+            q.contiguous() if plan.copy else q, out, *plan.numbers, **plan.options
+        )
+    return out
+
+
 def log_softmax_quantize(
     x: Tensor, *, steps: int = 1, scale: float = 1.0, backend: str | None = None
 ) -> Tensor:
@@ -89,31 +152,13 @@ def log_softmax_quantize(
         raise ValueError(f"scale must be positive, got {scale}")
     if backend_of(x, backend) != "triton" or not x.numel():
         return log_softmax_quantize_ref(x, steps, scale)
-    K = x.shape[-1]
-    if K > MAX_ROW:
-        raise ValueError(f"backend 'triton' holds rows of up to {MAX_ROW} scores, got {K}")
-    rows = rows_of(x)
-    q = torch.empty((*x.shape[:-1], packed_width(K)), dtype=torch.uint8, device=x.device)
-    tile = row_launch(len(rows), K, at_least=128)
-    with on_device(x):
-        _log_softmax_quantize_kernel[(cdiv(len(rows), tile["ROWS"]),)](
-            rows, q, len(rows), K, q.shape[-1], rows.stride(0), scale * LOG2_E, STEPS=steps,
-            **tile, enable_fp_fusion=False,
-        )  # fmt: skip
-    return q
+    return _launch_log_softmax_quantize(x, steps, float(scale))
 
 
 def log_dequantize(q: Tensor, K: int, *, steps: int = 1, backend: str | None = None) -> Tensor:
     """Inverse of `log_softmax_quantize` but for the rounding: probabilities, [..., K] float32."""
     Softmax("log2", bits=4, steps=steps)
-    if backend_of(q, backend) != "triton" or not q.numel():
-        code = (unpack_int4(q, K) & 15).float()
-        return torch.exp2(-code / steps).masked_fill(code == TOP, 0.0)
-    rows = rows_of(q)
-    out = torch.empty((*q.shape[:-1], K), dtype=torch.float32, device=q.device)
-    tile = row_launch(len(rows), K)
-    with on_device(q):
-        _log_dequantize_kernel[(cdiv(len(rows), tile["ROWS"]), cdiv(K, tile["BLOCK_K"]))](
-            rows, out, len(rows), K, rows.stride(0), STEPS=steps, **tile
-        )
-    return out
+    if backend_of(q, backend) == "triton" and q.numel():
+        return _launch_log_dequantize(q, K, steps)
+    code = (unpack_int4(q, K) & 15).float()
+    return torch.exp2(-code / steps).masked_fill(code == TOP, 0.0)

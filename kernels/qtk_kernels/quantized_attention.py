@@ -27,6 +27,7 @@ in the logarithm; that their bytes are fp8 operands, and need no exponential, is
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from ._attention_kernel import quantized_attention_kernel
 from ._attention_ref import WHOLE, expanded, group, quantized_attention_ref, weights_ref
 from ._dispatch import INTERPRETED, backend_of, on_device
 from ._launch import cdiv, next_power_of_2
+from ._plan import Plan, broadcast_strides, contiguous_strides, opaque, planned
 from ._softmax import LOG2_E, OFFSET, Softmax
 
 ONE_TILE = 256  # keys of a row that a program holds: 128 scores a thread
@@ -82,55 +84,24 @@ def attention_tile(Tq: int, Tk: int, one_pass: bool, fp8: bool) -> dict[str, int
     return {"BLOCK_M": rows, "BLOCK_N": BLOCK_N, "num_warps": warps, "num_stages": 2}
 
 
-def _launch(
-    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, multiplier: float,
-    q_scale: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, allowed: Tensor | None,
-    step: Tensor | None, causal: bool, grid: bool, epilogue: Epilogue | None,
-    out_dtype: torch.dtype, block_n: int | None,
-) -> Tensor:  # fmt: skip
-    (B, H, Tq, width), Tk, D = q.shape, k.shape[2], v.shape[3]
-    fp8 = v.dtype == torch.float8_e4m3fn
-    tile = attention_tile(Tq, Tk, grid or softmax.kind == "float", fp8)
-    tile["BLOCK_N"] = block_n or tile["BLOCK_N"]
-    one_tile = not grid and Tk <= tile["BLOCK_N"]
-    out = torch.empty(B, Tq, H * D, dtype=torch.int8 if epilogue else out_dtype, device=q.device)
-    mask = None if allowed is None else allowed.expand(B, H, Tq, Tk).view(torch.uint8)
-    scale_strides = [_strides(s, (B, H)) for s in (q_scale, k_scale, v_scale)]
-    top = 2 ** (epilogue.bits - 1) if epilogue else 0
-    with on_device(q):
-        quantized_attention_kernel[(cdiv(Tq, tile["BLOCK_M"]) * B * H,)](
-            q, k, v.view(torch.int8) if fp8 else v, mask, q_scale, k_scale, v_scale, step,
-            epilogue.multiplier if epilogue else None, epilogue.offset if epilogue else None, out,
-            H, Tq, Tk, D, width,
-            *q.stride()[:3], *k.stride()[:3], *v.stride(),
-            *((0,) * 4 if mask is None else mask.stride()),
-            *scale_strides[0], *scale_strides[1], *scale_strides[2],
-            group(q_scale, Tq), group(k_scale, Tk), multiplier,
-            KIND="uniform" if softmax.uniform else softmax.kind, STEPS=softmax.steps,
-            TOP=softmax.top, OFFSET=OFFSET.get(softmax.steps, 0.0),
-            RENORMALIZE=softmax.renormalize, ONE_TILE=one_tile, GRID=grid, CAUSAL=causal,
-            TAIL=causal or mask is not None or Tk % tile["BLOCK_N"] > 0,
-            KEY_MASK=mask is not None and mask.stride(2) == 0,
-            PACKED=q.dtype == torch.uint8, V_FP8=fp8, QMIN=-top, QMAX=max(top - 1, 0),
-            EXACT=INTERPRETED, BLOCK_W=max(next_power_of_2(width), 32),
-            BLOCK_D=max(next_power_of_2(D), 16), **tile,
-            enable_fp_fusion=False,  # the definition says where a product and a sum are one
-        )  # fmt: skip
-    return out
+class Signature(NamedTuple):
+    """What a launch has to know of a tensor."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def _strides(scale: Tensor | None, leading: tuple[int, int]) -> tuple[int, int, int]:
-    """Steps from batch to batch, head to head and along the last axis; 0 where one serves all."""
-    if scale is None:
-        return 0, 0, 0
-    wide = scale.expand(*leading, scale.shape[-1]) if scale.shape[-1] > 1 else scale
-    strides = scale.expand(*leading, wide.shape[-1]).stride()
-    return strides[0], strides[1], strides[2] if scale.shape[-1] > 1 else 0
+Known = Tensor | Signature
+
+
+def _signature(x: Tensor | None) -> tuple[Any, ...] | None:
+    return None if x is None else (x.shape, x.stride(), x.dtype)
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, q_scale: Tensor | None,
-    k_scale: Tensor | None, v_scale: Tensor | None, step: Tensor | None,
+    q: Known, k: Known, v: Known, softmax: Softmax, q_scale: Known | None,
+    k_scale: Known | None, v_scale: Known | None, step: Known | None, mask: Known | None,
 ) -> None:  # fmt: skip
     B, H, Tq, width = q.shape
     Tk, D = v.shape[2:]
@@ -149,16 +120,20 @@ def _check(
     if D > 256:
         raise ValueError(f"heads are at most 256 wide, got {D}")
     for name, x, scale, T in (("q_scale", q, q_scale, Tq), ("k_scale", k, k_scale, Tk)):
-        if not x.is_floating_point() and scale is None:
+        if not x.dtype.is_floating_point and scale is None:
             raise ValueError(f"codes need a scale: give {name} [B, H, G]")
-        if scale is not None and (scale.dim() != 3 or cdiv(T, group(scale, T)) != scale.shape[2]):
+        if scale is not None and (
+            len(scale.shape) != 3 or cdiv(T, group(scale.shape, T)) != scale.shape[2]
+        ):
             raise ValueError(
                 f"{name} must be [B, H, G], G groups of {T} tokens, got {list(scale.shape)}"
             )
-    if v_scale is not None and (v_scale.dim() != 3 or v_scale.shape[-1] not in (1, D)):
+    if v_scale is not None and (len(v_scale.shape) != 3 or v_scale.shape[-1] not in (1, D)):
         raise ValueError(f"v_scale must be [B, H, {D}] or [B, H, 1], got {list(v_scale.shape)}")
     if (softmax.kind == "matthew") != (step is not None):
         raise ValueError("step [H] goes with softmax='matthew', and only with it")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, True where a key may be seen, got {mask.dtype}")
     if step is not None and step.shape != (H,):
         raise ValueError(f"step must be [{H}], got {list(step.shape)}")
     if v.dtype == torch.float8_e4m3fn and not (
@@ -168,6 +143,89 @@ def _check(
         raise ValueError(
             "v in float8_e4m3fn goes with softmax 'code', or 'log2' of one step and up to 4 bits"
         )
+
+
+@planned
+def _plan(
+    tensors: tuple[Any, ...], out_bits: int, kind: tuple[Any, ...], multiplier: float,
+    causal: bool, grid: bool, out_dtype: torch.dtype, block_n: int,
+) -> Plan:  # fmt: skip
+    known = [None if x is None else Signature(*x) for x in tensors]
+    q, k, v, mask, q_scale, k_scale, v_scale, step, epilogue = known
+    assert q is not None and k is not None and v is not None
+    softmax = Softmax(*kind)
+    _check(q, k, v, softmax, q_scale, k_scale, v_scale, step, mask)
+    (B, H, Tq, width), (Tk, D) = q.shape, v.shape[2:]
+    if epilogue is not None and epilogue.shape != (H * D,):
+        raise ValueError(f"the epilogue must be [{H * D}], got {list(epilogue.shape)}")
+    copy = q.stride[3] != 1 or k.stride[3] != 1
+    strides = [contiguous_strides(x.shape) if copy else x.stride for x in (q, k)]
+    scales = [
+        (0, 0, 0) if s is None
+        else broadcast_strides(s.shape, s.stride, (B, H, s.shape[2]), "a scale")
+        for s in (q_scale, k_scale, v_scale)
+    ]  # fmt: skip
+    seen: tuple[int, ...] = (0,) * 4
+    if mask is not None:
+        seen = broadcast_strides(mask.shape, mask.stride, (B, H, Tq, Tk), "mask")
+    groups = [1 if s is None else group(s.shape, T) for s, T in ((q_scale, Tq), (k_scale, Tk))]
+    fp8 = v.dtype == torch.float8_e4m3fn
+    tile = attention_tile(Tq, Tk, grid or softmax.kind == "float", fp8)
+    tile["BLOCK_N"] = block_n or tile["BLOCK_N"]
+    top = 2 ** (out_bits - 1) if epilogue else 0
+    return Plan(
+        copy,
+        [((B, Tq, H * D), torch.int8 if epilogue else out_dtype)],
+        (cdiv(Tq, tile["BLOCK_M"]) * B * H,),
+        (H, Tq, Tk, D, width, *strides[0][:3], *strides[1][:3], *v.stride, *seen,
+         *scales[0], *scales[1], *scales[2], *groups, multiplier),
+        {"KIND": "uniform" if softmax.uniform else softmax.kind, "STEPS": softmax.steps,
+         "TOP": softmax.top, "OFFSET": OFFSET.get(softmax.steps, 0.0),
+         "RENORMALIZE": softmax.renormalize, "ONE_TILE": not grid and Tk <= tile["BLOCK_N"],
+         "GRID": grid, "CAUSAL": causal,
+         "TAIL": causal or mask is not None or Tk % tile["BLOCK_N"] > 0,
+         "KEY_MASK": mask is not None and seen[2] == 0, "PACKED": q.dtype == torch.uint8,
+         "V_FP8": fp8, "QMIN": -top, "QMAX": max(top - 1, 0), "EXACT": INTERPRETED,
+         "BLOCK_W": max(next_power_of_2(width), 32), "BLOCK_D": max(next_power_of_2(D), 16),
+         **tile,
+         "enable_fp_fusion": False},  # the definition says where a product and a sum are one
+    )  # fmt: skip
+
+
+def _empty(
+    q: Tensor, _k: Any, v: Tensor, _m: Any, _qs: Any, _ks: Any, _vs: Any, _st: Any,
+    epilogue: Tensor | None, *rest: Any,
+) -> Tensor:  # fmt: skip
+    B, H, Tq, _ = q.shape
+    dtype = rest[-2] if epilogue is None else torch.int8
+    return q.new_empty((B, Tq, H * v.shape[3]), dtype=dtype)
+
+
+@opaque(_empty)
+def _launch_quantized_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_scale: Tensor | None,
+    k_scale: Tensor | None, v_scale: Tensor | None, step: Tensor | None,
+    out_multiplier: Tensor | None, out_offset: Tensor | None, out_bits: int,
+    softmax: str, bits: int, steps: int, renormalize: bool, multiplier: float, causal: bool,
+    grid: bool, out_dtype: torch.dtype, block_n: int,
+) -> Tensor:  # fmt: skip
+    tensors = q, k, v, mask, q_scale, k_scale, v_scale, step, out_multiplier
+    plan = _plan(
+        tuple(map(_signature, tensors)), out_bits, (softmax, bits, steps, renormalize),
+        multiplier, causal, grid, out_dtype, block_n,
+    )  # fmt: skip
+    if plan.copy:
+        q, k = q.contiguous(), k.contiguous()
+    (out,) = plan.empty(q.device)
+    with on_device(q):
+        quantized_attention_kernel[plan.grid](
+            q, k, v.view(torch.int8) if plan.options["V_FP8"] else v,
+            None if mask is None else mask.view(torch.uint8), q_scale, k_scale, v_scale, step,
+            None if out_multiplier is None else out_multiplier.contiguous(),
+            None if out_offset is None else out_offset.contiguous(), out,
+            *plan.numbers, **plan.options,
+        )  # fmt: skip
+    return out
 
 
 def quantized_attention(
@@ -206,18 +264,21 @@ def quantized_attention(
     Raises:
         ValueError: shapes, scales or kinds that do not fit.
     """
-    kind = Softmax(softmax, bits, steps, renormalize)
-    _check(q, k, v, kind, q_scale, k_scale, v_scale, step)
     Tk, D = v.shape[2:]
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool, True where a key may be seen, got {mask.dtype}")
     grid = softmax == "code" and (Tk > WHOLE if grid is None else grid)
-    multiplier = (D**-0.5 if scale is None else scale) * LOG2_E * kind.units
+    multiplier = (
+        (D**-0.5 if scale is None else scale) * LOG2_E * (steps if softmax == "code" else 1)
+    )
     if backend_of(q, backend) == "triton" and q.numel() and Tk:
-        return _launch(
-            q, k, v, kind, multiplier, q_scale, k_scale, v_scale, mask, step, causal, grid,
-            epilogue, out_dtype, block_n,
+        return _launch_quantized_attention(
+            q, k, v, mask, q_scale, k_scale, v_scale, step,
+            None if epilogue is None else epilogue.multiplier,
+            None if epilogue is None else epilogue.offset,
+            0 if epilogue is None else epilogue.bits,
+            softmax, bits, steps, renormalize, multiplier, causal, grid, out_dtype, block_n or 0,
         )  # fmt: skip
+    kind = Softmax(softmax, bits, steps, renormalize)
+    _check(q, k, v, kind, q_scale, k_scale, v_scale, step, mask)
     a, k_scale, mask = expanded(q, k, multiplier, q_scale, k_scale, mask, causal)
     y = quantized_attention_ref(q, k, v, kind, a, k_scale, v_scale, mask, step, grid)
     if epilogue is None:
@@ -234,7 +295,7 @@ def attention_weights(
 ) -> Tensor:  # fmt: skip
     """What `quantized_attention` multiplies v with, [B, H, Tq, Tk] float32, by the definition."""
     kind = Softmax(softmax, bits, steps, renormalize)
-    _check(q, k, v, kind, q_scale, k_scale, None, step)
+    _check(q, k, v, kind, q_scale, k_scale, None, step, None)
     multiplier = (v.shape[3] ** -0.5 if scale is None else scale) * LOG2_E * kind.units
     a, k_scale, mask = expanded(q, k, multiplier, q_scale, k_scale, mask, causal)
     P, L = weights_ref(q, k, v, kind, a, k_scale, mask, step, k.shape[2] > WHOLE)

@@ -9,9 +9,13 @@ M tokens, K channels. With a static step D and zero point p, a shift z and a cha
 caller passes multiplier = 1 / (s D) and offset = p - z / (s D).
 """
 
+from math import prod
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref, rows_of
+from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref
 from ._dispatch import backend_of, on_device
 from ._lang import (
     activate_tile,
@@ -25,6 +29,7 @@ from ._lang import (
     tl,
 )
 from ._launch import cdiv
+from ._plan import Plan, opaque, planned, row_step, shape_of
 
 
 def shift_scale_quantize_ref(
@@ -101,28 +106,58 @@ def _shift_scale_quantize_kernel(
         store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
 
 
-def launch_shift_scale_quantize(
-    x: Tensor, multiplier: Tensor | None, offset: Tensor | None, activation: str, codes: Codes
-) -> tuple[Tensor, Tensor | None]:
-    """Runs the kernel, with an activation function ("" for none) in front."""
-    K = x.shape[-1]
-    x_2d = rows_of(x)
-    M = x_2d.shape[0]
-    q, scale = codes.empty(x)
-    G = 1 if scale is None else scale.shape[-1]
+@planned
+def _plan(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    multiplier: torch.Size | None,
+    offset: torch.Size | None,
+    activation: str,
+    *spelled: Any,
+) -> Plan:
+    check_channels(shape, multiplier=multiplier, offset=offset)
+    codes = Codes.of(*spelled)
+    K, M = shape[-1], prod(shape[:-1])
+    step, results = row_step(shape, stride), codes.results(shape)
     tile = codes.launch(M, K)
     walk = codes.granularity == "token" and tile["BLOCK_K"] < K
-    grid = (cdiv(M, tile["ROWS"]), 1 if walk else cdiv(K, channels_of(tile)))
+    G = 1 if codes.static else results[1][0][-1]
+    return Plan(
+        copy=step is None,
+        results=results,
+        grid=(cdiv(M, tile["ROWS"]), 1 if walk else cdiv(K, channels_of(tile))),
+        numbers=(M, K, G, results[0][0][-1], K if step is None else step, codes.clip),
+        options={
+            "WALK": walk, "ACTIVATION": activation, **tile,
+            "enable_fp_fusion": False,  # an fma before the rounding differs from the reference
+        },
+    )  # fmt: skip
+
+
+def _empty(x: Tensor, _m: Any, _o: Any, _activation: str, *spelled: Any) -> list[Tensor]:
+    return Codes.of(*spelled).empty(x)
+
+
+@opaque(_empty)
+def launch_shift_scale_quantize(
+    x: Tensor, multiplier: Tensor | None, offset: Tensor | None, activation: str,
+    bits: int, granularity: str, signed: bool, packed: bool, clip: float,
+) -> list[Tensor]:  # fmt: skip
+    """Runs the kernel, with an activation function ("" for none) in front."""
+    plan = _plan(
+        x.shape, x.stride(), shape_of(multiplier), shape_of(offset), activation,
+        bits, granularity, signed, packed, clip,
+    )  # fmt: skip
+    results = plan.empty(x.device)
     with on_device(x):
-        _shift_scale_quantize_kernel[grid](
-            x_2d,
+        _shift_scale_quantize_kernel[plan.grid](
+            x.contiguous() if plan.copy else x,
             None if multiplier is None else multiplier.contiguous(),
             None if offset is None else offset.contiguous(),
-            q, scale, M, K, G, q.shape[-1], x_2d.stride(0), codes.clip,
-            WALK=walk, ACTIVATION=activation, **tile,
-            enable_fp_fusion=False,  # an fma before the rounding would differ from the reference
+            results[0], None if len(results) == 1 else results[1],
+            *plan.numbers, **plan.options,
         )  # fmt: skip
-    return q, scale
+    return results
 
 
 def shift_scale_quantize(
@@ -153,8 +188,11 @@ def shift_scale_quantize(
         q: [..., K], int8 or uint8, or [..., ceil(K / 128) * 64], uint8, if packed.
         scale: None (static), or [..., 1] or [..., G], float32.
     """
-    check_channels(x, multiplier=multiplier, offset=offset)
-    codes = Codes(bits, granularity, signed, packed, clip)
     if backend_of(x, backend) == "triton" and x.numel():
-        return launch_shift_scale_quantize(x, multiplier, offset, "", codes)
+        q, *scale = launch_shift_scale_quantize(
+            x, multiplier, offset, "", bits, str(granularity), signed, packed, clip
+        )
+        return q, scale[0] if scale else None
+    check_channels(x.shape, multiplier=shape_of(multiplier), offset=shape_of(offset))
+    codes = Codes(bits, granularity, signed, packed, clip)
     return shift_scale_quantize_ref(x, multiplier, offset, codes)

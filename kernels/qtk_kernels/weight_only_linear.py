@@ -7,12 +7,15 @@ M tokens, K input channels, N output channels, G groups of group_size channels (
 Weights of up to 4 bits are packed in the layout of `_int4.py`, wider ones are int8.
 """
 
+from math import prod
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._codes import group_size_of, rows_of, scale_strides
-from ._dispatch import INTERPRETED, backend_of, on_device
+from ._codes import group_size_of, scale_strides
+from ._dispatch import INTERPRETED, backend_of
 from ._int4 import pack_int4, packed_width, unpack_int4
 from ._lang import (
     PTX,
@@ -28,8 +31,10 @@ from ._lang import (
     tile_of,
     tl,
 )
-from ._launch import cdiv, dot_width, gemm_launch, packed_steps, steps_of
-from ._split_k import add_parts, empty_parts
+from ._launch import dot_width, gemm_launch, packed_steps, steps_of
+from ._plan import opaque, planned, row_step, shape_of
+from ._split_k import LinearPlan, launch_linear, plan_linear
+from .int8_linear import check_scales
 
 
 def dequantize_ref(
@@ -327,44 +332,74 @@ def _weight_only_linear_kernel(
         store_linear(out_ptr, y, bias_ptr, offs_m, offs_n, M, N, 1.0, 0, SWAP, "", 0, 0)
 
 
-def _launch_weight_only_linear(
-    x: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    w_zero_point: Tensor | None,
-    packed: bool,
-    size: int,
-) -> Tensor:
-    x_2d = rows_of(x)
-    (M, K), N = x_2d.shape, w.shape[0]
-    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+def _check(
+    x: torch.Size, K: int, w_scale: torch.Size, w_zero_point: torch.Size | None,
+    bias: torch.Size | None, group_size: int | None,
+) -> int:  # fmt: skip
+    """The channels in a group; raises where shapes do not fit."""
+    if x[-1] != K:
+        raise ValueError(f"x must be [..., {K}], got {list(x)}")
+    if w_zero_point is not None and w_zero_point != w_scale:
+        raise ValueError(
+            f"w_zero_point must be {list(w_scale)} as w_scale is, got {list(w_zero_point)}"
+        )
+    check_scales(x, w_scale[0], None, bias)
+    return group_size_of(K, w_scale[1], group_size)
+
+
+@planned
+def _plan(
+    x: torch.Size, stride: tuple[int, ...], x_dtype: torch.dtype, device: torch.device,
+    w: torch.Size, w_scale: torch.Size, w_zero_point: torch.Size | None, bias: torch.Size | None,
+    bits: int, K: int, group_size: int | None,
+) -> LinearPlan:  # fmt: skip
+    size, packed = _check(x, K, w_scale, w_zero_point, bias, group_size), bits <= 4
+    M, N = prod(x[:-1]), w_scale[0]
+    if w != (N, packed_width(K) if packed else K):
+        want = [N, packed_width(K) if packed else K]
+        raise ValueError(f"operand must be {want} for {K} channels of {bits} bits, got {list(w)}")
     grouped = size < K
     tile = gemm_launch(
-        f"weight_only_linear W{4 if packed else 8}A16", M, N, K, device=x.device, grouped=grouped,
+        f"weight_only_linear W{4 if packed else 8}A16", M, N, K, device=device, grouped=grouped,
         weight_bits=4 if packed else 8, computed_weights=True, wide=True,
     )  # fmt: skip
     if packed:
-        width, steps = packed_steps(K, size, w.shape[1])
+        width, steps = packed_steps(K, size, w[1])
     else:
         width = min(dot_width(size), 64) if grouped else 64
         steps = steps_of(K, size if grouped else 0, width)
     # the interpreter multiplies bfloat16 wrongly
-    exact = x.dtype == torch.bfloat16 and INTERPRETED
-    dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, tl.float32)
-    parts = empty_parts(tile["SPLIT_K"], M, N, False, x)
-    with on_device(x):
-        _weight_only_linear_kernel[
-            (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), tile["SPLIT_K"])
-        ](
-            x_2d, w, w_scale, w_zero_point, bias, y, parts,
-            M, N, K, steps, x_2d.stride(0), w.stride(0), *scale_strides(w_scale),
-            GROUP=size if grouped else 0, PACKED=packed, HAS_ZERO_POINT=w_zero_point is not None,
-            DTYPE=tl.float32 if exact else dtype, WIDTH=width, **tile,
-        )  # fmt: skip
-        if parts is not None:
-            add_parts(parts, y, bias, ACTIVATION="", QMIN=0, QMAX=0)
-    return y
+    exact = x_dtype == torch.bfloat16 and INTERPRETED
+    dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x_dtype, tl.float32)
+    step = row_step(x, stride)
+    return plan_linear(
+        x, stride, N, x_dtype, tile,
+        (M, N, K, steps, K if step is None else step, w[1], *scale_strides(w_scale)),
+        {"GROUP": size if grouped else 0, "PACKED": packed,
+         "HAS_ZERO_POINT": w_zero_point is not None, "DTYPE": tl.float32 if exact else dtype,
+         "WIDTH": width},
+        integers=False, scaled=True, epilogue={"ACTIVATION": "", "QMIN": 0, "QMAX": 0},
+    )  # fmt: skip
+
+
+def _empty(x: Tensor, w: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+@opaque(_empty)
+def _launch_weight_only_linear(
+    x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, w_zero_point: Tensor | None,
+    bits: int, K: int, group_size: int | None,
+) -> Tensor:  # fmt: skip
+    plan = _plan(
+        x.shape, x.stride(), x.dtype, x.device, w.shape, w_scale.shape, shape_of(w_zero_point),
+        shape_of(bias), bits, K, group_size,
+    )  # fmt: skip
+    zero_point = None if w_zero_point is None else w_zero_point.contiguous()
+    return launch_linear(
+        _weight_only_linear_kernel, plan, x, (w.contiguous(), w_scale.contiguous(), zero_point),
+        bias,
+    )  # fmt: skip
 
 
 def weight_only_linear(
@@ -394,21 +429,11 @@ def weight_only_linear(
     Returns:
         y: [..., N], in x's dtype.
     """
-    name = backend_of(x, backend)
-    K, G = in_features, w_scale.shape[1]
-    if x.shape[-1] != K:
-        raise ValueError(f"x must be [..., {K}], got {list(x.shape)}")
-    if w_zero_point is not None and w_zero_point.shape != w_scale.shape:
-        raise ValueError(
-            f"w_zero_point must be {list(w_scale.shape)} as w_scale is, "
-            f"got {list(w_zero_point.shape)}"
-        )
-    size = group_size_of(K, G, group_size)
+    name, K = backend_of(x, backend), in_features
     if name == "triton" and x.numel() and w_scale.shape[0]:
-        return _launch_weight_only_linear(
-            x, restore_weight_only(operand, bits=bits, in_features=K), w_scale.contiguous(), bias,
-            None if w_zero_point is None else w_zero_point.contiguous(), bits <= 4, size,
-        )  # fmt: skip
+        w = restore_weight_only(operand, bits=bits, in_features=K)
+        return _launch_weight_only_linear(x, w, w_scale, bias, w_zero_point, bits, K, group_size)
+    _check(x.shape, K, w_scale.shape, shape_of(w_zero_point), shape_of(bias), group_size)
     w_q = unpack_int4(operand, K) if operand.dtype == torch.uint8 else operand
     if name == "cpu":
         w = dequantize_ref(w_q, w_scale, w_zero_point, group_size).to(x.dtype)

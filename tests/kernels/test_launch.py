@@ -5,32 +5,29 @@ import json
 import pytest
 import torch
 
-from qtk_kernels import _launch
+from qtk_kernels import _launch, _plan
 from qtk_kernels._int4 import pack_int4
 from qtk_kernels._launch import gemm_launch, nearest, packed_steps, steps_of
 from qtk_kernels.int4_linear import int4_linear
 from qtk_kernels.int8_linear import int8_linear
 from qtk_kernels.weight_only_linear import weight_only_linear
 
+TILE = {"BLOCK_M": 16, "BLOCK_N": 128, "GROUP_M": 1, "SWAP": True, "SPLIT_K": 2,
+        "num_warps": 4, "num_stages": 3}  # fmt: skip
 RULE = {"grouped": False, "computed_weights": True, "weight_bits": 4}
 
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """A table for a device of capability 9.0."""
-    tile = {"BLOCK_M": 16, "BLOCK_N": 128, "GROUP_M": 1, "SWAP": True, "SPLIT_K": 2,
-            "num_warps": 4, "num_stages": 3}  # fmt: skip
     entries = [
-        {"kernel": "int8_linear", "M": M, "N": 4096, "K": 4096, "tile": {**tile, "GROUP_M": M}}
+        {"kernel": "int8_linear", "M": M, "N": 4096, "K": 4096, "us": 1.0,
+         "tile": {**TILE, "GROUP_M": M}}
         for M in (1, 64)
-    ]
+    ]  # fmt: skip
     (tmp_path / "sm_90.json").write_text(json.dumps({"entries": entries}))
     monkeypatch.setattr(_launch, "TUNED", tmp_path)
-    _launch._table.cache_clear()
-    nearest.cache_clear()
-    yield
-    _launch._table.cache_clear()
-    nearest.cache_clear()
+    _plan.forget()
 
 
 def test_the_nearest_measured_shape_counts(table):
@@ -46,8 +43,38 @@ def test_far_shapes_other_kernels_and_other_devices_have_no_entry(table):
 
 def test_no_table_is_shipped_that_nobody_measured():
     for path in _launch.TUNED.glob("*.json"):
-        entries = json.loads(path.read_text())["entries"]
-        assert all(entry["us"] > 0 for entry in entries)
+        table = _launch.read_table(path)
+        assert table["entries"] and table["device"] and table["versions"]
+
+
+@pytest.mark.parametrize("change", [
+    {"tile": {**TILE, "BLOCK_M": 17}}, {"tile": {"BLOCK_M": 16}},
+    {"tile": {**TILE, "num_warps": 3}}, {"tile": {**TILE, "POWER": 1}}, {"M": 0}, {"M": "1"},
+    {"us": 0}, {"us": None}, {"K": None},
+], ids=str)  # fmt: skip
+def test_a_table_that_no_kernel_can_follow_is_refused(tmp_path, change):
+    entry = {"kernel": "int8_linear", "M": 1, "N": 64, "K": 64, "us": 1.0, "tile": TILE}
+    path = tmp_path / "sm_90.json"
+    path.write_text(json.dumps({"entries": [entry]}))
+    assert _launch.read_table(path)["entries"] == [entry]
+    path.write_text(json.dumps({"entries": [{**entry, **change}]}))
+    with pytest.raises(ValueError, match=r"sm_90\.json is no table of tiles .* `qtk tune`"):
+        _launch.read_table(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"entries": [{}]}'])
+def test_half_a_file_is_refused(tmp_path, text):
+    (tmp_path / "sm_90.json").write_text(text)
+    with pytest.raises(ValueError, match="is no table of tiles"):
+        _launch.read_table(tmp_path / "sm_90.json")
+
+
+def test_a_gpu_follows_its_table(table, monkeypatch):
+    monkeypatch.setattr(_launch, "_capability", lambda device: (9, 0))
+    gpu, rule = torch.device("cuda", 0), {"grouped": False, "computed_weights": False}
+    assert gemm_launch("int8_linear", 60, 4096, 4096, device=gpu, **rule)["GROUP_M"] == 64
+    far = gemm_launch("int8_linear", 1, 256, 256, device=gpu, **rule)
+    assert far == gemm_launch("int8_linear", 1, 256, 256, **rule)
 
 
 @pytest.mark.parametrize("M", [1, 16, 64, 65, 4096])

@@ -5,12 +5,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtk_kernels import (
+    _dispatch,
+    _plan,
     _split_k,
     fp8_linear,
     hadamard_quantize,
     int4_linear,
     int8_linear,
     layer_norm_quantize,
+    log_softmax_quantize,
+    quantized_attention,
     shift_scale_quantize,
     weight_only_linear,
 )
@@ -18,16 +22,25 @@ from qtk_kernels._int4 import packed_width
 from qtk_kernels.gelu_quantize import activation_quantize
 
 M, N, K = 5, 24, 256
-KERNELS = {
-    _split_k: "_add_parts_kernel",
-    fp8_linear: "_fp8_linear_kernel",
-    hadamard_quantize: "_hadamard_quantize_kernel",
-    int4_linear: "_int4_linear_kernel",
-    int8_linear: "_int8_linear_kernel",
-    layer_norm_quantize: "_layer_norm_quantize_kernel",
-    shift_scale_quantize: "_shift_scale_quantize_kernel",
-    weight_only_linear: "_weight_only_linear_kernel",
-}
+KERNELS = [
+    (_split_k, "_add_parts_kernel"),
+    (fp8_linear, "_fp8_linear_kernel"),
+    (hadamard_quantize, "_hadamard_quantize_kernel"),
+    (int4_linear, "_int4_linear_kernel"),
+    (int8_linear, "_int8_linear_kernel"),
+    (layer_norm_quantize, "_layer_norm_quantize_kernel"),
+    (log_softmax_quantize, "_log_softmax_quantize_kernel"),
+    (log_softmax_quantize, "_log_dequantize_kernel"),
+    (quantized_attention, "quantized_attention_kernel"),
+    (shift_scale_quantize, "_shift_scale_quantize_kernel"),
+    (weight_only_linear, "_weight_only_linear_kernel"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _float32_on_the_cpu(monkeypatch):
+    """oneDNN's blocked weights have no fake form; tests/test_compile.py compiles models on them."""
+    monkeypatch.setenv("QTK_CPU_INT8", "0")
 
 
 def calls():
@@ -63,6 +76,21 @@ def calls():
             weight_only_linear.weight_only_linear, (K, half), (packed, u8), 2, False, bits=4,
             **grouped,
         ),
+        "attention": lambda make, backend: quantized_attention.quantized_attention(
+            *(make(2, 3, M, 32, i8) for _ in range(2)), make(2, 3, M, 32, half),
+            q_scale=make(2, 3, M, f32), k_scale=make(2, 3, M, f32), softmax="code", steps=4,
+            mask=make(2, 1, 1, M, torch.bool), backend=backend,
+        ),
+        "log_softmax": lambda make, backend: log_softmax_quantize.log_softmax_quantize(
+            make(M, K, half), backend=backend
+        ),
+        "log_dequantize": lambda make, backend: log_softmax_quantize.log_dequantize(
+            make(M, packed, u8), K, backend=backend
+        ),
+        "residual": lambda make, backend: layer_norm_quantize.layer_norm_quantize(
+            make(M, K, half), make(K, f32), make(K, f32), 1e-5, residual=make(M, K, half),
+            emit="sum", bits=8, backend=backend,
+        ),
     }  # fmt: skip
 
 
@@ -93,7 +121,7 @@ def stubbed(monkeypatch):
             assert all(isinstance(n, int) and n > 0 for n in grid)
             return lambda *args, **options: launched.append(self.name)
 
-    for module, name in KERNELS.items():
+    for module, name in KERNELS:
         monkeypatch.setattr(module, name, Stub(name))
     return launched
 
@@ -114,21 +142,98 @@ def test_shapes_and_dtypes_are_known_without_values(name):
     assert faked == kinds(CALLS[name](empty, "cpu"))
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_compiles_to_one_graph(name):
+def compiled_and_eager(name, backend):
     torch.compiler.reset()
     made = []
 
     def make(*shape_and_dtype):
-        made.append(empty(*shape_and_dtype))
+        made.append(random(*shape_and_dtype))
         return made[-1]
 
-    want = CALLS[name](make, "cpu")
+    want = CALLS[name](make, backend)
 
     def run(tensors):
         rest = iter(tensors)
-        return CALLS[name](lambda *_: next(rest), "cpu")
+        return CALLS[name](lambda *_: next(rest), backend)
 
-    got = torch.compile(run, fullgraph=True, backend="eager")(made)
-    for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, want)), strict=True):
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(made)
+    return zip(*(r if isinstance(r, tuple) else (r,) for r in (got, want)), strict=True)
+
+
+def random(*shape_and_dtype):
+    *shape, dtype = shape_and_dtype
+    if dtype.is_floating_point:
+        return torch.randn(shape).to(dtype)
+    return torch.randint(0, 2 if dtype == torch.bool else 8, shape).to(dtype)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_to_one_graph(name, backend):
+    """On triton the op is one node: the compiler knows its shapes and runs the kernel as it is."""
+    for a, b in compiled_and_eager(name, backend):
         assert a is b is None or torch.equal(a, b)
+
+
+def test_a_compiled_op_is_one_node_of_any_number_of_tokens():
+    """Sizes that the compiler does not know never reach a plan."""
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph, _):
+        targets = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+        graphs.append([target for target in targets if "getattr" not in target])
+        return graph
+
+    def run(x, w, scale):
+        return int8_linear.int8_linear(x, w, scale, backend="triton")
+
+    compiled = torch.compile(run, fullgraph=True, backend=count, dynamic=True)
+    w, scale = random(N, K, torch.int8), torch.rand(N, 1)
+    for tokens in (3, 5, 9):
+        x = random(tokens, K, torch.int8)
+        assert torch.equal(compiled(x, w, scale), run(x, w, scale))
+    assert graphs == [["qtk.int8_linear.default"]]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_registrations_hold(name, monkeypatch):
+    """Schema, aliasing and fake shapes of every op, by torch's own check."""
+    seen = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.extend([(op, args)] * (op.namespace == "qtk"))
+            return op(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with Spy():
+        CALLS[name](random, "triton")
+    monkeypatch.undo()
+    ((op, args),) = seen
+    checks = ["test_schema", "test_faketensor"]
+    # the first compares tensors in ways that float8 has no arithmetic for
+    torch.library.opcheck(op, args, test_utils=checks[1:] if name == "fp8" else checks)
+
+
+def test_a_plan_is_made_once_and_errors_every_time(stubbed):
+    x, w, scale = random(M, K, torch.int8), random(N, K, torch.int8), torch.rand(N, 1)
+    for _ in range(3):
+        int8_linear.int8_linear(x, w, scale, backend="triton")
+        with pytest.raises(ValueError, match="operand must be"):
+            int8_linear.int8_linear(x, w[:, 1:], scale, backend="triton")
+    assert len(stubbed) == 3
+    assert int8_linear._plan.cache_info().currsize == 1
+    _plan.forget()
+    assert int8_linear._plan.cache_info().currsize == 0
+
+
+def test_the_current_device_is_not_made_current_again(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+    class OnGpu:
+        def __init__(self, index):
+            self.get_device = lambda: index
+
+    assert _dispatch.on_device(OnGpu(1)) is _dispatch.on_device(torch.zeros(1))
+    assert isinstance(_dispatch.on_device(OnGpu(0)), torch.cuda.device)

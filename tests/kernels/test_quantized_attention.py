@@ -3,96 +3,22 @@ import itertools
 import pytest
 import torch
 
+from benchmarks.check_attention import KINDS, operands, slack, step_of
 from qtk_kernels._attention_ref import unpack_heads
-from qtk_kernels._softmax import OFFSET, Softmax, anchored, bytes_of, fma, probabilities_ref
+from qtk_kernels._softmax import Softmax, anchored, bytes_of, fma, probabilities_ref
 from qtk_kernels.quantized_attention import (
     WHOLE,
     Epilogue,
-    attention_weights,
     pack_heads,
     quantized_attention,
 )
 
 FLOAT = {"softmax": "float"}
-KINDS = [
-    FLOAT,
-    {"softmax": "uniform", "bits": 8},
-    {"softmax": "uniform", "bits": 4, "renormalize": True},
-    {"softmax": "matthew", "bits": 6},
-    {"softmax": "log2", "bits": 4},
-    {"softmax": "log2", "bits": 5, "steps": 2, "renormalize": True},
-    *({"softmax": "code", "steps": steps} for steps in (1, 2, 4)),
-    {"softmax": "code", "steps": 4, "grid": True},
-]
 ULP = 2.0**-24
-
-
-def codes(x, bits=8):
-    scale = x.abs().amax(-1).clamp(min=1e-8) / (2 ** (bits - 1) - 1)
-    return (x / scale[..., None]).round().to(torch.int8), scale
-
-
-def operands(B, H, Tq, Tk, D, kind, device="cpu"):
-    """q, k, v and their scales: floats, int8, packed int4, or int8 with v in float8."""
-    q, k, v = (torch.randn(B, H, T, D, device=device) for T in (Tq, Tk, Tk))
-    if kind == "float":
-        return (q, k, v), {}
-    q, k = q * 2, k * 2
-    bits = 4 if kind == "int4" else 8
-    (q, q_scale), (k, k_scale) = codes(q, bits), codes(k, bits)
-    if kind == "int4":
-        q, k = pack_heads(q), pack_heads(k)
-    scales = {"q_scale": q_scale, "k_scale": k_scale}
-    if kind == "fp8":
-        return (q, k, v.to(torch.float8_e4m3fn)), scales
-    v, v_scale = codes(v.transpose(2, 3), bits)
-    return (q, k, v.transpose(2, 3)), {**scales, "v_scale": v_scale}
-
-
-def step_of(kind, H, device="cpu"):
-    return {"step": torch.linspace(0.004, 0.02, H, device=device)} if kind == "matthew" else {}
 
 
 def both(args, **options):
     return (quantized_attention(*args, **options, backend=b) for b in ("triton", "reference"))
-
-
-def slack(args, options, kind):
-    """How far outputs may be apart: float32 sums, and codes whose exact value is near a boundary.
-
-    A probability is within 2**-17 (exp2, log2 and sums, relative) of the exact one, so a code
-    differs only that near to a boundary, and then by one step of its grid.
-    """
-    v = args[2].float().abs()
-    if options.get("v_scale") is not None:
-        v = v * options["v_scale"][..., None, :]
-    weights = {k: x for k, x in options.items() if k not in ("softmax", "bits", "steps",
-               "renormalize", "step", "v_scale", "grid")}  # fmt: skip
-    as_float = (args[0], args[1], args[2].float())
-    p = attention_weights(*as_float, **weights).double()
-    T, name, steps = p.shape[-1], kind["softmax"], kind.get("steps", 1)
-    change = p * (T + 64) * ULP
-    if args[2].dtype == torch.int8 and name in ("float", "log2"):
-        change = change + p * 2**-11  # rounded to float16 before or behind a scale of 2**-n
-    if name in ("uniform", "matthew"):
-        step = options.get(
-            "step", torch.ones(p.shape[1], device=p.device) / (2 ** kind["bits"] - 1)
-        )
-        y = p / step[:, None, None]
-        near = ((y - y.floor()) - 0.5).abs() < 2**-17 * (1 + y)
-        change = change + near * step[:, None, None]
-    elif name == "log2":
-        y = -steps * p.clamp(min=1e-30).log2()
-        near = ((y - y.floor()) - 0.5).abs() < 2**-16 * (1 + y)
-        change = change + near * p
-    elif name == "code" and args[0].is_floating_point():  # scores are sums in another order
-        u = p.clamp(min=1e-30).log2()
-        u = (u - u.amax(-1, keepdim=True)) * steps + 0.5 - OFFSET[steps]
-        near = ((u - u.floor()) - 0.5).abs() > 0.5 - 2**-14
-        change = change + near * p
-    worst = (change.sum(-1, keepdim=True) * p + change) * 2  # through the divisor, and directly
-    y = worst.float() @ v
-    return y.transpose(1, 2).flatten(2) + 1e-6
 
 
 SHAPES = [(1, 1, 1, 1, 1), (2, 2, 37, 37, 20), (1, 2, 5, 131, 64), (1, 1, 65, 70, 128)]
