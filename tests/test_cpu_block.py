@@ -119,6 +119,18 @@ def test_a_hook_inside_is_still_called():
 
 
 @torch.no_grad()
+def test_recorders_that_transformers_leaves_behind_are_no_listeners():
+    qmodel, batch = quantized("BertModel")
+    qmodel.set_attn_implementation("eager")
+    y = qmodel(**batch)[0]
+    hidden = qmodel(**batch, output_hidden_states=True)
+    assert torch.equal(hidden[0], y) and len(hidden.hidden_states) == 3
+    assert len(qmodel(**batch, output_attentions=True).attentions) == 2
+    assert all(any(block._parts.hooks) for block in blocks(qmodel))
+    assert torch.equal(qmodel(**batch)[0], y)  # fused again: the unfused sums differ
+
+
+@torch.no_grad()
 def test_half_precision_takes_the_general_block():
     qmodel, batch = quantized("BertModel")
     y = qmodel(**batch)[0]

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import output_capturing
 
 from qtk.hadamard import rotate
 from qtk.models import Block
@@ -34,7 +35,14 @@ from qtk_kernels._activation import activate
 from qtk_kernels.gelu_quantize import activation_quantize
 from qtk_kernels.layer_norm_quantize import layer_norm_quantize
 
-IGNORED = ("position_ids", "cache_position", "use_cache", "return_dict")  # change no number here
+# change no number here; hidden states are seen between blocks
+IGNORED = (
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "return_dict",
+    "output_hidden_states",
+)
 
 
 class FusedBlock(nn.Module):
@@ -192,4 +200,16 @@ def _asks_for_more(
         return True
     if torch.compiler.is_compiling():
         return False  # a hook breaks fullgraph anyway
-    return any(module._parts.hooks)  # type: ignore
+    return any(module._parts.hooks) and _somebody_listens(module._parts.hooks)  # type: ignore
+
+
+def _somebody_listens(hooks: list[dict[int, Any]]) -> bool:
+    """Whether a hook inside the block wants what passes there.
+
+    After a call that asked for hidden states or attention maps, transformers leaves its recorders
+    where they were. Of later calls they record what those ask for, mostly nothing.
+    """
+    called = [hook for found in hooks for hook in found.values()]
+    if any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in called):
+        return True
+    return bool(set(output_capturing._active_collector.get() or ()) - {"hidden_states"})
