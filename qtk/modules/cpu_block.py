@@ -2,8 +2,7 @@
 
 The numbers are those of `fused_forward` in block.py. At 16 tokens a CPU spends most of its time
 between operations, so all that does not depend on the tokens is looked up once, here. Tensors that
-nobody else reads are overwritten, because a CPU takes longer to get fresh memory than to compute
-what goes there.
+nobody else reads are overwritten: fresh memory costs a CPU more than what it computes there.
 """
 
 from collections.abc import Callable
@@ -21,8 +20,6 @@ from qtk.modules.linear import Plan, QuantLinear
 from qtk.modules.parts import Norm, Parts
 from qtk_kernels._codes import EPS
 from qtk_kernels._int8_cpu import onednn_linear
-
-CACHED = 2 << 20  # bytes of an MLP's inner activation to work on at a time
 
 Codes = tuple[Tensor, Tensor | None]
 Reader = Callable[[Tensor], Codes]
@@ -45,28 +42,16 @@ def cpu_forward(parts: Parts, block: Block) -> Forward:
     up, down = product(fc1.plan, block.activation), product(fc2.plan)
     fold1 = partial(_folded, parts.norm1)
     fold2 = partial(_folded, parts.norm2 if block.pre_norm else parts.norm1)
-    at_once = CACHED // (4 * fc1.out_features)
 
-    def finish(x: Tensor, context: Tensor) -> Tensor:
-        """What follows attention, for tokens one by one: two [M, H] -> [M, H]."""
+    def forward(x: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        qkv = to_qkv(*read_stream(fold1(x) if block.pre_norm else x))
+        context = attention(qkv, block, mask, cache, parts.products)
         x = project(*read_context(context)).add_(x)
         codes = read_norm(fold2(x))
         if not block.pre_norm:
             x = norm1(x)
         y = down(*read_hidden(up(*codes))).add_(x)
         return y if block.pre_norm else norm2(y)
-
-    def forward(x: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-        shape = x.shape
-        qkv = to_qkv(*read_stream(fold1(x) if block.pre_norm else x))
-        context = attention(qkv, block, mask, cache, parts.products)
-        x, context = x.reshape(-1, shape[-1]), context.view(-1, shape[-1])
-        if len(x) <= at_once or torch.compiler.is_compiling():
-            return finish(x, context).view(shape)
-        y = torch.empty_like(x)
-        for rows, *piece in zip(*(t.split(at_once) for t in (y, x, context)), strict=True):
-            rows.copy_(finish(*piece))
-        return y.view(shape)
 
     return forward
 
