@@ -99,8 +99,8 @@ def measured(T: int, causal: bool) -> list[list[str]]:
     for name, calls in contenders.items():
         try:
             found[name] = error_of(calls[0](), buffers[0], causal), microseconds(calls)
-        except (RuntimeError, ValueError) as refusal:  # does not take this shape or this device
-            print(f"{name}: {str(refusal).splitlines()[0]}", file=sys.stderr)
+        except Exception as refusal:  # does not take this shape or this device
+            print(f"{name}: {(str(refusal) or 'refused').splitlines()[0]}", file=sys.stderr)
     best = min((us for name, (_, us) in found.items() if name in BACKENDS), default=float("nan"))
     return [
         [str(T), "yes" if causal else "no", name, f"{us:.1f}", f"{best / us:.2f}x", f"{error:.4f}"]

@@ -10,7 +10,8 @@ models that a run does not reach stay. Without a GPU it says so.
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "qtk W4A8": {"w": 4, "a": 8},
     "qtk W4A16 g128": {"w": 4, "a": 16, "group_size": 128},
 }
+FAST: dict[str, Any] = {
+    "rounding": "nearest",
+    "ranges": "minmax",
+}  # weights are random: for speed only
 Inputs = dict[str, Tensor]
 
 
@@ -77,14 +82,13 @@ def time_of(model: nn.Module, inputs: Inputs) -> float:
         return microseconds([lambda: compiled(**inputs)]) / 1e3
 
 
-def measured(name: str, end: float) -> list[list[str]]:
+def measured(name: str, end: float) -> Iterator[list[str]]:
     """A line a batch and contender."""
     torch.manual_seed(0)
     model, make = MODELS[name]()
     model = model.eval().to(DEVICE)
     calib = [{key: x.to(DEVICE) for key, x in make(2).items()}]
     batches = {batch: on_device(make(batch)) for batch in BATCHES}
-    rows: list[list[str]] = []
     base: dict[int, float] = {}
     for what, options in {"bfloat16, compiled": {}, **SCHEMES}.items():
         if time.monotonic() > end:
@@ -92,7 +96,7 @@ def measured(name: str, end: float) -> list[list[str]]:
             break
         runs = model
         if options:
-            runs = qtk.quantize(model, calib=calib, preset="fast", progress=False, **options)
+            runs = qtk.quantize(model, calib=calib, progress=False, **FAST, **options)
         runs = runs.to(torch.bfloat16) if options else _copy(model)
         for batch, inputs in batches.items():
             torch._dynamo.reset()
@@ -102,9 +106,7 @@ def measured(name: str, end: float) -> list[list[str]]:
                 print(f"{what} of {name}, batch {batch}: {type(error).__name__}: {error}")
                 continue
             base.setdefault(batch, ms)
-            rows.append([name, str(batch), what, f"{ms:.3f}", f"{base[batch] / ms:.2f}x"])
-            print(*rows[-1], flush=True)
-    return rows
+            yield [name, str(batch), what, f"{ms:.3f}", f"{base[batch] / ms:.2f}x"]
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -112,6 +114,18 @@ def _copy(model: nn.Module) -> nn.Module:
     half = type(model)(model.config).eval().to(DEVICE)
     half.load_state_dict(model.state_dict())
     return half.to(torch.bfloat16)
+
+
+def write(rows: list[list[str]], top: dict[str, Any], path: Path) -> None:
+    table = {
+        "title": "Whole models on a GPU",
+        **top,
+        "columns": ["model", "batch", "what", "ms", "over bfloat16, compiled"],
+        "rows": rows,
+        "notes": f"random weights, {TOKENS} tokens (ViT: 197); both compiled, timed as CUDA "
+        "graphs, medians on the device",
+    }
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,16 +141,11 @@ def main(arguments: list[str] | None = None) -> int:
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     rows = old["rows"] if all(old.get(key) == value for key, value in top.items()) else []
     for name in [options.model] if options.model else MODELS:
-        rows = [row for row in rows if row[0] != name] + measured(name, end)
-        table = {
-            "title": "Whole models on a GPU",
-            **top,
-            "columns": ["model", "batch", "what", "ms", "over bfloat16, compiled"],
-            "rows": rows,
-            "notes": f"random weights, {TOKENS} tokens (ViT: 197); both compiled, timed as CUDA "
-            "graphs, medians on the device",
-        }
-        path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        rows = [row for row in rows if row[0] != name]
+        for row in measured(name, end):
+            print(*row, flush=True)
+            rows.append(row)
+            write(rows, top, path)
         torch.cuda.empty_cache()
     return 0
 

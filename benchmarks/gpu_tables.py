@@ -48,13 +48,20 @@ def summary(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
             for name in names
         ]
         lines.append([
-            kernel, str(M), str(len(mine)), spread(shares, "{:.2f}"),
-            *(spread(ratios, "{:.2f}x") for ratios in over),
+            kernel, str(M), str(len(mine)), spread([row["first_call_s"] for row in mine], "{:.2f}"),
+            spread(shares, "{:.2f}"), *(spread(ratios, "{:.2f}x") for ratios in over),
         ])  # fmt: skip
     return {
         "title": "Kernels on a GPU: share of the measured roof, and speed over peers",
         **head,
-        "columns": ["kernel", "rows", "shapes", "of roof", *(f"over {name}" for name in names)],
+        "columns": [
+            "kernel",
+            "rows",
+            "shapes",
+            "first call, s",
+            "of roof",
+            *(f"over {name}" for name in names),
+        ],
         "rows": lines,
         "notes": "least / median / most over the shapes of BERT, ViT and OPT; roofs (copy, library "
         "product of 8192) and peers are of the same run; every row is in gpu_kernels.csv",

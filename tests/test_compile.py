@@ -94,6 +94,16 @@ def test_another_batch_and_length_need_no_other_model():
         assert torch.equal(output(compiled, batch), output(qmodel, batch))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_moved_model_compiles_at_its_first_call(name):
+    qmodel, batch = quantized(name)
+    qmodel = qmodel.to(torch.bfloat16)
+    batch = {k: x.to(torch.bfloat16) if x.is_floating_point() else x for k, x in batch.items()}
+    compiled = torch.compile(qmodel, fullgraph=True, backend="eager")
+    y = output(compiled, batch)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, output(qmodel, batch))
+
+
 def test_a_loaded_model_compiles(tmp_path):
     qmodel, batch = quantized("BertModel")
     qmodel.save_pretrained(tmp_path)

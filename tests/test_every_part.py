@@ -1,5 +1,9 @@
 """Every file in transform, ranges, round and pack, found by being there."""
 
+import ast
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -161,3 +165,12 @@ def test_unpacking_inverts_packing(name, bits, N, K, seed):
     packed = layout.pack(q, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (N, -(-K * bits // 8))
     assert torch.equal(layout.unpack(packed, bits, K), q)
+
+
+def test_no_function_of_a_package_is_hidden_by_a_file_of_its_name():
+    """Importing qtk.round.nearest puts the module where a function `nearest` was."""
+    for stage in ("transform", "ranges", "round", "pack"):
+        package = importlib.import_module(f"qtk.{stage}")
+        source = ast.parse(Path(package.__file__).read_text())
+        defined = {node.name for node in source.body if hasattr(node, "name")}
+        assert not defined & set(available(stage)), stage

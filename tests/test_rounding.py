@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qtk.discover import load
 from qtk.numerics import expand_groups, quantize
-from qtk.round import Problem, best_scale, nearest
+from qtk.round import Problem, best_scale, to_nearest
 from qtk.round._least_squares import error, hessian_of, target
 from qtk.round.gptq import compensated
 from qtk.scheme import Format
@@ -59,7 +59,7 @@ def test_a_rounder_is_never_above_nearest_on_the_same_hessian(name, N, K, T, bit
     with pytest.MonkeyPatch.context() as patch:  # the promise holds after any number of steps
         patch.setattr(load("round", name), "STEPS", 8, raising=False)
         mine = cost(load("round", name).find(problem))
-    plain = cost(nearest(wanted, fmt, hessian.diag()))
+    plain = cost(to_nearest(wanted, fmt, hessian.diag()))
     assert (mine <= plain * (1 + 1e-4) + 1e-9).all()
 
 

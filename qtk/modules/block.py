@@ -78,8 +78,10 @@ class FusedBlock(nn.Module):
         return self._parts is not None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedBlock":
-        self._parts = self._on_cpu = None
+        fused, self._parts, self._on_cpu = self.is_fused, None, None
         super()._apply(fn, recurse)
+        if fused:  # now, not at the next call, which torch.compile may trace
+            self.prepare()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -62,8 +62,9 @@ def best_scale(weight: Tensor, fmt: Format, importance: Tensor | None = None) ->
     return scale
 
 
-def nearest(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Rounded:
-    """Rounded to nearest, on the scales of `best_scale`."""
+def to_nearest(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Rounded:
+    """Rounded to nearest, on the scales of `best_scale`. Not called as its file: importing that
+    would put the module in the function's place."""
     scale = best_scale(weight, fmt, importance)
     full = expand_groups(scale, weight.shape[1], fmt.group_size)
     return quantize(weight, full, 0, fmt), scale

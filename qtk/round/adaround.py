@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtk.numerics import expand_groups, quantize
-from qtk.round import Problem, Rounded, best_scale, nearest
+from qtk.round import Problem, Rounded, best_scale, to_nearest
 from qtk.round._least_squares import better, error, target
 
 STEPS = 300  # each on the whole calibration set at once, where the paper takes 10,000 on samples
@@ -26,7 +26,7 @@ PULL = 0.01  # lambda, relative to what rounding to nearest costs
 def find(problem: Problem) -> Rounded:
     """Codes and scale; nearest rounding where there is no data, or where a row is better so."""
     if problem.inputs is None:
-        return nearest(problem.weight, problem.fmt)
+        return to_nearest(problem.weight, problem.fmt)
     fmt = problem.fmt
     weight, hessian = target(problem)
     scale = best_scale(weight, fmt, hessian.diag())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtk.numerics import expand_groups, quantize
-from qtk.round import Problem, Rounded, best_scale, nearest
+from qtk.round import Problem, Rounded, best_scale, to_nearest
 from qtk.round._least_squares import better, target
 from qtk.scheme import Format
 
@@ -22,7 +22,7 @@ BLOCK = 128  # columns whose errors are carried on together
 def find(problem: Problem) -> Rounded:
     """Codes and scale; nearest rounding where there is no data, or where a row is better so."""
     if problem.inputs is None:
-        return nearest(problem.weight, problem.fmt)
+        return to_nearest(problem.weight, problem.fmt)
     fmt = problem.fmt
     weight, hessian = target(problem)
     scale = best_scale(weight, fmt, hessian.diag())

@@ -5,9 +5,9 @@
 (h = 1 without data). At 8 bits the whole range nearly always wins; at 4 and less it does not.
 """
 
-from qtk.round import Problem, Rounded, nearest
+from qtk.round import Problem, Rounded, to_nearest
 
 
 def find(problem: Problem) -> Rounded:
     importance = None if problem.inputs is None else problem.inputs.square().mean(0)
-    return nearest(problem.weight, problem.fmt, importance)
+    return to_nearest(problem.weight, problem.fmt, importance)

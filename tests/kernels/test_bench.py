@@ -138,11 +138,11 @@ def test_shapes_where_a_peer_is_faster_are_listed_worst_first():
 def test_the_summary_has_a_line_for_each_kernel_and_number_of_rows():
     rows = [row(bf16_us=4.0), row(shape="16x64x256", bf16_us=1.0), row("fp8_linear")]
     table = gpu_tables.summary(rows, HEAD)
-    assert table["columns"] == ["kernel", "rows", "shapes", "of roof", "over bf16"]
+    assert table["columns"] == ["kernel", "rows", "shapes", "first call, s", "of roof", "over bf16"]
     assert [line[:3] for line in table["rows"]] == [
         ["int8_linear", "16", "2"], ["fp8_linear", "16", "1"]
     ]  # fmt: skip
-    assert [line[4] for line in table["rows"]] == ["0.50x / 1.25x / 2.00x", ""]
+    assert [line[5] for line in table["rows"]] == ["0.50x / 1.25x / 2.00x", ""]
 
 
 def test_rows_survive_the_file(tmp_path):
@@ -217,7 +217,7 @@ def test_whole_models_are_measured_in_bfloat16(imagined, monkeypatch):
     monkeypatch.setattr(bench_gpu_models, "microseconds", keep)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # for quantizing, there is none
     assert bench_gpu_models.main([]) == 0 and not list(imagined.iterdir())
-    rows = bench_gpu_models.measured("tiny", float("inf"))
+    rows = list(bench_gpu_models.measured("tiny", float("inf")))
     assert [row[:3] for row in rows] == [
         ["tiny", batch, what] for what in ("bfloat16, compiled", *bench_gpu_models.SCHEMES)
         for batch in ("1", "2")

@@ -90,6 +90,16 @@ def test_a_tile_that_computes_something_else_is_not_chosen(imagined, monkeypatch
         assert entry["us"] == entry["before_us"] == 10.0
 
 
+def test_an_error_of_the_device_ends_the_run(imagined, monkeypatch):
+    def broken(calls):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(_tune, "microseconds", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        _tune.tune(imagined)
+    assert _tune._refused(RuntimeError("PassManager::run failed"))
+
+
 def test_results_are_compared_by_size():
     want = torch.randn(5, 7)
     assert _tune._close(want * (1 + 2**-9), want)
