@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, tuple[str, str, str]]] = {
     },
     "best": {  # minutes: learns, and gains by it from some thousand samples on
         "float": ("none", "gptq", "auto"),
-        "wide": ("equalize+rotate", "gptq", "auto"),
+        "wide": ("rotate", "gptq", "auto"),
         "narrow": ("equalize+rotate", "tuned", "auto"),
     },
 }

@@ -5,11 +5,12 @@ sum_j (x_j / s_j)^2 and reaches the output through sum_j (w_j s_j)^2, and the we
 the other way round. Both depend on the product of the two sums, which is smallest, by
 Cauchy-Schwarz, where
 
-    s_j^2 = rms(x_j - shift_j) / rms(w_j)
+    s_j^2 = size(x_j - shift_j) / size(w_j)
 
-SmoothQuant (https://arxiv.org/abs/2211.10438, eq. 4, alpha = 1/2) has the same form with maxima
-in place of root mean squares, which is what matters without a rotation. The scales ride on the
-shift, which the quantizer of the input applies anyway, so that they cost nothing.
+with root mean squares for sizes. The inputs' is a mean of fourth powers instead: their grid has to
+hold the large tokens too. SmoothQuant (https://arxiv.org/abs/2211.10438, eq. 4, alpha = 1/2) takes
+maxima, which is what matters without a rotation. The scales ride on the shift, which the quantizer
+of the input applies anyway, so that they cost nothing.
 """
 
 from dataclasses import replace
@@ -29,12 +30,11 @@ def find(site: Site, scheme: Scheme) -> Change:
     change = rotate.find(site, scheme)
     if not site.has_data or not change.rotation:
         return change
-    reach = _size(site.rows - change.shift) / _size(site.weight())
-    scale = reach.sqrt()
+    scale = (_size(site.rows - change.shift, 4) / _size(site.weight(), 2)).sqrt()
     return replace(change, channel_scale=scale / scale.log().mean().exp())
 
 
-def _size(x: Tensor) -> Tensor:
-    """[T, K] -> [K], root mean squares."""
-    size = x.square().mean(0).sqrt()
+def _size(x: Tensor, power: int) -> Tensor:
+    """[T, K] -> [K], each channel's mean of that power, and the root of it."""
+    size = x.abs().pow(power).mean(0).pow(1 / power)
     return size + FLOOR * size.mean().clamp(min=1e-12)
