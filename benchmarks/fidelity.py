@@ -13,11 +13,14 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -49,20 +52,26 @@ MINILM: list[tuple[str, dict[str, Any]]] = [
     ("W4A16 g128", {"w": 4, "a": 16, "group_size": 128}),
 ]
 ROTATE: dict[str, Any] = {"w": 4, "a": 4, "method": "rotate"}
+EQUALIZE: dict[str, Any] = {"w": 4, "a": 4, "method": "equalize+rotate"}
 ABLATION: list[tuple[str, dict[str, Any]]] = [
     ("min-max, nearest", {"w": 4, "a": 4, **PLAIN}),
     ("OS+, nearest", {"w": 4, "a": 4, **OS_PLUS}),
     ("rotate, min-max, nearest", {**ROTATE, "rounding": "nearest", "ranges": "minmax"}),
     ("rotate, weighted MSE, nearest", {**ROTATE, "rounding": "nearest"}),
+    ("rotate, GPTQ", {**ROTATE, "rounding": "gptq"}),
     ("rotate, AdaRound", {**ROTATE, "rounding": "adaround"}),
     ("rotate, FlexRound", {**ROTATE, "rounding": "flexround"}),
-    ("rotate, GPTQ (balanced)", {**ROTATE, "rounding": "gptq"}),
-    ("OS+ and rotate, GPTQ", {**ROTATE, "method": "os+rotate", "rounding": "gptq"}),
-    ("rotate, GPTQ, bits='auto'", {**ROTATE, "rounding": "gptq", "bits": "auto"}),
-    ("rotate, block", {**ROTATE, "rounding": "block"}),
-    ("rotate, tuned (best)", {**ROTATE, "rounding": "tuned"}),
-    ("rotate, GPTQ, 2,048 sentences", {**ROTATE, "rounding": "gptq", "sentences": 2048}),
+    ("equalize, rotate, nearest", {**EQUALIZE, "rounding": "nearest"}),
+    ("equalize, rotate, GPTQ alone", {**EQUALIZE, "without": ("fit", "descent")}),
+    ("equalize, rotate, GPTQ and descent", {**EQUALIZE, "without": ("fit",)}),
+    ("equalize, rotate, GPTQ and fit", {**EQUALIZE, "without": ("descent",)}),
+    ("equalize, rotate, GPTQ, fit and descent (balanced)", EQUALIZE),
+    ("the same, bits='auto'", {**EQUALIZE, "bits": "auto"}),
+    ("the same, 2,048 sentences", {**EQUALIZE, "sentences": 2048}),
+    ("equalize, rotate, block", {**EQUALIZE, "rounding": "block"}),
+    ("equalize, rotate, tuned (best)", {**EQUALIZE, "rounding": "tuned"}),
 ]
+OFF = {"fit": ("_least_squares", "FIT_DAMP", 1e12), "descent": ("_coordinates", "SWEEPS", 0)}
 REVIEWS: list[tuple[str, dict[str, Any]]] = [
     ("W8A8", {"w": 8, "a": 8}),
     ("W4A8", {"w": 4, "a": 8}),
@@ -155,12 +164,23 @@ def similarity() -> tuple[Measure, float]:
     def measure(options: dict[str, Any], seed: int) -> list[float]:
         options = dict(options)
         calib = data.stsb_calibration(seed, options.pop("sentences", 256))
-        qmodel = quantize(model, calib, options, seed, tokenizer=tokenizer)
+        with without(options.pop("without", ())):
+            qmodel = quantize(model, calib, options, seed, tokenizer=tokenizer)
         got = task.embeddings(qmodel)
         cosines = (got * wanted).sum(-1)
         return [float(cosines.mean()), float(cosines.min()), task.spearman(got)]
 
     return measure, task.spearman(wanted)
+
+
+@contextmanager
+def without(parts: Sequence[str]) -> Iterator[None]:
+    """Leaves parts of GPTQ out: the fit to the float output, the descent behind it."""
+    with ExitStack() as stack:
+        for part in parts:
+            file, name, value = OFF[part]
+            stack.enter_context(patch.object(import_module(f"qtk.round.{file}"), name, value))
+        yield
 
 
 def reviews() -> Table:

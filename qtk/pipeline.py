@@ -67,7 +67,8 @@ def quantize(
         calib: batches (dicts of tensors), strings, or a path to a text file or image folder.
             Without any, activations are dynamic and the norms' own parameters give shift and scale.
         tokenizer: tokenizer or image processor for `calib`; looked for beside the model.
-        method: the equivalent transform: "os+", "smoothquant", "rotate", "os+rotate", "none".
+        method: the equivalent transform: "os+", "smoothquant", "rotate", "os+rotate",
+            "equalize+rotate", "none".
         rounding: how weights become codes: "nearest", "gptq", "adaround", "flexround", "block"
             (each block learned), "tuned" (the whole model learned, end to end).
         ranges: where static activation grids end; "auto" or a file in qtk/ranges.

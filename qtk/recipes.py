@@ -7,11 +7,16 @@ from qtk.errors import SchemeError
 from qtk.scheme import FLOAT
 
 # the public name of a method -> the file in qtk/transform; any file there is a method by itself
-METHODS = {"os+": "outlier_suppression", "os+rotate": "rotate_scaled", "none": None}
+METHODS = {
+    "os+": "outlier_suppression",
+    "os+rotate": "rotate_scaled",
+    "equalize+rotate": "rotate_equalized",
+    "none": None,
+}
 
 
 # What a preset fills in where nothing was given: (method, rounding, ranges), by activation bits.
-# Times and cosines are of MiniLM with 256 sentences; see benchmarks/results/fidelity.json.
+# Times and cosines are of MiniLM with 256 sentences; see benchmarks/results/README.md.
 PRESETS: dict[str, dict[str, tuple[str, str, str]]] = {
     "fast": {
         "float": ("none", "nearest", "auto"),
@@ -21,12 +26,12 @@ PRESETS: dict[str, dict[str, tuple[str, str, str]]] = {
     "balanced": {
         "float": ("none", "gptq", "auto"),
         "wide": ("os+", "gptq", "auto"),  # at 8 bits what costs nothing when the model runs
-        "narrow": ("rotate", "gptq", "auto"),  # below, what keeps the accuracy
+        "narrow": ("equalize+rotate", "gptq", "auto"),  # below, what keeps the accuracy
     },
     "best": {  # minutes: learns, and gains by it from some thousand samples on
         "float": ("none", "gptq", "auto"),
         "wide": ("rotate", "gptq", "auto"),
-        "narrow": ("rotate", "tuned", "auto"),
+        "narrow": ("equalize+rotate", "tuned", "auto"),
     },
 }
 

@@ -64,6 +64,21 @@ def test_a_transform_helps_where_there_are_outliers(name):
     assert changed < 0.7 * plain
 
 
+def test_equalizing_lowers_the_product_of_input_and_weight_energies_almost_to_its_bound():
+    _, sites = outlier_sites()
+    for site in sites:
+        change = load("transform", "rotate_equalized").find(site, Scheme.of(4, 4))
+        x, w = site.rows - change.shift, site.weight()
+
+        def product(scale, x=x, w=w):
+            return float((x / scale).square().sum() * (w * scale).square().sum())
+
+        bound = float((x.norm(dim=0) * w.norm(dim=0)).sum() ** 2)  # Cauchy-Schwarz
+        plain = product(torch.ones_like(change.channel_scale))
+        assert plain > bound
+        assert product(change.channel_scale) < bound + 0.2 * (plain - bound)
+
+
 def test_outlier_suppression_centres_and_only_ever_shrinks():
     _, sites = outlier_sites()
     for site in sites:

@@ -22,7 +22,8 @@ def test_public_names_lead_to_files():
 
 
 def test_narrow_activations_are_rotated_and_wide_ones_are_not():
-    assert Recipe.of(4).method == "rotate" and Recipe.of(8).method == "outlier_suppression"
+    assert Recipe.of(4).public_method == "equalize+rotate"
+    assert Recipe.of(8).method == "outlier_suppression"
 
 
 def test_auto_ranges_keep_norms_whole_unless_rotated():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from qtk.discover import load
 from qtk.numerics import expand_groups, quantize
 from qtk.round import Problem, best_scale, to_nearest
+from qtk.round._coordinates import BLOCK, descended
 from qtk.round._least_squares import error, hessian_of, target
 from qtk.round.gptq import compensated
 from qtk.scheme import Format
@@ -77,3 +78,22 @@ def test_learned_roundings_beat_nearest_clearly_where_inputs_are_correlated():
     assert cost("gptq") < 0.4 * plain
     assert cost("adaround") < 0.6 * plain
     assert cost("flexround") < 0.6 * plain
+
+
+@pytest.mark.parametrize("K, group", [(5, None), (24, 7), (2 * BLOCK + 3, None)])
+def test_coordinate_descent_ends_where_no_single_code_can_be_improved(K, group, monkeypatch):
+    monkeypatch.setattr("qtk.round._coordinates.SWEEPS", 100)
+    fmt = Format(4, True, "channel" if group is None else "group", group)
+    weight, inputs = torch.randn(6, K), torch.randn(300, K) @ torch.randn(K, K)
+    hessian = hessian_of(inputs)
+    scale = expand_groups(best_scale(weight, fmt), K, group).expand_as(weight)
+    start = quantize(weight, scale, 0, fmt)
+    codes = descended(start, scale, weight, hessian, fmt)
+    reached = error(codes * scale - weight, hessian)
+    assert (reached < error(start * scale - weight, hessian)).any()
+    assert codes.abs().max() <= fmt.qmax and torch.equal(codes, codes.round())
+    for i in range(K):
+        for step in (-1, 1):
+            other = codes.clone()
+            other[:, i] = (other[:, i] + step).clamp(fmt.qmin, fmt.qmax)
+            assert (error(other * scale - weight, hessian) >= reached * (1 - 1e-5)).all()

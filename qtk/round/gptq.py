@@ -5,7 +5,8 @@
         q_i = round(w_i);  e = (w_i - q_i) / U_ii;  w_j -= e U_ij  for the columns j not yet done
 
 Groups are static: their scales are found before any column is rounded. The weight that is rounded
-is fitted to the float model's output where that is known (qtk/round/_least_squares.py).
+is fitted to the float model's output where that is known (qtk/round/_least_squares.py). Beyond the
+paper, coordinate descent then takes off what is left to take off (qtk/round/_coordinates.py).
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from qtk.numerics import expand_groups, quantize
 from qtk.round import Problem, Rounded, best_scale, to_nearest
+from qtk.round._coordinates import descended
 from qtk.round._least_squares import better, target
 from qtk.scheme import Format
 
@@ -27,7 +29,7 @@ def find(problem: Problem) -> Rounded:
     weight, hessian = target(problem)
     scale = best_scale(weight, fmt, hessian.diag())
     full = expand_groups(scale, weight.shape[1], fmt.group_size).expand_as(weight)
-    codes = compensated(weight, full, hessian, fmt)
+    codes = descended(compensated(weight, full, hessian, fmt), full, weight, hessian, fmt)
     return better(codes, quantize(weight, full, 0, fmt), full, weight, hessian), scale
 
 
