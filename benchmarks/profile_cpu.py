@@ -45,7 +45,7 @@ def kind_of(operation: str) -> str:
     return next((k for k, words in KINDS.items() if any(w in operation for w in words)), "other")
 
 
-def median(call: Callable[[], Any], times: int = 9) -> float:
+def median(call: Callable[[], Any], times: int = 5) -> float:
     """Milliseconds."""
     found = []
     for _ in range(times + 2):
@@ -101,16 +101,15 @@ def run(models: list[str]) -> dict[str, Any]:
     rate, rows = rates(), []
     for name in models:
         for what in WHAT:
-            model = build(name)
             with torch.inference_mode(False):
+                model = build(name)
                 forward = CONTENDERS[what](model, name)
-            shape = build(name)
             for size in SIZES[name]:
                 inputs = inputs_of(name, size)
                 wall = median(lambda f=forward, i=inputs: f(i))  # type: ignore[misc]
                 parts = shares(forward, inputs, 3 if size[0] > 1 else 20)
                 host = max(wall - sum(parts.values()), 0.0)
-                least = floor(shape, size, what, rate)
+                least = floor(model, size, what, rate)
                 cells = [wall, least, *parts.values(), host]
                 where = f"{MODELS[name][0].split(',')[0]} {size[0]}x{size[1]}"
                 rows.append([where, what, *(f"{ms:.2f}" for ms in cells)])
