@@ -14,8 +14,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # what README.md shows; every table is in benchmarks/results/README.md
-HEADLINES = ("fidelity_minilm", "fidelity_peers", "fidelity_opt", "fidelity_vit", "cpu_models",
-             "cpu_models_ort", "quantize", "gpu_models", "gpu_kernels",
+HEADLINES = ("fidelity_minilm", "fidelity_peers", "fidelity_opt", "fidelity_vit", "cpu_minilm",
+             "cpu_bert", "quantize", "gpu_models", "gpu_kernels",
              "gpu_attention")  # fmt: skip
 ON_A_GPU = ("gpu_kernels", "gpu_slower", "gpu_attention", "gpu_models")  # of run_gpu.sh
 NOT_MEASURED = "Speed on a GPU: **not measured**; `benchmarks/run_gpu.sh` measures it."
