@@ -115,7 +115,7 @@ def row_variants() -> list[Variant]:
     for label, codes in specs.items():
         for K in (768, 4096, 32768):
             launch = codes.launch(4096, K)
-            walk = launch["BLOCK_K"] < K
+            walk = channels_of(launch) < K
             q = "*u8" if codes.packed else "*i8"
             scale = {} if codes.static else {"scale_ptr": "*fp32"}
             out.append(Variant(
@@ -123,8 +123,7 @@ def row_variants() -> list[Variant]:
                 layer_norm_quantize._layer_norm_quantize_kernel,
                 {"x_ptr": "*bf16", "residual_ptr": "*bf16", "weight_ptr": "*fp32",
                  "bias_ptr": "*fp32", "q_ptr": q, "emitted_ptr": "*bf16", **scale},
-                {**launch, "WALK": walk, "CHANNELS": channels_of(launch),
-                 "FULL": K % launch["BLOCK_K"] == 0},
+                {**launch, "WALK": walk},
             ))  # fmt: skip
             for activation in ("", "gelu", "gelu_tanh"):
                 out.append(Variant(
@@ -153,7 +152,7 @@ def row_variants() -> list[Variant]:
             f"layer_norm_quantize w8 tensor K={K}, no residual",
             layer_norm_quantize._layer_norm_quantize_kernel,
             {"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "q_ptr": "*i8"},
-            {**launch, "WALK": False, "CHANNELS": K, "FULL": True},
+            {**launch, "WALK": False},
         ))  # fmt: skip
     return out
 
@@ -302,7 +301,7 @@ def report(variant: Variant, arch: int) -> Row:
         narrow_loads=len(loads) - wide,
         loop=len(loop),
         loop_i2f=sum(op.startswith("I2F") for op in loop),
-        per_element=round((len(loop) or len(ops)) * threads / elements(variant), 2),
+        per_element=round((len(loop) or last_exit(ops)) * threads / elements(variant), 2),
         unpack=round(4 * unpacking * threads / weights(variant), 2) if loop else 0.0,
     )
 
@@ -311,6 +310,11 @@ def opcodes(sass: str) -> list[str]:
     """Every instruction but the padding behind the end."""
     pattern = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)"
     return [op for op in re.findall(pattern, sass, re.M) if op != "NOP"]
+
+
+def last_exit(ops: list[str]) -> int:
+    """Instructions before the end: behind it lie subroutines of exact division, for subnormals."""
+    return len(ops) - ops[::-1].index("EXIT")
 
 
 def matrix_loop(sass: str) -> list[str]:
@@ -349,7 +353,8 @@ def elements(variant: Variant) -> float:
         return weights(variant) * p["BLOCK_M"] / 1024
     if "SPLIT_K" in p:
         return p["BLOCK_N"]
-    return p["ROWS"] * min(p["BLOCK_K"], int(re.findall(r"K=(\d+)", variant.name)[0]))
+    lanes = p["BLOCK_K"] if "BLOCK_K" in p else p["PART"] * p["PARTS"]
+    return p["ROWS"] * min(lanes, int(re.findall(r"K=(\d+)", variant.name)[0]))
 
 
 def tensor_core(ptx: str) -> str:

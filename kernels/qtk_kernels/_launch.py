@@ -52,6 +52,29 @@ def row_launch(M: int, K: int, at_least: int = 1) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK_K": BLOCK_K, "num_warps": warps}
 
 
+def part_launch(M: int, lanes: int, unit: int, halves: bool) -> dict[str, int]:
+    """Rows, parts and lanes of a part of a program of `_rows.py`: the parts that idle least.
+
+    A warp holds whole rows where it can, which then need no barrier, 16 bytes a load.
+
+    Args:
+        M: rows.
+        lanes: of a row.
+        unit: the smallest part, a power of two.
+        halves: parts go in pairs.
+    """
+    if lanes > MAX_ROW:  # a walk in equal steps
+        lanes = cdiv(lanes, cdiv(lanes, MAX_ROW // 2))
+    choices = [2, 4, 6, 8] if halves else [1, 2, 3, 4, 5, 6, 7, 8]
+    sizes = {n: max(next_power_of_2(cdiv(lanes, n)), unit) for n in choices}
+    parts = min(choices, key=lambda n: (n * sizes[n], abs(n - 4)))
+    block = parts * sizes[parts]
+    rows = max(1 << (1024 // block).bit_length() >> 1, 256 // sizes[parts])
+    rows = max(min(rows, next_power_of_2(cdiv(M, 4 * SMS))), 1)
+    warps = min(max(rows * sizes[parts] // 256, 1), 16)
+    return {"ROWS": rows, "PARTS": parts, "PART": sizes[parts], "num_warps": warps}
+
+
 def dot_width(group_size: int) -> int:
     """Channels of one int8 dot product: the widest that groups are a multiple of.
 

@@ -11,6 +11,7 @@ matrices. Where f * p is a power of two the kernel adds and subtracts in log2(f 
 it multiplies by the two small matrices, a whole token at a time.
 """
 
+from dataclasses import replace
 from functools import cache
 
 from torch import Tensor
@@ -18,18 +19,10 @@ from torch import Tensor
 from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref, rows_of
 from ._dispatch import backend_of, on_device
 from ._hadamard import rotate, signs_on, split
-from ._lang import (
-    dynamic_divide,
-    dynamic_limit,
-    jit,
-    lanes,
-    round_codes,
-    store_codes,
-    store_scale,
-    tl,
-)
+from ._int4 import pack_int4
+from ._lang import jit, tl
 from ._launch import cdiv, next_power_of_2
-from .shift_scale_quantize import load_y
+from ._one_part import dynamic_divide, dynamic_limit, lanes, store_codes, store_scale
 
 
 def check_block(K: int, block: int) -> None:
@@ -69,6 +62,24 @@ def hadamard_quantize_ref(
     if out_offset is not None:
         y += out_offset.float()
     return quantize_ref(y, codes)
+
+
+@jit
+def _load_u(
+    x_ptr, multiplier_ptr, offset_ptr, offs_m, offs_k, mask_k, M, stride_xm
+):  # fmt: skip
+    """x * multiplier + offset, [ROWS, BLOCK_K]; 0 where masked."""
+    mask = (offs_m < M)[:, None] & mask_k[None, :]
+    u = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0)
+    u = u.to(tl.float32)
+    # as [1, BLOCK_K] the vectors share the layout of x, and need no way through shared memory
+    if multiplier_ptr is not None:
+        at = multiplier_ptr + offs_k[None, :]
+        u = u * tl.load(at, mask=mask_k[None, :], other=0.0).to(tl.float32)
+    if offset_ptr is not None:
+        at = offset_ptr + offs_k[None, :]
+        u = u + tl.load(at, mask=mask_k[None, :], other=0.0).to(tl.float32)
+    return u
 
 
 @jit
@@ -121,13 +132,7 @@ def _rotate_by_products(
     block, i, j = lane // (F * P), lane // P % F, lane % P
     at = (block * f + i) * p + j
     mask_u = (i < f) & (j < p) & (at < K)
-    mask = (offs_m < M)[:, None] & mask_u[None, :]
-    u = tl.load(x_ptr + offs_m[:, None] * stride_xm + at[None, :], mask=mask, other=0.0)
-    u = u.to(tl.float32)
-    if multiplier_ptr is not None:
-        u = u * tl.load(multiplier_ptr + at, mask=mask_u, other=0.0).to(tl.float32)[None, :]
-    if offset_ptr is not None:
-        u = u + tl.load(offset_ptr + at, mask=mask_u, other=0.0).to(tl.float32)[None, :]
+    u = _load_u(x_ptr, multiplier_ptr, offset_ptr, offs_m, at, mask_u, M, stride_xm)
     y = _two_products(u, left_ptr, right_ptr, f, p, ROWS, BLOCKS, F, P)
     inside = offs_k % (f * p)
     source = (offs_k // (f * p) * F + inside // p) * P + inside % p
@@ -153,10 +158,7 @@ def _hadamard_quantize_kernel(
             offs_m, M, K, f, p, stride_xm, offs_k, mask_k, BLOCKS, F, P, ROWS, BLOCK_K,
         )  # fmt: skip
     else:
-        u = load_y(
-            x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
-            GROUP, SPAN, BLOCK_K, "",
-        )  # fmt: skip
+        u = _load_u(x_ptr, multiplier_ptr, offset_ptr, offs_m, offs_k, mask_k, M, stride_xm)
         y = _butterflies(u, ROWS, BLOCK_K, STAGES)
     y = y * norm
     if out_multiplier_ptr is not None:
@@ -168,8 +170,9 @@ def _hadamard_quantize_kernel(
         first = tl.program_id(1) * (BLOCK_K // SPAN)
         store_scale(scale_ptr, limit, offs_m, M, G, first, BLOCK_K // SPAN, QMAX)
         y = dynamic_divide(y, limit, ROWS, BLOCK_K, SPAN, QMAX)
-    codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
-    store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
+    store_codes(
+        q_ptr, y, offs_m, start, M, width, QMIN, QMAX, SHIFT, ROWS, BLOCK_K, PACKED, GROUP, SPAN
+    )
 
 
 @cache
@@ -181,11 +184,11 @@ def hadamard_launch(M: int, K: int, block: int, codes: Codes) -> dict:
     if order & (order - 1) == 0 and not odd:
         # a token with one scale is held whole; every other tile ends between two rotations
         whole = not codes.static and group >= K
-        tile = codes.launch(M, K, at_least=max(order, next_power_of_2(K) if whole else 1))
+        tile = codes.launch_one_part(M, K, at_least=max(order, next_power_of_2(K) if whole else 1))
         return {"STAGES": order.bit_length() - 1, "BLOCKS": 0, "F": 1, "P": 1, **tile}
     span = 1 if codes.static or group >= K else next_power_of_2(group)
     lanes_k = K if span == 1 else cdiv(K, group) * span
-    tile = codes.launch(M, K, at_least=next_power_of_2(lanes_k))
+    tile = codes.launch_one_part(M, K, at_least=next_power_of_2(lanes_k))
     F, P = max(16, next_power_of_2(f)), max(16, next_power_of_2(p))  # as tl.dot wants them
     BLOCKS = next_power_of_2(K // order)
     warps = min(max(BLOCKS * F * P // 1024, 4), 16)
@@ -202,6 +205,12 @@ def _launch_hadamard_quantize(
     codes: Codes,
 ) -> tuple[Tensor, Tensor | None]:
     K = x.shape[-1]
+    if codes.packs_apart(K):
+        apart = replace(codes, packed=False)
+        q, scale = _launch_hadamard_quantize(
+            x, multiplier, offset, block, out_multiplier, out_offset, apart
+        )
+        return pack_int4(q), scale
     x_2d = rows_of(x)
     M = x_2d.shape[0]
     q, scale = codes.empty(x)
