@@ -63,7 +63,7 @@ TABLE = RESULTS / "aot.csv"
 
 FLOATS = ("eps", "clip", "out_step", "norm", "step")
 ALIGNED = ("K", "N", "width", "stride_xm", "stride_rm", "stride_wn")  # multiples of 16 in models
-MATRIX = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTC")  # in SASS
+MATRIX = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
 UNPACKING = ("LOP3", "PRMT", "SHF", "SHL", "SHR", "IMAD.SHL", "IMAD.U32", "I2F", "I2I", "SGXT")
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a processor, from sm_80 on
 PER_SM = {80: 167936, 90: 233472, 100: 233472}  # bytes of shared memory of a processor
@@ -182,7 +182,14 @@ def gemm_variants() -> list[Variant]:
 
 
 SCALES = {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
-PLAIN = {"HAS_ZERO_POINT": False, "ACTIVATION": "", "QMIN": 0, "QMAX": 0}
+PLAIN = {
+    "EVEN": True,
+    "X_GROUPS": False,
+    "HAS_ZERO_POINT": False,
+    "ACTIVATION": "",
+    "QMIN": 0,
+    "QMAX": 0,
+}
 
 
 def _outputs(tile: dict[str, Any], integers: bool, out: str = "*bf16") -> dict[str, str]:
@@ -201,7 +208,7 @@ def _int8(M: int, group: int, name: str = "", out: str = "*bf16", **params: Any)
         f"int8_linear {name}" if name else _name("int8_linear", M, group, tile),
         int8_linear._int8_linear_kernel,
         {"x_ptr": "*i8", "w_ptr": "*i8", **SCALES, **_outputs(tile, not group, out)},
-        {**PLAIN, "GROUP": group, "BLOCK_K": 128, **tile, **params},
+        {**PLAIN, "EVEN": group % 128 == 0, "GROUP": group, "BLOCK_K": 128, **tile, **params},
     )  # fmt: skip
 
 
@@ -227,8 +234,8 @@ def _weight_only(M: int, group: int, packed: bool) -> Variant:
         _name(op, M, group, tile), weight_only._weight_only_linear_kernel,
         {"x_ptr": "*bf16", "w_ptr": "*u8" if packed else "*i8", "w_scale_ptr": "*fp32",
          "bias_ptr": "*bf16", **_outputs(tile, False)},
-        {"GROUP": group, "PACKED": packed, "HAS_ZERO_POINT": False, "DTYPE": tl.bfloat16,
-         "WIDTH": 64, **tile},
+        {"GROUP": group, "PACKED": packed, "EVEN": packed or group % 64 == 0,
+         "HAS_ZERO_POINT": False, "DTYPE": tl.bfloat16, "WIDTH": 64, **tile},
     )  # fmt: skip
 
 
@@ -321,10 +328,11 @@ def matrix_loop(sass: str) -> list[str]:
     """The instructions of the shortest loop around a matrix instruction, none if there is none."""
     pattern = r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);"
     lines = [(int(at, 16), op, rest) for at, op, rest in re.findall(pattern, sass, re.M)]
+    end = max(at for at, op, _ in lines if op == "EXIT")  # behind it lie waits, moved out of loops
     loops = []
     for at, op, rest in lines:
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
-        if target and int(target[1], 16) < at:
+        if target and int(target[1], 16) < at < end:
             body = [name for here, name, _ in lines if int(target[1], 16) <= here <= at]
             if any(name.startswith(MATRIX) for name in body):
                 loops.append(body)
@@ -400,7 +408,11 @@ def main() -> None:
         found = {(row["variant"], int(row["arch"])): row for row in old}
     versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
     RESULTS.mkdir(exist_ok=True)
-    jobs = [(i, arch) for arch in archs for i in wanted]
+    # sm_80 has no float8_e4m3fn
+    jobs = [
+        (i, arch) for arch in archs for i in wanted
+        if arch != 80 or "*fp8e4nv" not in _variants()[i].types.values()
+    ]  # fmt: skip
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for row in pool.map(_report, jobs):
             found[row.variant, row.arch] = {**versions, **asdict(row)}

@@ -135,21 +135,62 @@ def dot_int8(x, w, acc, SWAP: tl.constexpr):
 
 @jit
 def scaled(
-    p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_at, w_at, SWAP: tl.constexpr,
-    FACTOR: tl.constexpr = 1.0,
+    p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_at, w_at, SWAP: tl.constexpr
 ):  # fmt: skip
-    """(p * x_scale) * (w_scale * FACTOR) in float32; x_at and w_at are the offsets of the scales.
-
-    FACTOR is a power of two, which changes no digit.
-    """
+    """(p * x_scale) * w_scale in float32; x_at and w_at are the offsets of the scales."""
     y = p.to(tl.float32)
     if x_scale_ptr is not None:
         x_scale = tl.load(x_scale_ptr + x_at, mask=offs_m < M, other=0.0)
         y = y * along_m(x_scale, SWAP)
     if w_scale_ptr is not None:
-        w_scale = tl.load(w_scale_ptr + w_at, mask=offs_n < N, other=0.0) * FACTOR
+        w_scale = tl.load(w_scale_ptr + w_at, mask=offs_n < N, other=0.0)
         y = y * along_n(w_scale, SWAP)
     return y
+
+
+@jit
+def first_sum(zeros, HAS_ZERO_POINT: tl.constexpr):
+    """What the integer sum of a block starts from: the bits of 1.5 * 2**23, see `float_of`."""
+    if HAS_ZERO_POINT:
+        return zeros
+    else:
+        return zeros + 0x4B400000
+
+
+@jit
+def float_of(p, HAS_ZERO_POINT: tl.constexpr):
+    """A sum of at most 128 products of bytes, from `first_sum` on, without a conversion.
+
+    It is at most 2**21, so that added to the bits of 1.5 * 2**23 it counts units of that float.
+    With a zero point, which nothing bounds, it is converted.
+    """
+    if HAS_ZERO_POINT:
+        return p.to(tl.float32)
+    else:
+        return p.to(tl.float32, bitcast=True) - 12582912.0
+
+
+@jit
+def add_group(
+    y, p, x_scale_ptrs, x_at, w_scale_ptrs, w_at,
+    X_GROUPS: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """y + p * w_scale, and times x_scale if that varies with the group."""
+    p = float_of(p, HAS_ZERO_POINT)
+    if X_GROUPS:
+        p = p * along_m(tl.load(x_scale_ptrs + x_at), SWAP)
+    return tl.fma(p, along_n(tl.load(w_scale_ptrs + w_at), SWAP), y)
+
+
+@jit
+def times_x_scale(
+    y, x_scale_ptr, x_at, FACTOR: tl.constexpr, X_GROUPS: tl.constexpr, SWAP: tl.constexpr
+):
+    """The sum over groups times FACTOR, a power of two, and x_scale where all groups share it."""
+    if X_GROUPS or x_scale_ptr is None:
+        return y * FACTOR
+    else:
+        return y * along_m(tl.load(x_scale_ptr + x_at) * FACTOR, SWAP)
 
 
 @jit

@@ -71,7 +71,7 @@ def part_launch(M: int, lanes: int, unit: int, halves: bool) -> dict[str, int]:
     block = parts * sizes[parts]
     rows = max(1 << (1024 // block).bit_length() >> 1, 256 // sizes[parts])
     rows = max(min(rows, next_power_of_2(cdiv(M, 4 * SMS))), 1)
-    warps = min(max(rows * sizes[parts] // 256, 1), 16)
+    warps = min(next_power_of_2(cdiv(rows * block, 1024)), max(rows * sizes[parts] // 256, 1), 16)
     return {"ROWS": rows, "PARTS": parts, "PART": sizes[parts], "num_warps": warps}
 
 
@@ -159,13 +159,19 @@ def _rule(
     wide: bool,
     sms: int,
 ) -> dict[str, Any]:
-    """With up to 32 tokens the weights take the side of 64 that Hopper's tensor cores want."""
+    """With up to 32 tokens the weights take the side of 64 that Hopper's tensor cores want.
+
+    In groups they take it wherever they come from memory: a thread then needs two scales of theirs.
+    """
     if M <= 32:
         return _tiles(16 if M <= 16 else 32, 64, True, 2 if computed_weights else 4, 4)
-    if computed_tokens:
-        return _tiles(32, 128, False, 4, 3)  # below 64 rows there is no wgmma
+    if computed_tokens:  # below 64 rows, and with two warps, there is no wgmma
+        return _tiles(32, 128, False, 4, 3) if grouped else _tiles(64, 64, False, 2, 3)
+    swap = grouped and not computed_weights
     if cdiv(M, 128) * cdiv(N, 128) < sms:
-        return _tiles(64, 64, False, 4, 3)
+        return _tiles(64, 64, swap, 4, 3)
+    if swap:
+        return _tiles(64, 128, True, 8, 3)
     return _tiles(128, 64 if grouped else 128, False, 8, 2 if wide else 3)
 
 
