@@ -244,7 +244,7 @@ def _fp8(M: int) -> Variant:
     return Variant(
         _name("fp8_linear", M, 0, tile), fp8_linear._fp8_linear_kernel,
         {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", **SCALES, **_outputs(tile, False)},
-        {"ACTIVATION": "", "BLOCK_K": 128, **tile},
+        {"ACTIVATION": "", "EVEN": True, "BLOCK_K": 128, **tile},
     )  # fmt: skip
 
 

@@ -133,14 +133,14 @@ def _unpack_ptx(exponent, fma, one, minus, high):
 
 @jit
 def _bytes_to_float(w, DTYPE: tl.constexpr):
-    """int8 to floats, by way of a float32 mantissa: bfloat16's is too short."""
+    """int8 to floats, by way of a mantissa as above."""
     if PTX and DTYPE.is_bf16():
         return tl.inline_asm_elementwise(
-            _widen_ptx("bf16x2"), "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
+            _widen_bf16_ptx(), "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
         )
     elif PTX and DTYPE.is_fp16():
         return tl.inline_asm_elementwise(
-            _widen_ptx("f16x2"), "=r,=r,r", [w], dtype=tl.float16, is_pure=True, pack=4
+            _widen_fp16_ptx(), "=r,=r,r", [w], dtype=tl.float16, is_pure=True, pack=4
         )
     else:
         code = (w ^ -128).to(tl.uint8, bitcast=True).to(tl.int32)  # code + 128
@@ -148,14 +148,28 @@ def _bytes_to_float(w, DTYPE: tl.constexpr):
 
 
 @constexpr_function
-def _widen_ptx(pair):
-    """Four bytes of a register to four floats: -8388736 is 0xCB000080."""
-    lines = ["{ .reg .b32 t; .reg .f32 a, b, c, d; xor.b32 t, $2, 0x80808080;"]
-    for i, name in enumerate("abcd"):
-        lines.append(f"prmt.b32 {name}, t, 0x4B000000, 0x765{i};")
-        lines.append(f"add.f32 {name}, {name}, 0fCB000080;")
-    lines.append(f"cvt.rn.{pair}.f32 $0, b, a; cvt.rn.{pair}.f32 $1, d, c; }}")
-    return " ".join(lines).replace(".reg .f32", ".reg .b32")
+def _widen_bf16_ptx():
+    """Four bytes of a register to four bfloat16, whose mantissa holds seven bits.
+
+    Those under the exponent of 128, less 128, or 256 where the eighth, the sign, is set: with it
+    as the last bit of the exponent 128 becomes 256.
+    """
+    lines = ["{ .reg .b32 t, less, minus; mov.b32 minus, 0xBF80BF80;"]
+    for i, bytes_ in enumerate(("0x4140", "0x4342")):
+        lines.append(f"prmt.b32 t, $2, 0x43434343, {bytes_};")
+        lines.append("and.b32 less, t, 0xFF80FF80; and.b32 t, t, 0xFF7FFF7F;")
+        lines.append(f"fma.rn.bf16x2 ${i}, less, minus, t;")
+    return " ".join(lines) + " }"
+
+
+@constexpr_function
+def _widen_fp16_ptx():
+    """To float16, whose mantissa holds code + 128: under the exponent of 1024, less 1152."""
+    lines = ["{ .reg .b32 t, u, one, minus; mov.b32 one, 0x3C003C00; mov.b32 minus, 0xE480E480;"]
+    lines.append("xor.b32 t, $2, 0x80808080;")
+    for i, bytes_ in enumerate(("0x4140", "0x4342")):
+        lines.append(f"prmt.b32 u, t, 0x64646464, {bytes_}; fma.rn.f16x2 ${i}, u, one, minus;")
+    return " ".join(lines) + " }"
 
 
 @jit
