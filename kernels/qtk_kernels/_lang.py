@@ -235,6 +235,15 @@ def block_of(step, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @jit
+def first_channel(step, BYTES: tl.constexpr):
+    """The channel of the first low nibble of a step over packed weights, 64 or 32 bytes."""
+    if BYTES == 64:
+        return step * 128
+    else:
+        return step // 2 * 128 + step % 2 * BYTES
+
+
+@jit
 def segment_of(step, K, GROUP: tl.constexpr):
     """Where groups end inside packed bytes, a step is what a group has of one half of a block.
 

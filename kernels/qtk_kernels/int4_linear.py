@@ -17,6 +17,7 @@ from ._lang import (
     along_m,
     along_n,
     dot_int8,
+    first_channel,
     first_sum,
     high_nibbles,
     jit,
@@ -102,7 +103,7 @@ def _even_groups(
     first, last = share_of(steps, SPLIT_K)
     for step in range(first, last):  # rows of w are padded: no tail
         b = step * BYTES
-        k = b // 64 * 128 + b % 64  # channel of the first low nibble
+        k = first_channel(step, BYTES)
         w = tl.load(w_ptrs + b)  # [BLOCK_N, BYTES]
         if X_PACKED:
             x = tl.load(x_ptrs + b)  # [BLOCK_M, BYTES]

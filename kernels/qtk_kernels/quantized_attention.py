@@ -64,15 +64,16 @@ def pack_heads(q: Tensor) -> Tensor:
     return low & 15 | high << 4
 
 
-def attention_tile(Tq: int, Tk: int, one_pass: bool, fp8: bool) -> dict[str, int]:
+def attention_tile(Tq: int, Tk: int, one_pass: bool, fp8: bool, row_bytes: int) -> dict[str, int]:
     """Rows, keys and warps of a program: a rule, not tuned on a GPU.
 
     Args:
         one_pass: nothing about a whole row has to be known before its codes are.
         fp8: the second product's operands are float8, which are native from 64 rows on.
+        row_bytes: of a key's values; more leave no shared memory for more keys.
     """
     rows, warps = 128, 8  # four warps for each 64 rows, or scores would be held twice
-    BLOCK_N = 128 if fp8 and one_pass else 64
+    BLOCK_N = 128 if one_pass and (fp8 or row_bytes <= 128) else 64
     if Tk <= ONE_TILE:
         BLOCK_N = max(next_power_of_2(Tk), 32)
     if Tq <= 64 or Tk <= ONE_TILE // 2:
@@ -90,7 +91,8 @@ def _launch(
 ) -> Tensor:  # fmt: skip
     (B, H, Tq, width), Tk, D = q.shape, k.shape[2], v.shape[3]
     fp8 = v.dtype == torch.float8_e4m3fn
-    tile = attention_tile(Tq, Tk, grid or softmax.kind == "float", fp8)
+    one_pass = grid or softmax.kind == "float"
+    tile = attention_tile(Tq, Tk, one_pass, fp8, D * v.element_size())
     tile["BLOCK_N"] = block_n or tile["BLOCK_N"]
     one_tile = not grid and Tk <= tile["BLOCK_N"]
     out = torch.empty(B, Tq, H * D, dtype=torch.int8 if epilogue else out_dtype, device=q.device)

@@ -20,6 +20,7 @@ from ._lang import (
     along_n,
     block_of,
     constexpr_function,
+    first_channel,
     jit,
     segment_of,
     share_of,
@@ -252,7 +253,7 @@ def _even_nibbles(
     first, last = share_of(steps, SPLIT_K)
     for step in range(first, last):
         b = step * WIDTH
-        k = b // 64 * 128 + b % 64  # channel of the first low nibble
+        k = first_channel(step, WIDTH)
         w = tl.load(w_ptrs + b)
         x = _load_x(x_ptrs, k, offs_b, K, EVEN)
         if HAS_ZERO_POINT:
