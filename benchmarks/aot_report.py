@@ -138,17 +138,17 @@ def row_variants() -> list[Variant]:
                      "WALK": walk and codes.granularity == "token"},
                 ))  # fmt: skip
         for K, block in ((4096, 128), (768, 768)):
-            launch = hadamard_quantize.hadamard_launch(4096, K, block, codes)
-            if launch is None:
+            fused = hadamard_quantize.hadamard_launch(4096, K, block, codes)
+            if fused is None:  # PyTorch rotates
                 continue
             types = {"x_ptr": "*bf16", "multiplier_ptr": "*fp32", "out_multiplier_ptr": "*fp32",
                      "q_ptr": "*u8" if codes.packed else "*i8"}  # fmt: skip
             types |= {} if codes.static else {"scale_ptr": "*fp32"}
-            types |= {"left_ptr": "*fp32", "right_ptr": "*fp32"} if launch["BLOCKS"] else {}
+            types |= {"left_ptr": "*fp32", "right_ptr": "*fp32"} if fused["BLOCKS"] else {}
             _, f, p = split(block)
             out.append(Variant(
                 f"hadamard_quantize {label} K={K} block={block} ({f}x{p})",
-                hadamard_quantize._hadamard_quantize_kernel, types, launch,
+                hadamard_quantize._hadamard_quantize_kernel, types, fused,
             ))  # fmt: skip
     codes = Codes(8)
     for K in (768, 1024, 4096):
