@@ -67,7 +67,8 @@ def part_launch(M: int, lanes: int, unit: int, halves: bool) -> dict[str, int]:
         lanes = cdiv(lanes, cdiv(lanes, MAX_ROW // 2))
     choices = [2, 4, 6, 8] if halves else [1, 2, 3, 4, 5, 6, 7, 8]
     sizes = {n: max(next_power_of_2(cdiv(lanes, n)), unit) for n in choices}
-    parts = min(choices, key=lambda n: (n * sizes[n], abs(n - 4)))
+    few = 2 if halves else 4
+    parts = min(choices, key=lambda n: (n * sizes[n], abs(n - few)))
     block = parts * sizes[parts]
     rows = max(1 << (1024 // block).bit_length() >> 1, 256 // sizes[parts])
     rows = max(min(rows, next_power_of_2(cdiv(M, 4 * SMS))), 1)
@@ -163,10 +164,11 @@ def _rule(
 
     In groups they take it wherever they come from memory: a thread then needs two scales of theirs.
     """
+    if computed_tokens and M > 16:  # below 64 rows, and with two warps, there is no wgmma
+        low = grouped or M <= 32
+        return _tiles(32, 128, False, 4, 3) if low else _tiles(64, 64, False, 2, 3)
     if M <= 32:
         return _tiles(16 if M <= 16 else 32, 64, True, 2 if computed_weights else 4, 4)
-    if computed_tokens:  # below 64 rows, and with two warps, there is no wgmma
-        return _tiles(32, 128, False, 4, 3) if grouped else _tiles(64, 64, False, 2, 3)
     swap = grouped and not computed_weights
     if cdiv(M, 128) * cdiv(N, 128) < sms:
         return _tiles(64, 64, swap, 4, 3)
