@@ -61,7 +61,8 @@ def variant(
     """
     grid = kind == "code" and quantized_attention.WHOLE < T
     one_pass = grid or kind == "float"
-    tile = quantized_attention.attention_tile(T, T, one_pass, v == "fp8")
+    row_bytes = HEAD * (2 if v == "bf16" else 1)
+    tile = quantized_attention.attention_tile(T, T, one_pass, v == "fp8", row_bytes)
     packed = qk == "u8"
     types = {"q_ptr": f"*{qk}", "k_ptr": f"*{qk}", "v_ptr": "*i8"}
     if v == "bf16":

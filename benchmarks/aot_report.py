@@ -12,8 +12,10 @@ can come. Speed itself needs a GPU: nothing here is a timing.
 
 "loop" counts the instructions of the innermost loop that multiplies matrices; "per element" is, for
 matrix products, those instructions times threads over weights read (for 1024 products), and for row
-kernels all instructions times threads over elements. "unpack" is the logic, shift and permute
-instructions in that loop for four weights, those for addresses included.
+kernels all instructions times threads over elements, but for the subroutines behind the end that
+exact divisions call for subnormal numbers. "unpack" is the ALU's instructions (logic, shifts and
+permutes) in that loop for four weights, those for addresses included; shifts that the compiler
+gives to the multiply-add pipe are not.
 """
 
 import csv
@@ -63,8 +65,8 @@ TABLE = RESULTS / "aot.csv"
 
 FLOATS = ("eps", "clip", "out_step", "norm", "step")
 ALIGNED = ("K", "N", "width", "stride_xm", "stride_rm", "stride_wn")  # multiples of 16 in models
-MATRIX = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTC")  # in SASS
-UNPACKING = ("LOP3", "PRMT", "SHF", "SHL", "SHR", "IMAD.SHL", "IMAD.U32", "I2F", "I2I", "SGXT")
+MATRIX = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
+UNPACKING = ("LOP3", "PRMT", "SHF", "SHL", "SHR", "I2F", "I2I", "SGXT")  # of the ALU pipe
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a processor, from sm_80 on
 PER_SM = {80: 167936, 90: 233472, 100: 233472}  # bytes of shared memory of a processor
 
@@ -110,12 +112,13 @@ def row_variants() -> list[Variant]:
     """LayerNorm and elementwise quantizers."""
     specs = {
         "w8 tensor": Codes(8), "w8 token": Codes(8, "token"), "w4 g128": Codes(4, 128, packed=True),
+        "w8 g100": Codes(8, 100),
     }  # fmt: skip
     out = []
     for label, codes in specs.items():
         for K in (768, 4096, 32768):
             launch = codes.launch(4096, K)
-            walk = launch["BLOCK_K"] < K
+            walk = channels_of(launch) < K
             q = "*u8" if codes.packed else "*i8"
             scale = {} if codes.static else {"scale_ptr": "*fp32"}
             out.append(Variant(
@@ -123,8 +126,7 @@ def row_variants() -> list[Variant]:
                 layer_norm_quantize._layer_norm_quantize_kernel,
                 {"x_ptr": "*bf16", "residual_ptr": "*bf16", "weight_ptr": "*fp32",
                  "bias_ptr": "*fp32", "q_ptr": q, "emitted_ptr": "*bf16", **scale},
-                {**launch, "WALK": walk, "CHANNELS": channels_of(launch),
-                 "FULL": K % launch["BLOCK_K"] == 0},
+                {**launch, "WALK": walk},
             ))  # fmt: skip
             for activation in ("", "gelu", "gelu_tanh"):
                 out.append(Variant(
@@ -136,24 +138,26 @@ def row_variants() -> list[Variant]:
                      "WALK": walk and codes.granularity == "token"},
                 ))  # fmt: skip
         for K, block in ((4096, 128), (768, 768)):
-            launch = hadamard_quantize.hadamard_launch(4096, K, block, codes)
+            fused = hadamard_quantize.hadamard_launch(4096, K, block, codes)
+            if fused is None:  # PyTorch rotates
+                continue
             types = {"x_ptr": "*bf16", "multiplier_ptr": "*fp32", "out_multiplier_ptr": "*fp32",
                      "q_ptr": "*u8" if codes.packed else "*i8"}  # fmt: skip
             types |= {} if codes.static else {"scale_ptr": "*fp32"}
-            types |= {"left_ptr": "*fp32", "right_ptr": "*fp32"} if launch["BLOCKS"] else {}
+            types |= {"left_ptr": "*fp32", "right_ptr": "*fp32"} if fused["BLOCKS"] else {}
             _, f, p = split(block)
             out.append(Variant(
                 f"hadamard_quantize {label} K={K} block={block} ({f}x{p})",
-                hadamard_quantize._hadamard_quantize_kernel, types, launch,
+                hadamard_quantize._hadamard_quantize_kernel, types, fused,
             ))  # fmt: skip
     codes = Codes(8)
-    for K in (1024, 4096):
+    for K in (768, 1024, 4096):
         launch = codes.launch(4096, K)
         out.append(Variant(
             f"layer_norm_quantize w8 tensor K={K}, no residual",
             layer_norm_quantize._layer_norm_quantize_kernel,
             {"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "q_ptr": "*i8"},
-            {**launch, "WALK": False, "CHANNELS": K, "FULL": True},
+            {**launch, "WALK": False},
         ))  # fmt: skip
     return out
 
@@ -183,7 +187,14 @@ def gemm_variants() -> list[Variant]:
 
 
 SCALES = {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
-PLAIN = {"HAS_ZERO_POINT": False, "ACTIVATION": "", "QMIN": 0, "QMAX": 0}
+PLAIN = {
+    "EVEN": True,
+    "X_GROUPS": False,
+    "HAS_ZERO_POINT": False,
+    "ACTIVATION": "",
+    "QMIN": 0,
+    "QMAX": 0,
+}
 
 
 def _outputs(tile: dict[str, Any], integers: bool, out: str = "*bf16") -> dict[str, str]:
@@ -202,7 +213,7 @@ def _int8(M: int, group: int, name: str = "", out: str = "*bf16", **params: Any)
         f"int8_linear {name}" if name else _name("int8_linear", M, group, tile),
         int8_linear._int8_linear_kernel,
         {"x_ptr": "*i8", "w_ptr": "*i8", **SCALES, **_outputs(tile, not group, out)},
-        {**PLAIN, "GROUP": group, "BLOCK_K": 128, **tile, **params},
+        {**PLAIN, "EVEN": group % 128 == 0, "GROUP": group, "BLOCK_K": 128, **tile, **params},
     )  # fmt: skip
 
 
@@ -228,8 +239,8 @@ def _weight_only(M: int, group: int, packed: bool) -> Variant:
         _name(op, M, group, tile), weight_only._weight_only_linear_kernel,
         {"x_ptr": "*bf16", "w_ptr": "*u8" if packed else "*i8", "w_scale_ptr": "*fp32",
          "bias_ptr": "*bf16", **_outputs(tile, False)},
-        {"GROUP": group, "PACKED": packed, "HAS_ZERO_POINT": False, "DTYPE": tl.bfloat16,
-         "WIDTH": 64, **tile},
+        {"GROUP": group, "PACKED": packed, "EVEN": packed or group % 64 == 0,
+         "HAS_ZERO_POINT": False, "DTYPE": tl.bfloat16, "WIDTH": 64, **tile},
     )  # fmt: skip
 
 
@@ -238,7 +249,7 @@ def _fp8(M: int) -> Variant:
     return Variant(
         _name("fp8_linear", M, 0, tile), fp8_linear._fp8_linear_kernel,
         {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", **SCALES, **_outputs(tile, False)},
-        {"ACTIVATION": "", "BLOCK_K": 128, **tile},
+        {"ACTIVATION": "", "EVEN": True, "BLOCK_K": 128, **tile},
     )  # fmt: skip
 
 
@@ -302,7 +313,7 @@ def report(variant: Variant, arch: int) -> Row:
         narrow_loads=len(loads) - wide,
         loop=len(loop),
         loop_i2f=sum(op.startswith("I2F") for op in loop),
-        per_element=round((len(loop) or len(ops)) * threads / elements(variant), 2),
+        per_element=round((len(loop) or last_exit(ops)) * threads / elements(variant), 2),
         unpack=round(4 * unpacking * threads / weights(variant), 2) if loop else 0.0,
     )
 
@@ -313,14 +324,20 @@ def opcodes(sass: str) -> list[str]:
     return [op for op in re.findall(pattern, sass, re.M) if op != "NOP"]
 
 
+def last_exit(ops: list[str]) -> int:
+    """Instructions before the end: behind it lie subroutines of exact division, for subnormals."""
+    return len(ops) - ops[::-1].index("EXIT")
+
+
 def matrix_loop(sass: str) -> list[str]:
     """The instructions of the shortest loop around a matrix instruction, none if there is none."""
     pattern = r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);"
     lines = [(int(at, 16), op, rest) for at, op, rest in re.findall(pattern, sass, re.M)]
+    end = max(at for at, op, _ in lines if op == "EXIT")  # behind it lie waits, moved out of loops
     loops = []
     for at, op, rest in lines:
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
-        if target and int(target[1], 16) < at:
+        if target and int(target[1], 16) < at < end:
             body = [name for here, name, _ in lines if int(target[1], 16) <= here <= at]
             if any(name.startswith(MATRIX) for name in body):
                 loops.append(body)
@@ -349,7 +366,8 @@ def elements(variant: Variant) -> float:
         return weights(variant) * p["BLOCK_M"] / 1024
     if "SPLIT_K" in p:
         return p["BLOCK_N"]
-    return p["ROWS"] * min(p["BLOCK_K"], int(re.findall(r"K=(\d+)", variant.name)[0]))
+    lanes = p["BLOCK_K"] if "BLOCK_K" in p else p["PART"] * p["PARTS"]
+    return p["ROWS"] * min(lanes, int(re.findall(r"K=(\d+)", variant.name)[0]))
 
 
 def tensor_core(ptx: str) -> str:
@@ -395,7 +413,11 @@ def main() -> None:
         found = {(row["variant"], int(row["arch"])): row for row in old}
     versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
     RESULTS.mkdir(exist_ok=True)
-    jobs = [(i, arch) for arch in archs for i in wanted]
+    # sm_80 has no float8_e4m3fn
+    jobs = [
+        (i, arch) for arch in archs for i in wanted
+        if arch != 80 or "*fp8e4nv" not in _variants()[i].types.values()
+    ]  # fmt: skip
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for row in pool.map(_report, jobs):
             found[row.variant, row.arch] = {**versions, **asdict(row)}

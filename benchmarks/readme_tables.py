@@ -72,7 +72,8 @@ def on_a_gpu(folder: Path) -> list[str]:
 def kernel_table(folder: Path) -> str:
     """What the compiler made of every kernel for sm_90, and what a GPU measured, if one did."""
     with (folder / "aot.csv").open(encoding="utf-8", newline="") as file:
-        compiled = [row for row in csv.DictReader(file) if row["arch"] == "90"]
+        rows = list(csv.DictReader(file))
+    compiled = [row for row in rows if row["arch"] == "90"]
     columns = ["kernel", "registers", "spilled", "shared", "occupancy", "loop", "per element",
                "unpack", "tensor core"]  # fmt: skip
     keys = ("variant", "registers", "spill_bytes", "shared", "occupancy", "loop", "per_element",
@@ -81,10 +82,20 @@ def kernel_table(folder: Path) -> str:
     lines += [_line([row[key] for key in keys]) for row in compiled]
     lines += [
         "",
-        f"<sub>sm_90 only, {len(compiled)} variants, triton {compiled[0]['triton']}.</sub>",
+        f"<sub>sm_90, triton {compiled[0]['triton']}. In `aot.csv`: {_archs(rows)}.</sub>",
         "",
     ]
     return "\n".join([*lines, "\n\n".join(on_a_gpu(folder) or [NOT_MEASURED])])
+
+
+def _archs(rows: list[dict[str, str]]) -> str:
+    """How many variants were compiled for each architecture, and how many of them spill."""
+    parts = []
+    for arch in sorted({row["arch"] for row in rows}, key=int):
+        found = [row for row in rows if row["arch"] == arch]
+        spilled = sum(row["spill_bytes"] != "0" for row in found)
+        parts.append(f"sm_{arch}, {len(found)} variants, {spilled or 'none'} spilled")
+    return "; ".join(parts)
 
 
 def attention_table(folder: Path) -> str:

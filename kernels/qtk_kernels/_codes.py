@@ -11,9 +11,8 @@ most negative code is never used. G = ceil(K / group_size); the last group may b
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from math import gcd
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from . import _launch
 from ._int4 import BLOCK, pack_int4, packed_width
-from ._launch import cdiv, next_power_of_2, row_launch
+from ._launch import cdiv, next_power_of_2, part_launch, row_launch
 
+TOKEN = -1  # the group size that stands for a whole token in `_rows.py`
 EPS = 1e-8  # smallest max |y|: a row of zeros quantizes to zeros, not to nan
 
 Granularity = str | int
@@ -98,40 +98,71 @@ class Codes:
         """Uninitialized codes, and scale if there is one, for x [..., K]."""
         return [x.new_empty(shape, dtype=dtype) for shape, dtype in self.results(x.shape)]
 
-    def launch(self, M: int, K: int, at_least: int = 1) -> dict:
-        """The parameters of a row kernel that writes these codes, in tiles of some channels.
+    def packs_apart(self, K: int) -> bool:
+        """Groups of another size than a power of two end inside bytes: packed by a pass of its own.
 
-        A tile holds whole groups, each in SPAN lanes, and whole blocks if the codes are packed.
+        A kernel would move most nibbles between threads.
         """
-        return _tile(self, M, K, at_least, _launch.SMS)
+        group = self.group_size(K)
+        return self.packed and not self.static and group < K and group & (group - 1) > 0
+
+    def written(self, K: int) -> "Codes":
+        """What a kernel writes: these codes, but for the packing that is a pass of its own."""
+        return replace(self, packed=False) if self.packs_apart(K) else self
+
+    def launch(self, M: int, K: int) -> dict:
+        """The parameters of a kernel of `_rows.py` that writes these codes."""
+        return _tile(self, M, K, _launch.SMS)
+
+    def launch_one_part(self, M: int, K: int, at_least: int = 1) -> dict:
+        """The same for a kernel that needs its channels in one tensor, of some size."""
+        return _one_part(self, M, K, at_least, _launch.SMS)
 
 
 @cache
-def _tile(codes: Codes, M: int, K: int, at_least: int, sms: int) -> dict:
-    group = codes.group_size(K)
-    one = codes.static or group >= K
-    span = 1 if one else next_power_of_2(group)
-    groups = 1 if one else cdiv(K, group)
-    lanes = span
-    if codes.packed and span != group and not one:
-        lanes *= min(BLOCK // gcd(BLOCK, group), next_power_of_2(groups))
-    at_least = max(at_least, lanes, BLOCK if codes.packed else 1)
-    tile = row_launch(M, K if one else groups * span, at_least)
-    spans = {"GROUP": group, "SPAN": span}
-    if one:
-        spans = dict.fromkeys(spans, 0 if codes.static else tile["BLOCK_K"])
+def _tile(codes: Codes, M: int, K: int, sms: int) -> dict:
+    group, span, lanes = _lanes(codes, K)
+    # a part holds whole groups, two parts whole blocks of packed codes
+    unit = max(64, span // 2) if codes.packed else max(128, span)
+    tile = part_launch(M, lanes, unit, codes.packed)
+    block = tile["PART"] * tile["PARTS"]
+    channels = block // span * group if group > 0 else block
     return {
-        **spans, "QMIN": codes.qmin, "QMAX": codes.qmax,
+        **_grid(codes), "GROUP": group, "SPAN": span if group > 0 else group, **tile,
+        "FULL": channels == block and K % channels == 0,
+    }  # fmt: skip
+
+
+@cache
+def _one_part(codes: Codes, M: int, K: int, at_least: int, sms: int) -> dict:
+    group, span, lanes = _lanes(codes, K)
+    tile = row_launch(M, lanes, max(at_least, span, BLOCK if codes.packed else 1))
+    if group < 1:
+        group = span = tile["BLOCK_K"] if group else 0
+    return {**_grid(codes), "GROUP": group, "SPAN": span, **tile}
+
+
+def _lanes(codes: Codes, K: int) -> tuple[int, int, int]:
+    """Channels that share a scale (0 if static, TOKEN if all do), lanes of those, and of a row."""
+    group = codes.group_size(K)
+    if codes.static or group >= K:
+        return 0 if codes.static else TOKEN, 1, K
+    span = next_power_of_2(group)
+    return group, span, cdiv(K, group) * span
+
+
+def _grid(codes: Codes) -> dict:
+    return {
+        "QMIN": codes.qmin, "QMAX": codes.qmax,
         "SHIFT": 0 if codes.static or codes.signed else 2 ** (codes.bits - 1),
-        "PACKED": codes.packed, **tile,
+        "PACKED": codes.packed,
     }  # fmt: skip
 
 
 def channels_of(tile: dict) -> int:
     """Channels in one tile of `Codes.launch`, without idle lanes."""
-    if tile["GROUP"] == tile["SPAN"]:
-        return tile["BLOCK_K"]
-    return tile["BLOCK_K"] // tile["SPAN"] * tile["GROUP"]
+    lanes = tile["BLOCK_K"] if "BLOCK_K" in tile else tile["PART"] * tile["PARTS"]
+    return lanes if tile["GROUP"] == tile["SPAN"] else lanes // tile["SPAN"] * tile["GROUP"]
 
 
 def quantize_ref(y: Tensor, codes: Codes) -> tuple[Tensor, Tensor | None]:

@@ -37,91 +37,63 @@ def round_codes(y, qmin, qmax):
 
 
 @jit
+def exp2(x):
+    """2**x within 2 ulp, 0 for results below 2**-126."""
+    if PTX:  # without the instructions that make room for smaller results
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(tl.minimum(x, 127.0))  # NumPy warns of infinite results
+
+
+@jit
+def reciprocal(x):
+    """1 / x within 1 ulp."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.div_rn(1.0, x)
+
+
+@jit
+def rsqrt(x):
+    """1 / sqrt(x) of positive numbers within 1 ulp: the approximation, and a step of Newton's."""
+    r = tl.rsqrt(x)
+    return r * tl.fma(-0.5 * x * r, r, 1.5)
+
+
+@jit
+def gelu_tile(y):
+    """y Phi(y) = max(y, 0) - |y| Phi(-|y|), the latter as 2 to the power of a polynomial.
+
+    It is a minimax fit of log2 Phi(-a), exact at 0, that moves Phi by less than 4e-8 anywhere: it
+    falls for ever, as Phi(-a) does.
+    """
+    a = tl.abs(y)
+    p = tl.fma(a, -2.83505795e-06, 3.93791473e-05)
+    p = tl.fma(p, a, -1.86185961e-04)
+    p = tl.fma(p, a, -1.36925142e-04)
+    p = tl.fma(p, a, 7.06340848e-03)
+    p = tl.fma(p, a, -5.24961722e-02)
+    p = tl.fma(p, a, -4.59208198e-01)
+    p = tl.fma(p, a, -1.15110521)
+    return tl.fma(-a, exp2(tl.fma(p, a, -1.0)), tl.maximum(y, 0.0))
+
+
+@jit
 def activate_tile(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
-        y = y * 0.5 * (1.0 + tl.erf(y * 0.7071067811865476))
+        y = gelu_tile(y)
     elif ACTIVATION == "gelu_tanh":
-        u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-        # (1 + tanh(u)) / 2 is the logistic function of 2u, which needs no libdevice
-        y = tl.div_rn(y, 1.0 + tl.exp(tl.minimum(-2.0 * u, 80.0)))
+        # y over 1 + exp(-2 u), u = sqrt(2 / pi) (y + 0.044715 y**3): (1 + tanh u) / 2 is that
+        exponent = y * tl.fma(y * y, -0.1029432397, -2.302208198)  # of 2
+        y = y * reciprocal(1.0 + exp2(exponent))
     elif ACTIVATION == "relu":
         y = tl.maximum(y, 0.0)
     return y
-
-
-@jit
-def lanes(start, K, GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The channels of a tile, and which of them there are.
-
-    A group whose size is no power of two takes SPAN lanes of a tile and leaves some idle.
-    """
-    lane = tl.arange(0, BLOCK_K)
-    if GROUP == SPAN:
-        return start + lane, start + lane < K
-    else:
-        offs_k = start + lane // SPAN * GROUP + lane % SPAN
-        return offs_k, (lane % SPAN < GROUP) & (offs_k < K)
-
-
-@jit
-def dynamic_limit(y, clip, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr):
-    """The largest magnitude to represent, per group: [ROWS, BLOCK_K] to [ROWS, BLOCK_K / SPAN]."""
-    groups = tl.reshape(tl.abs(y), (ROWS, BLOCK_K // SPAN, SPAN))
-    return tl.maximum(tl.max(groups, axis=2), 1e-8) * clip
-
-
-@jit
-def dynamic_divide(
-    y, limit, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr, QMAX: tl.constexpr
-):
-    inverse = tl.div_rn(limit * 0.0 + QMAX, limit)
-    groups = tl.reshape(y, (ROWS, BLOCK_K // SPAN, SPAN))
-    return tl.reshape(groups * inverse[:, :, None], (ROWS, BLOCK_K))
-
-
-@jit
-def store_scale(
-    scale_ptr, limit, offs_m, M, G, first,
-    BLOCK_G: tl.constexpr, QMAX: tl.constexpr,
-):  # fmt: skip
-    offs_g = first + tl.arange(0, BLOCK_G)
-    mask = (offs_m < M)[:, None] & (offs_g < G)[None, :]
-    scale = tl.div_rn(limit, limit * 0.0 + QMAX)
-    tl.store(scale_ptr + offs_m[:, None] * G + offs_g[None, :], scale, mask=mask)
-
-
-@jit
-def in_order(codes, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-             SPAN: tl.constexpr):  # fmt: skip
-    """Padded groups moved together: [ROWS, BLOCK_K], zeros at the end."""
-    CHANNELS: tl.constexpr = BLOCK_K // SPAN * GROUP
-    channel = tl.arange(0, BLOCK_K)
-    lane = tl.where(channel < CHANNELS, channel // GROUP * SPAN + channel % GROUP, 0)
-    at = tl.broadcast_to(lane[None, :], (ROWS, BLOCK_K))
-    return tl.where((channel < CHANNELS)[None, :], tl.gather(codes, at, axis=1), 0)
-
-
-@jit
-def store_codes(
-    q_ptr, codes, offs_m, start, M, width,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr,
-    GROUP: tl.constexpr = 0, SPAN: tl.constexpr = 0,
-):  # fmt: skip
-    """Writes [ROWS, BLOCK_K] codes as bytes, or as half-split nibbles."""
-    if PACKED:
-        offs = start // 2 + tl.arange(0, BLOCK_K // 2)
-        mask_k = offs < width
-        if GROUP != SPAN:
-            codes = in_order(codes, ROWS, BLOCK_K, GROUP, SPAN)
-            if BLOCK_K // SPAN * GROUP % 128 == 0:  # what follows belongs to the next tile
-                mask_k &= tl.arange(0, BLOCK_K // 2) < BLOCK_K // SPAN * GROUP // 2
-        halves = tl.reshape(codes & 15, (ROWS, BLOCK_K // 128, 2, 64))
-        shift = (tl.arange(0, 2) * 4)[None, None, :, None]
-        codes = tl.reshape(tl.sum(halves << shift, axis=2), (ROWS, BLOCK_K // 2))
-    else:
-        offs, mask_k = lanes(start, width, GROUP, SPAN, BLOCK_K)
-    mask = (offs_m < M)[:, None] & mask_k[None, :]
-    tl.store(q_ptr + offs_m[:, None] * width + offs[None, :], codes.to(tl.int8), mask=mask)
 
 
 @jit
@@ -163,21 +135,62 @@ def dot_int8(x, w, acc, SWAP: tl.constexpr):
 
 @jit
 def scaled(
-    p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_at, w_at, SWAP: tl.constexpr,
-    FACTOR: tl.constexpr = 1.0,
+    p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, x_at, w_at, SWAP: tl.constexpr
 ):  # fmt: skip
-    """(p * x_scale) * (w_scale * FACTOR) in float32; x_at and w_at are the offsets of the scales.
-
-    FACTOR is a power of two, which changes no digit.
-    """
+    """(p * x_scale) * w_scale in float32; x_at and w_at are the offsets of the scales."""
     y = p.to(tl.float32)
     if x_scale_ptr is not None:
         x_scale = tl.load(x_scale_ptr + x_at, mask=offs_m < M, other=0.0)
         y = y * along_m(x_scale, SWAP)
     if w_scale_ptr is not None:
-        w_scale = tl.load(w_scale_ptr + w_at, mask=offs_n < N, other=0.0) * FACTOR
+        w_scale = tl.load(w_scale_ptr + w_at, mask=offs_n < N, other=0.0)
         y = y * along_n(w_scale, SWAP)
     return y
+
+
+@jit
+def first_sum(zeros, HAS_ZERO_POINT: tl.constexpr):
+    """What the integer sum of a block starts from: the bits of 1.5 * 2**23, see `float_of`."""
+    if HAS_ZERO_POINT:
+        return zeros
+    else:
+        return zeros + 0x4B400000
+
+
+@jit
+def float_of(p, HAS_ZERO_POINT: tl.constexpr):
+    """A sum of at most 128 products of bytes, from `first_sum` on, without a conversion.
+
+    It is at most 2**21, so that added to the bits of 1.5 * 2**23 it counts units of that float.
+    With a zero point, which nothing bounds, it is converted.
+    """
+    if HAS_ZERO_POINT:
+        return p.to(tl.float32)
+    else:
+        return p.to(tl.float32, bitcast=True) - 12582912.0
+
+
+@jit
+def add_group(
+    y, p, x_scale_ptrs, x_at, w_scale_ptrs, w_at,
+    X_GROUPS: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """y + p * w_scale, and times x_scale if that varies with the group."""
+    p = float_of(p, HAS_ZERO_POINT)
+    if X_GROUPS:
+        p = p * along_m(tl.load(x_scale_ptrs + x_at), SWAP)
+    return tl.fma(p, along_n(tl.load(w_scale_ptrs + w_at), SWAP), y)
+
+
+@jit
+def times_x_scale(
+    y, x_scale_ptr, x_at, FACTOR: tl.constexpr, X_GROUPS: tl.constexpr, SWAP: tl.constexpr
+):
+    """The sum over groups times FACTOR, a power of two, and x_scale where all groups share it."""
+    if X_GROUPS or x_scale_ptr is None:
+        return y * FACTOR
+    else:
+        return y * along_m(tl.load(x_scale_ptr + x_at) * FACTOR, SWAP)
 
 
 @jit
@@ -219,6 +232,15 @@ def block_of(step, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
         BLOCKS: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K  # of a group
         g = step // BLOCKS
         return g * GROUP + step % BLOCKS * BLOCK_K, tl.minimum(g * GROUP + GROUP, K)
+
+
+@jit
+def first_channel(step, BYTES: tl.constexpr):
+    """The channel of the first low nibble of a step over packed weights, 64 or 32 bytes."""
+    if BYTES == 64:
+        return step * 128
+    else:
+        return step // 2 * 128 + step % 2 * BYTES
 
 
 @jit

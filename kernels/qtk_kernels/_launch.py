@@ -55,6 +55,30 @@ def row_launch(M: int, K: int, at_least: int = 1) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK_K": BLOCK_K, "num_warps": warps}
 
 
+def part_launch(M: int, lanes: int, unit: int, halves: bool) -> dict[str, int]:
+    """Rows, parts and lanes of a part of a program of `_rows.py`: the parts that idle least.
+
+    A warp holds whole rows where it can, which then need no barrier, 16 bytes a load.
+
+    Args:
+        M: rows.
+        lanes: of a row.
+        unit: the smallest part, a power of two.
+        halves: parts go in pairs.
+    """
+    if lanes > MAX_ROW:  # a walk in equal steps
+        lanes = cdiv(lanes, cdiv(lanes, MAX_ROW // 2))
+    choices = [2, 4, 6, 8] if halves else [1, 2, 3, 4, 5, 6, 7, 8]
+    sizes = {n: max(next_power_of_2(cdiv(lanes, n)), unit) for n in choices}
+    few = 2 if halves else 4
+    parts = min(choices, key=lambda n: (n * sizes[n], abs(n - few)))
+    block = parts * sizes[parts]
+    rows = max(1 << (1024 // block).bit_length() >> 1, 256 // sizes[parts])
+    rows = max(min(rows, next_power_of_2(cdiv(M, 4 * SMS))), 1)
+    warps = min(next_power_of_2(cdiv(rows * block, 1024)), max(rows * sizes[parts] // 256, 1), 16)
+    return {"ROWS": rows, "PARTS": parts, "PART": sizes[parts], "num_warps": warps}
+
+
 def dot_width(group_size: int) -> int:
     """Channels of one int8 dot product: the widest that groups are a multiple of.
 
@@ -141,13 +165,20 @@ def _rule(
     wide: bool,
     sms: int,
 ) -> dict[str, Any]:
-    """With up to 32 tokens the weights take the side of 64 that Hopper's tensor cores want."""
+    """With up to 32 tokens the weights take the side of 64 that Hopper's tensor cores want.
+
+    In groups they take it wherever they come from memory: a thread then needs two scales of theirs.
+    """
+    if computed_tokens and M > 16:  # below 64 rows, and with two warps, there is no wgmma
+        low = grouped or M <= 32
+        return _tiles(32, 128, False, 4, 3) if low else _tiles(64, 64, False, 2, 3)
     if M <= 32:
         return _tiles(16 if M <= 16 else 32, 64, True, 2 if computed_weights else 4, 4)
-    if computed_tokens:
-        return _tiles(32, 128, False, 4, 3)  # below 64 rows there is no wgmma
+    swap = grouped and not computed_weights
     if cdiv(M, 128) * cdiv(N, 128) < sms:
-        return _tiles(64, 64, False, 4, 3)
+        return _tiles(64, 64, swap, 4, 3)
+    if swap:
+        return _tiles(64, 128, True, 8, 3)
     return _tiles(128, 64 if grouped else 128, False, 8, 2 if wide else 3)
 
 

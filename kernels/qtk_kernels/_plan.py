@@ -27,6 +27,7 @@ class Plan:
         grid: programs.
         numbers: the kernel's run-time numbers, in its order, behind the pointers.
         options: compile-time parameters, warps and stages.
+        pack: the codes are packed by a pass of its own.
     """
 
     copy: bool
@@ -34,6 +35,7 @@ class Plan:
     grid: tuple[int, ...]
     numbers: tuple[int | float, ...]
     options: dict[str, Any] = field(hash=False)
+    pack: bool = field(default=False, kw_only=True)
 
     def empty(self, device: torch.device) -> list[Tensor]:
         """Uninitialized results."""

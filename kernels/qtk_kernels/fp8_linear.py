@@ -70,22 +70,28 @@ def fp8_linear_ref(
 def _fp8_linear_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, parts_ptr,
     M, N, K, steps, stride_xm, stride_xsm,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    # the last row is read again where there are no more: that costs no mask, and nobody stores it
+    row_m, row_n = tl.minimum(offs_m, M - 1).to(tl.int64), tl.minimum(offs_n, N - 1).to(tl.int64)
+    x_ptrs = x_ptr + row_m[:, None] * stride_xm + offs_k[None, :]
+    w_ptrs = w_ptr + row_n[:, None] * K + offs_k[None, :]
     y = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
     first, last = share_of(steps, SPLIT_K)
     for step in range(first, last):
         k = step * BLOCK_K
-        mask_k = (offs_k < K - k)[None, :]
-        x = tl.load(x_ptrs + k, mask=(offs_m < M)[:, None] & mask_k, other=0.0)
-        w = tl.load(w_ptrs + k, mask=(offs_n < N)[:, None] & mask_k, other=0.0)
+        if EVEN:
+            x, w = tl.load(x_ptrs + k), tl.load(w_ptrs + k)
+        else:
+            mask = (offs_k < K - k)[None, :]
+            x = tl.load(x_ptrs + k, mask=mask, other=0.0)
+            w = tl.load(w_ptrs + k, mask=mask, other=0.0)
         # a limit of 128 adds every block to y in float32
         if SWAP:
             y = tl.dot(w, tl.trans(x), y, max_num_imprecise_acc=BLOCK_K)
@@ -132,7 +138,7 @@ def _plan(
     return plan_linear(
         x, stride, N, out_dtype, tile,
         (M, N, K, cdiv(K, BLOCK_K), K if step is None else step, scale_strides(x_scale)[0]),
-        {**epilogue, "BLOCK_K": BLOCK_K,
+        {**epilogue, "EVEN": K % BLOCK_K == 0, "BLOCK_K": BLOCK_K,
          "enable_fp_fusion": False},  # the epilogue then rounds as the reference does
         integers=False, scaled=False, epilogue={**epilogue, "QMIN": 0, "QMAX": 0},
     )  # fmt: skip

@@ -8,7 +8,9 @@ A static grid has its step D and its zero point p in out_multiplier = 1 / D and 
 
 M tokens, K channels, K a multiple of block; block = blocks * f * p, f and p orders of Hadamard
 matrices. Where f * p is a power of two the kernel adds and subtracts in log2(f * p) stages; else
-it multiplies by the two small matrices, a whole token at a time.
+it multiplies by the two small matrices, a whole token at a time, where the channels then lie in
+order (768 = 24 * 32 and 2560 = 40 * 64 do, 384 = 16 * 24 does not); where not, or where groups have
+another size than a power of two, PyTorch rotates, and one pass does the rest.
 """
 
 from functools import cache
@@ -21,19 +23,11 @@ from torch import Tensor
 from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref
 from ._dispatch import backend_of, on_device
 from ._hadamard import rotate, signs_on, split
-from ._lang import (
-    dynamic_divide,
-    dynamic_limit,
-    jit,
-    lanes,
-    round_codes,
-    store_codes,
-    store_scale,
-    tl,
-)
+from ._lang import jit, tl
 from ._launch import cdiv, next_power_of_2
+from ._one_part import dynamic_divide, dynamic_limit, lanes, store_codes, store_scale
 from ._plan import Plan, opaque, planned, row_step, shape_of
-from .shift_scale_quantize import load_y
+from .shift_scale_quantize import launch_shift_scale_quantize
 
 
 def check_block(K: int, block: int) -> None:
@@ -87,6 +81,24 @@ def hadamard_quantize_ref(
 
 
 @jit
+def _load_u(
+    x_ptr, multiplier_ptr, offset_ptr, offs_m, offs_k, mask_k, M, stride_xm
+):  # fmt: skip
+    """x * multiplier + offset, [ROWS, BLOCK_K]; 0 where masked."""
+    mask = (offs_m < M)[:, None] & mask_k[None, :]
+    u = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0)
+    u = u.to(tl.float32)
+    # as [1, BLOCK_K] the vectors share the layout of x, and need no way through shared memory
+    if multiplier_ptr is not None:
+        at = multiplier_ptr + offs_k[None, :]
+        u = u * tl.load(at, mask=mask_k[None, :], other=0.0).to(tl.float32)
+    if offset_ptr is not None:
+        at = offset_ptr + offs_k[None, :]
+        u = u + tl.load(at, mask=mask_k[None, :], other=0.0).to(tl.float32)
+    return u
+
+
+@jit
 def _butterflies(y, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
     """Unnormalized H of size 2**STAGES on every 2**STAGES channels of [ROWS, BLOCK_K]."""
     for stage in tl.static_range(STAGES):
@@ -125,32 +137,6 @@ def _two_products(
 
 
 @jit
-def _rotate_by_products(
-    x_ptr, multiplier_ptr, offset_ptr, left_ptr, right_ptr,
-    offs_m, M, K, f, p, stride_xm, offs_k, mask_k,
-    BLOCKS: tl.constexpr, F: tl.constexpr, P: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The rotated channels offs_k of a token, from lanes (block, i < F, j < P)."""
-    lane = tl.arange(0, BLOCKS * F * P)
-    block, i, j = lane // (F * P), lane // P % F, lane % P
-    at = (block * f + i) * p + j
-    mask_u = (i < f) & (j < p) & (at < K)
-    mask = (offs_m < M)[:, None] & mask_u[None, :]
-    u = tl.load(x_ptr + offs_m[:, None] * stride_xm + at[None, :], mask=mask, other=0.0)
-    u = u.to(tl.float32)
-    if multiplier_ptr is not None:
-        u = u * tl.load(multiplier_ptr + at, mask=mask_u, other=0.0).to(tl.float32)[None, :]
-    if offset_ptr is not None:
-        u = u + tl.load(offset_ptr + at, mask=mask_u, other=0.0).to(tl.float32)[None, :]
-    y = _two_products(u, left_ptr, right_ptr, f, p, ROWS, BLOCKS, F, P)
-    inside = offs_k % (f * p)
-    source = (offs_k // (f * p) * F + inside // p) * P + inside % p
-    source = tl.broadcast_to(tl.where(mask_k, source, 0)[None, :], (ROWS, BLOCK_K))
-    return tl.where(mask_k[None, :], tl.gather(y, source, axis=1), 0.0)
-
-
-@jit
 def _hadamard_quantize_kernel(
     x_ptr, multiplier_ptr, offset_ptr, left_ptr, right_ptr, out_multiplier_ptr, out_offset_ptr,
     q_ptr, scale_ptr,
@@ -162,16 +148,11 @@ def _hadamard_quantize_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     start = tl.program_id(1) * BLOCK_K  # 0 where the products need a whole token
     offs_k, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
+    u = _load_u(x_ptr, multiplier_ptr, offset_ptr, offs_m, offs_k, mask_k, M, stride_xm)
     if BLOCKS:
-        y = _rotate_by_products(
-            x_ptr, multiplier_ptr, offset_ptr, left_ptr, right_ptr,
-            offs_m, M, K, f, p, stride_xm, offs_k, mask_k, BLOCKS, F, P, ROWS, BLOCK_K,
-        )  # fmt: skip
+        y = _two_products(u, left_ptr, right_ptr, f, p, ROWS, BLOCKS, F, P)
+        y = tl.where(mask_k[None, :], y, 0.0)
     else:
-        u = load_y(
-            x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
-            GROUP, SPAN, BLOCK_K, "",
-        )  # fmt: skip
         y = _butterflies(u, ROWS, BLOCK_K, STAGES)
     y = y * norm
     if out_multiplier_ptr is not None:
@@ -183,41 +164,51 @@ def _hadamard_quantize_kernel(
         first = tl.program_id(1) * (BLOCK_K // SPAN)
         store_scale(scale_ptr, limit, offs_m, M, G, first, BLOCK_K // SPAN, QMAX)
         y = dynamic_divide(y, limit, ROWS, BLOCK_K, SPAN, QMAX)
-    codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
-    store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
+    store_codes(
+        q_ptr, y, offs_m, start, M, width, QMIN, QMAX, SHIFT, ROWS, BLOCK_K, PACKED, GROUP, SPAN
+    )
 
 
 @cache
-def hadamard_launch(M: int, K: int, block: int, codes: Codes) -> dict:
-    """The compile-time parameters of the kernel."""
+def hadamard_launch(M: int, K: int, block: int, codes: Codes) -> dict | None:
+    """The compile-time parameters of the kernel, or None where it would have to move channels.
+
+    That is where a group has another size than a power of two, or where a factor of the rotation
+    that is padded to one leaves holes between channels.
+    """
     _, f, p = split(block)
     order, group = f * p, codes.group_size(K)
-    odd = not codes.static and group < K and group & (group - 1)
-    if order & (order - 1) == 0 and not odd:
+    blocks = K // order
+    if not codes.static and group < K and group & (group - 1):
+        return None
+    if order & (order - 1) == 0:
         # a token with one scale is held whole; every other tile ends between two rotations
         whole = not codes.static and group >= K
-        tile = codes.launch(M, K, at_least=max(order, next_power_of_2(K) if whole else 1))
+        tile = codes.launch_one_part(M, K, max(order, next_power_of_2(K) if whole else 1))
         return {"STAGES": order.bit_length() - 1, "BLOCKS": 0, "F": 1, "P": 1, **tile}
-    span = 1 if codes.static or group >= K else next_power_of_2(group)
-    lanes_k = K if span == 1 else cdiv(K, group) * span
-    tile = codes.launch(M, K, at_least=next_power_of_2(lanes_k))
     F, P = max(16, next_power_of_2(f)), max(16, next_power_of_2(p))  # as tl.dot wants them
-    BLOCKS = next_power_of_2(K // order)
-    warps = min(max(BLOCKS * F * P // 1024, 4), 16)
-    return {"STAGES": 0, "BLOCKS": BLOCKS, "F": F, "P": P, **tile, "ROWS": 1, "num_warps": warps}
+    if (p != P and f * blocks > 1) or (f != F and blocks > 1):
+        return None
+    BLOCKS = next_power_of_2(blocks)
+    tile = codes.launch_one_part(M, K, BLOCKS * F * P)
+    warps = min(max(tile["ROWS"] * BLOCKS * F * P // 1024, 4), 16)
+    return {"STAGES": 0, "BLOCKS": BLOCKS, "F": F, "P": P, **tile, "num_warps": warps}
 
 
 @planned
 def _plan(
     shape: torch.Size, stride: tuple[int, ...], block: int,
     vectors: tuple[torch.Size | None, ...], *spelled: Any,
-) -> Plan:  # fmt: skip
+) -> Plan | None:  # fmt: skip
+    """None where the kernel would have to move channels."""
     _check(shape, block, *vectors)
     codes = Codes.of(*spelled)
     K, M = shape[-1], prod(shape[:-1])
     step, results = row_step(shape, stride), codes.results(shape)
     _, f, p = split(block)
     tile = hadamard_launch(M, K, block, codes)
+    if tile is None:
+        return None
     G = 1 if codes.static else results[1][0][-1]
     return Plan(
         copy=step is None,
@@ -246,6 +237,12 @@ def _launch_hadamard_quantize(
         x.shape, x.stride(), block, tuple(map(shape_of, vectors)),
         bits, granularity, signed, packed, clip,
     )  # fmt: skip
+    if plan is None:  # the rotation by PyTorch, and all that follows in one pass
+        u = x.float() if multiplier is None else x.float() * multiplier.float()
+        y = hadamard(u if offset is None else u + offset.float(), block)
+        return launch_shift_scale_quantize(
+            y, out_multiplier, out_offset, "", bits, granularity, signed, packed, clip
+        )
     results = plan.empty(x.device)
     matrices: tuple[Tensor | None, ...] = (None, None)
     if plan.options["BLOCKS"]:

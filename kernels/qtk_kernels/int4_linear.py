@@ -16,9 +16,12 @@ from ._codes import group_size_of, scale_strides
 from ._dispatch import backend_of
 from ._int4 import pack_int4, packed_width, unpack_int4
 from ._lang import (
+    add_group,
     along_m,
     along_n,
     dot_int8,
+    first_channel,
+    first_sum,
     high_nibbles,
     jit,
     low_nibbles,
@@ -28,6 +31,7 @@ from ._lang import (
     store_linear,
     store_part,
     tile_of,
+    times_x_scale,
     tl,
 )
 from ._launch import gemm_launch, packed_steps
@@ -88,33 +92,34 @@ def int4_linear_kernel_name(operand: Tensor, *, groups: int = 1, backend: str | 
 
 @jit
 def _even_groups(
-    x_ptrs, w_ptrs, x_scale_ptr, w_scale_ptr, x_scale_at, w_scale_at, stride_xsg, stride_wsg,
-    offs_m, offs_n, M, N, K, steps, x_zero_point,
-    GROUP: tl.constexpr, X_PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
-    BYTES: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr, FACTOR: tl.constexpr,
+    x_ptrs, w_ptrs, x_scale_ptrs, w_scale_ptrs, stride_xsg, stride_wsg,
+    zeros, w_sum, K, steps, x_zero_point,
+    GROUP: tl.constexpr, X_GROUPS: tl.constexpr, X_PACKED: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr, EVEN: tl.constexpr, BYTES: tl.constexpr,
+    SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """One group (the integer sum) or groups of a multiple of 32 channels (the scaled sum)."""
     offs_b = tl.arange(0, BYTES)
     x_ptrs += offs_b[None, :]
     w_ptrs += offs_b[None, :]
-    mask_m, mask_n = (offs_m < M)[:, None], (offs_n < N)[:, None]
-    zeros = along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)
     y = zeros.to(tl.float32)
     p = zeros
-    low_sum = offs_n * 0
-    high_sum = offs_n * 0
+    low_sum = w_sum
+    high_sum = w_sum
 
     first, last = share_of(steps, SPLIT_K)
     for step in range(first, last):  # rows of w are padded: no tail
         b = step * BYTES
-        k = b // 64 * 128 + b % 64  # channel of the first low nibble
-        w = tl.load(w_ptrs + b, mask=mask_n, other=0)  # [BLOCK_N, BYTES]
+        k = first_channel(step, BYTES)
+        w = tl.load(w_ptrs + b)  # [BLOCK_N, BYTES]
         if X_PACKED:
-            x = tl.load(x_ptrs + b, mask=mask_m, other=0)  # [BLOCK_M, BYTES]
+            x = tl.load(x_ptrs + b)  # [BLOCK_M, BYTES]
             x_low, x_high = low_nibbles(x), high_nibbles(x)
+        elif EVEN:
+            x_low, x_high = tl.load(x_ptrs + k), tl.load(x_ptrs + k + 64)
         else:
-            x_low = tl.load(x_ptrs + k, mask=mask_m & (offs_b < K - k)[None, :], other=0)
-            x_high = tl.load(x_ptrs + k + 64, mask=mask_m & (offs_b < K - k - 64)[None, :], other=0)
+            x_low = tl.load(x_ptrs + k, mask=(offs_b < K - k)[None, :], other=0)
+            x_high = tl.load(x_ptrs + k + 64, mask=(offs_b < K - k - 64)[None, :], other=0)
         w_low, w_high = low_nibbles(w), high_nibbles(w)
         if HAS_ZERO_POINT:
             low_sum += tl.sum(w_low.to(tl.int32), axis=1)
@@ -123,28 +128,28 @@ def _even_groups(
             p = dot_int8(x_low, w_low, p, SWAP)
             p = dot_int8(x_high, w_high, p, SWAP)
         else:
-            low = dot_int8(x_low, w_low, zeros, SWAP)
+            low = dot_int8(x_low, w_low, first_sum(zeros, HAS_ZERO_POINT), SWAP)
             if GROUP % 128 == 0:  # both halves lie in one group
                 low = dot_int8(x_high, w_high, low, SWAP)
                 low_sum += high_sum
             if HAS_ZERO_POINT:
                 low -= x_zero_point * along_n(low_sum, SWAP)
             g = k // GROUP
-            y += scaled(
-                low, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
-                x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP, FACTOR,
+            y = add_group(
+                y, low, x_scale_ptrs, g * stride_xsg, w_scale_ptrs, g * stride_wsg,
+                X_GROUPS, HAS_ZERO_POINT, SWAP,
             )  # fmt: skip
             if GROUP % 128 != 0:
-                high = dot_int8(x_high, w_high, zeros, SWAP)
+                high = dot_int8(x_high, w_high, first_sum(zeros, HAS_ZERO_POINT), SWAP)
                 if HAS_ZERO_POINT:
                     high -= x_zero_point * along_n(high_sum, SWAP)
                 g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie behind the last group
-                y += scaled(
-                    high, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
-                    x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP, FACTOR,
+                y = add_group(
+                    y, high, x_scale_ptrs, g * stride_xsg, w_scale_ptrs, g * stride_wsg,
+                    X_GROUPS, HAS_ZERO_POINT, SWAP,
                 )  # fmt: skip
-            low_sum = offs_n * 0
-            high_sum = offs_n * 0
+            low_sum = w_sum
+            high_sum = w_sum
     if GROUP:
         return y
     else:
@@ -155,35 +160,31 @@ def _even_groups(
 
 @jit
 def _odd_groups(
-    x_ptrs, w_ptrs, x_scale_ptr, w_scale_ptr, x_scale_at, w_scale_at, stride_xsg, stride_wsg,
-    offs_m, offs_n, M, N, K, steps, x_zero_point,
-    GROUP: tl.constexpr, X_PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
-    SWAP: tl.constexpr, SPLIT_K: tl.constexpr, FACTOR: tl.constexpr,
+    x_ptrs, w_ptrs, x_scale_ptrs, w_scale_ptrs, stride_xsg, stride_wsg,
+    zeros, K, steps, x_zero_point,
+    GROUP: tl.constexpr, X_GROUPS: tl.constexpr, X_PACKED: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """Groups of any size: a masked dot product for what each has of a half of a block."""
     offs_b = tl.arange(0, 64)
-    zeros = along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)
     y = zeros.to(tl.float32)
     first, last = share_of(steps, SPLIT_K)
     for step in range(first, last):
         half, g, inside = segment_of(step, K, GROUP)
-        mask_x = (offs_m < M)[:, None] & inside[None, :]
         byte = half // 2 * 64 + offs_b
-        w = tl.load(
-            w_ptrs + byte[None, :], mask=(offs_n < N)[:, None] & inside[None, :], other=0
-        )  # [BLOCK_N, 64]
+        w = tl.load(w_ptrs + byte[None, :], mask=inside[None, :], other=0)  # [BLOCK_N, 64]
         w = tl.where(half % 2 == 0, low_nibbles(w), high_nibbles(w))
         if X_PACKED:
-            x = tl.load(x_ptrs + byte[None, :], mask=mask_x, other=0)
+            x = tl.load(x_ptrs + byte[None, :], mask=inside[None, :], other=0)
             x = tl.where(half % 2 == 0, low_nibbles(x), high_nibbles(x))
         else:
-            x = tl.load(x_ptrs + (half * 64 + offs_b)[None, :], mask=mask_x, other=0)
-        p = dot_int8(x, w, zeros, SWAP)
+            x = tl.load(x_ptrs + (half * 64 + offs_b)[None, :], mask=inside[None, :], other=0)
+        p = dot_int8(x, w, first_sum(zeros, HAS_ZERO_POINT), SWAP)
         if HAS_ZERO_POINT:
             p -= x_zero_point * along_n(tl.sum(w.to(tl.int32), axis=1), SWAP)
-        y += scaled(
-            p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
-            x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP, FACTOR,
+        y = add_group(
+            y, p, x_scale_ptrs, g * stride_xsg, w_scale_ptrs, g * stride_wsg,
+            X_GROUPS, HAS_ZERO_POINT, SWAP,
         )  # fmt: skip
     return y
 
@@ -193,31 +194,38 @@ def _int4_linear_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, parts_ptr,
     M, N, K, steps, x_zero_point, out_step, out_zero_point,
     stride_xm, stride_wn, stride_xsm, stride_xsg, stride_wsn, stride_wsg,
-    GROUP: tl.constexpr, X_PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
-    ACTIVATION: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    GROUP: tl.constexpr, X_GROUPS: tl.constexpr, X_PACKED: tl.constexpr, EVEN: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr, ACTIVATION: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr,
     GROUP_M: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    FACTOR: tl.constexpr = 1 / 256 if X_PACKED else 1 / 16  # undoes the 16 of `low_nibbles`
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn
-    x_scale_at = offs_m.to(tl.int64) * stride_xsm
-    w_scale_at = offs_n * stride_wsn
+    # the last row is read again where there are no more: that costs no mask, and nobody stores it
+    row_m, row_n = tl.minimum(offs_m, M - 1).to(tl.int64), tl.minimum(offs_n, N - 1)
+    x_ptrs = x_ptr + row_m[:, None] * stride_xm
+    w_ptrs = w_ptr + row_n.to(tl.int64)[:, None] * stride_wn
+    x_scale_at = row_m * stride_xsm
+    w_scale_at = row_n * stride_wsn
+    w_scale_ptrs = w_scale_ptr + w_scale_at
+    x_scale_ptrs = None if x_scale_ptr is None else x_scale_ptr + x_scale_at
+    zeros = along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)
     if GROUP % 32 == 0:
         y = _even_groups(
-            x_ptrs, w_ptrs, x_scale_ptr, w_scale_ptr, x_scale_at, w_scale_at, stride_xsg,
-            stride_wsg, offs_m, offs_n, M, N, K, steps, x_zero_point,
-            GROUP, X_PACKED, HAS_ZERO_POINT, BYTES, SWAP, SPLIT_K, FACTOR,
+            x_ptrs, w_ptrs, x_scale_ptrs, w_scale_ptrs, stride_xsg, stride_wsg,
+            zeros, offs_n * 0, K, steps, x_zero_point,
+            GROUP, X_GROUPS, X_PACKED, HAS_ZERO_POINT, EVEN, BYTES, SWAP, SPLIT_K,
         )  # fmt: skip
     else:
         y = _odd_groups(
-            x_ptrs, w_ptrs, x_scale_ptr, w_scale_ptr, x_scale_at, w_scale_at, stride_xsg,
-            stride_wsg, offs_m, offs_n, M, N, K, steps, x_zero_point,
-            GROUP, X_PACKED, HAS_ZERO_POINT, SWAP, SPLIT_K, FACTOR,
+            x_ptrs, w_ptrs, x_scale_ptrs, w_scale_ptrs, stride_xsg, stride_wsg,
+            zeros, K, steps, x_zero_point,
+            GROUP, X_GROUPS, X_PACKED, HAS_ZERO_POINT, SWAP, SPLIT_K,
         )  # fmt: skip
+    if GROUP:  # undoes the 16 of `low_nibbles`
+        FACTOR: tl.constexpr = 1 / 256 if X_PACKED else 1 / 16
+        y = times_x_scale(y, x_scale_ptr, x_scale_at, FACTOR, X_GROUPS, SWAP)
     if SPLIT_K > 1:
         store_part(parts_ptr, y, offs_m, offs_n, M, N, SWAP)
     else:
@@ -271,8 +279,9 @@ def _plan(
         (M, N, K, steps, x_zero_point * (16 if x_packed else 1), out.step, out.zero_point,
          x[-1] if step is None else step, width,
          *scale_strides(x_scale), *scale_strides(w_scale)),
-        {"GROUP": size if grouped else 0, "X_PACKED": x_packed,
-         "HAS_ZERO_POINT": x_zero_point != 0, **out.epilogue, "BYTES": bytes_,
+        {"GROUP": size if grouped else 0, "X_GROUPS": grouped and scale_strides(x_scale)[1] > 0,
+         "X_PACKED": x_packed, "EVEN": K % 128 == 0, "HAS_ZERO_POINT": x_zero_point != 0,
+         **out.epilogue, "BYTES": bytes_,
          "enable_fp_fusion": False},  # the epilogue then rounds as the reference does
         integers=not grouped, scaled=grouped, shift=0 if grouped else 8 if x_packed else 4,
         out=(out.step, out.zero_point), epilogue=out.epilogue,

@@ -23,16 +23,19 @@ from ._codes import group_size_of, scale_strides
 from ._dispatch import backend_of, cpu_has_int8
 from ._int8_cpu import float32_chunks, is_onednn, onednn_linear
 from ._lang import (
+    add_group,
     along_m,
     along_n,
     block_of,
     dot_int8,
+    first_sum,
     jit,
     scaled,
     share_of,
     store_linear,
     store_part,
     tile_of,
+    times_x_scale,
     tl,
 )
 from ._launch import dot_width, gemm_launch, steps_of
@@ -187,7 +190,8 @@ def _int8_linear_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, parts_ptr,
     M, N, K, steps, x_zero_point, out_step, out_zero_point,
     stride_xm, stride_xsm, stride_xsg, stride_wsn, stride_wsg,
-    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, ACTIVATION: tl.constexpr,
+    GROUP: tl.constexpr, X_GROUPS: tl.constexpr, EVEN: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr, ACTIVATION: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
@@ -196,10 +200,14 @@ def _int8_linear_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-    x_scale_at = offs_m.to(tl.int64) * stride_xsm
-    w_scale_at = offs_n * stride_wsn
+    # the last row is read again where there are no more: that costs no mask, and nobody stores it
+    row_m, row_n = tl.minimum(offs_m, M - 1).to(tl.int64), tl.minimum(offs_n, N - 1)
+    x_ptrs = x_ptr + row_m[:, None] * stride_xm + offs_k[None, :]
+    w_ptrs = w_ptr + row_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    x_scale_at = row_m * stride_xsm
+    w_scale_at = row_n * stride_wsn
+    w_scale_ptrs = w_scale_ptr + w_scale_at
+    x_scale_ptrs = None if x_scale_ptr is None else x_scale_ptr + x_scale_at
     # tokens down and output channels across, or the other way round
     zeros = along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)
     y = zeros.to(tl.float32)
@@ -209,26 +217,31 @@ def _int8_linear_kernel(
     first, last = share_of(steps, SPLIT_K)
     for step in range(first, last):
         k, end = block_of(step, K, GROUP, BLOCK_K)
-        mask_k = (offs_k < end - k)[None, :]
-        x = tl.load(x_ptrs + k, mask=(offs_m < M)[:, None] & mask_k, other=0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_ptrs + k, mask=(offs_n < N)[:, None] & mask_k, other=0)  # [BLOCK_N, BLOCK_K]
+        if EVEN:
+            x, w = tl.load(x_ptrs + k), tl.load(w_ptrs + k)
+        else:
+            mask = (offs_k < end - k)[None, :]
+            x = tl.load(x_ptrs + k, mask=mask, other=0)  # [BLOCK_M, BLOCK_K]
+            w = tl.load(w_ptrs + k, mask=mask, other=0)  # [BLOCK_N, BLOCK_K]
         if HAS_ZERO_POINT:
             w_sum += tl.sum(w.to(tl.int32), axis=1)
         if GROUP:
-            p = dot_int8(x, w, zeros, SWAP)
+            p = dot_int8(x, w, first_sum(zeros, HAS_ZERO_POINT), SWAP)
             if HAS_ZERO_POINT:
                 p -= x_zero_point * along_n(w_sum, SWAP)
                 w_sum = offs_n * 0
             g = k // GROUP
-            y += scaled(
-                p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N,
-                x_scale_at + g * stride_xsg, w_scale_at + g * stride_wsg, SWAP,
+            y = add_group(
+                y, p, x_scale_ptrs, g * stride_xsg, w_scale_ptrs, g * stride_wsg,
+                X_GROUPS, HAS_ZERO_POINT, SWAP,
             )  # fmt: skip
         else:
             p = dot_int8(x, w, p, SWAP)
 
     if not GROUP and HAS_ZERO_POINT:
         p -= x_zero_point * along_n(w_sum, SWAP)
+    if GROUP:
+        y = times_x_scale(y, x_scale_ptr, x_scale_at, 1.0, X_GROUPS, SWAP)
     if SPLIT_K > 1:
         store_part(parts_ptr, y if GROUP else p, offs_m, offs_n, M, N, SWAP)
     else:
@@ -293,7 +306,9 @@ def _plan(
         x, stride, N, out.dtype, tile,
         (M, N, K, steps_of(K, group, block_k), x_zero_point, out.step, out.zero_point,
          K if step is None else step, *scale_strides(x_scale), *scale_strides(w_scale)),
-        {"GROUP": group, "HAS_ZERO_POINT": x_zero_point != 0, **out.epilogue, "BLOCK_K": block_k,
+        {"GROUP": group, "X_GROUPS": grouped and scale_strides(x_scale)[1] > 0,
+         "EVEN": K % block_k == 0 and group % block_k == 0, "HAS_ZERO_POINT": x_zero_point != 0,
+         **out.epilogue, "BLOCK_K": block_k,
          "enable_fp_fusion": False},  # the epilogue then rounds as the reference does
         integers=not grouped, scaled=grouped, out=(out.step, out.zero_point),
         epilogue=out.epilogue,

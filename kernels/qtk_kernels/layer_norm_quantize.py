@@ -22,18 +22,21 @@ from torch import Tensor
 
 from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref
 from ._dispatch import backend_of, on_device
-from ._lang import (
-    dynamic_divide,
-    dynamic_limit,
-    jit,
-    lanes,
-    round_codes,
-    store_codes,
-    store_scale,
-    tl,
-)
+from ._int4 import pack_int4
+from ._lang import jit, rsqrt, tl
 from ._launch import cdiv
 from ._plan import Plan, opaque, planned, row_step, shape_of
+from ._rows import (
+    TOKEN,
+    append,
+    channels_of_part,
+    divided,
+    largest,
+    load_rows,
+    none,
+    store_rows,
+    store_scales,
+)
 
 EMIT = ("norm", "sum")
 
@@ -66,81 +69,114 @@ def layer_norm_quantize_ref(
 
 
 @jit
-def _load(at, mask, FULL: tl.constexpr):
-    if FULL:  # a mask costs an instruction a register
-        return tl.load(at).to(tl.float32)
-    else:
-        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+def _load_h(
+    x_ptr, residual_ptr, offs_m, start, K, stride_xm, stride_rm,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, PACKED: tl.constexpr, FULL: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    xs = load_rows(x_ptr, offs_m, stride_xm, start, K, GROUP, SPAN, PACKED, FULL, PART, PARTS)
+    if residual_ptr is not None:
+        rs = load_rows(
+            residual_ptr, offs_m, stride_rm, start, K, GROUP, SPAN, PACKED, FULL, PART, PARTS
+        )
+        hs = none()
+        for P in tl.static_range(PARTS):
+            hs = append(hs, xs[P] + rs[P])
+        xs = hs
+    return xs  # PARTS times [ROWS, PART]
 
 
 @jit
-def _load_h(
-    x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm,
-    GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    offs_k, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
-    mask = mask_k[None, :]
-    h = _load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask, FULL)
-    if residual_ptr is not None:
-        h = h + _load(residual_ptr + offs_m[:, None] * stride_rm + offs_k[None, :], mask, FULL)
-    return h  # [ROWS, BLOCK_K]
+def _sum(hs, PARTS: tl.constexpr):
+    total = hs[0]
+    for P in tl.static_range(1, PARTS):
+        total += hs[P]
+    return tl.sum(total, axis=1)[:, None]  # [ROWS, 1]
 
 
 @jit
 def _squares(
-    h, mean, start, K, GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr,
-    FULL: tl.constexpr,
+    hs, mean, start, K,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, PACKED: tl.constexpr, FULL: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Sum of squared deviations, [ROWS, 1]; masked channels would add mean squared each."""
-    d = h - mean
-    if not FULL:
-        _, inside = lanes(start, K, GROUP, SPAN, BLOCK_K)
-        d = tl.where(inside[None, :], d, 0.0)
-    return tl.sum(d * d, axis=1)[:, None]
+    total = 0.0
+    for P in tl.static_range(PARTS):
+        d = hs[P] - mean
+        if not FULL:
+            _, inside = channels_of_part(start, K, P, GROUP, SPAN, PACKED, PART)
+            d = tl.where(inside[None, :], d, 0.0)
+        total = tl.fma(d, d, total) if P else d * d
+    return tl.sum(total, axis=1)[:, None]
 
 
 @jit
 def _affine(
-    xhat, weight_ptr, bias_ptr, start, K,
-    GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, FULL: tl.constexpr,
+    hs, mean, rstd, weight_ptr, bias_ptr, start, K,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, PACKED: tl.constexpr, FULL: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    offs_k, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
-    # as [1, BLOCK_K] they share the layout of x, and need no way through shared memory
-    at, mask = offs_k[None, :], mask_k[None, :]
-    weight, bias = _load(weight_ptr + at, mask, FULL), _load(bias_ptr + at, mask, FULL)
-    return xhat * weight + bias  # masked channels are 0
+    """xhat * weight + bias; masked channels are 0."""
+    one = tl.arange(0, 1)
+    ws = load_rows(weight_ptr, one, 0, start, K, GROUP, SPAN, PACKED, FULL, PART, PARTS)
+    bs = load_rows(bias_ptr, one, 0, start, K, GROUP, SPAN, PACKED, FULL, PART, PARTS)
+    ys = none()
+    for P in tl.static_range(PARTS):
+        ys = append(ys, tl.fma((hs[P] - mean) * rstd, ws[P], bs[P]))
+    return ys
+
+
+@jit
+def _emit(
+    emitted_ptr, hs, mean, rstd, norm_weight_ptr, norm_bias_ptr, offs_m, start, K,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, PACKED: tl.constexpr, FULL: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Writes h, or the norm if there are weights for it."""
+    if norm_weight_ptr is not None:
+        hs = _affine(
+            hs, mean, rstd, norm_weight_ptr, norm_bias_ptr, start, K,
+            GROUP, SPAN, PACKED, FULL, PART, PARTS,
+        )  # fmt: skip
+    for P in tl.static_range(PARTS):
+        offs_k, mask = channels_of_part(start, K, P, GROUP, SPAN, PACKED, PART)
+        at = emitted_ptr + offs_m[:, None] * K + offs_k[None, :]
+        if FULL:
+            tl.store(at, hs[P])
+        else:
+            tl.store(at, hs[P], mask=mask[None, :])
 
 
 @jit
 def _finish(
-    h, mean, rstd, limit,
+    hs, mean, rstd, limits,
     weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
-    offs_m, step, M, K, G, width, clip,
+    offs_m, start, K, G, width, clip,
     GROUP: tl.constexpr, SPAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    SHIFT: tl.constexpr, PACKED: tl.constexpr, KNOWN: tl.constexpr, CHANNELS: tl.constexpr,
-    FULL: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHIFT: tl.constexpr, PACKED: tl.constexpr, FULL: tl.constexpr, KNOWN: tl.constexpr,
+    ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Writes everything there is to write about one tile."""
-    start = step * CHANNELS
-    xhat = (h - mean) * rstd
+    """Writes everything there is to write about one tile; KNOWN: the limits are."""
     if emitted_ptr is not None:
-        offs_k, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
-        mask = (offs_m < M)[:, None] & mask_k[None, :]
-        emitted = h
-        if norm_weight_ptr is not None:
-            emitted = _affine(
-                xhat, norm_weight_ptr, norm_bias_ptr, start, K, GROUP, SPAN, BLOCK_K, FULL
-            )
-        tl.store(emitted_ptr + offs_m[:, None] * K + offs_k[None, :], emitted, mask=mask)
-    y = _affine(xhat, weight_ptr, bias_ptr, start, K, GROUP, SPAN, BLOCK_K, FULL)
+        _emit(
+            emitted_ptr, hs, mean, rstd, norm_weight_ptr, norm_bias_ptr, offs_m, start, K,
+            GROUP, SPAN, PACKED, FULL, PART, PARTS,
+        )  # fmt: skip
+    ys = _affine(
+        hs, mean, rstd, weight_ptr, bias_ptr, start, K, GROUP, SPAN, PACKED, FULL, PART, PARTS
+    )
     if GROUP:
         if not KNOWN:
-            limit = dynamic_limit(y, clip, ROWS, BLOCK_K, SPAN)
-            first = step * (BLOCK_K // SPAN)
-            store_scale(scale_ptr, limit, offs_m, M, G, first, BLOCK_K // SPAN, QMAX)
-        y = dynamic_divide(y, limit, ROWS, BLOCK_K, SPAN, QMAX)
-    codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
-    store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
+            limits = largest(ys, clip, GROUP, SPAN, PACKED, ROWS, PART, PARTS)
+            store_scales(
+                scale_ptr, limits, offs_m, start, G, GROUP, SPAN, PACKED, QMAX, PART, PARTS
+            )
+        ys = divided(ys, limits, GROUP, SPAN, PACKED, QMAX, ROWS, PART, PARTS)
+    store_rows(
+        q_ptr, ys, offs_m, start, K, width,
+        GROUP, SPAN, PACKED, FULL, QMIN, QMAX, SHIFT, PART, PARTS,
+    )  # fmt: skip
 
 
 @jit
@@ -150,95 +186,67 @@ def _layer_norm_quantize_kernel(
     M, K, G, width, stride_xm, stride_rm, eps, clip,
     GROUP: tl.constexpr, SPAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     SHIFT: tl.constexpr, PACKED: tl.constexpr, WALK: tl.constexpr, FULL: tl.constexpr,
-    CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    CHANNELS: tl.constexpr = PART * PARTS // SPAN * GROUP if GROUP > 0 else PART * PARTS
     offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offs_m = tl.minimum(offs_m, M - 1)  # the last row may be written several times, the same
-    h = _load_h(
-        x_ptr,
-        residual_ptr,
-        offs_m,
-        0,
-        M,
-        K,
-        stride_xm,
-        stride_rm,
-        GROUP,
-        SPAN,
-        BLOCK_K,
-        FULL,
-    )
-    total = tl.sum(h, axis=1)[:, None]  # [ROWS, 1]
+    hs = _load_h(
+        x_ptr, residual_ptr, offs_m, 0, K, stride_xm, stride_rm,
+        GROUP, SPAN, PACKED, FULL, PART, PARTS,
+    )  # fmt: skip
+    total = _sum(hs, PARTS)
     if WALK:  # a row longer than a tile is read once for each of its sums
         for start in range(CHANNELS, K, CHANNELS):
-            h = _load_h(
-                x_ptr,
-                residual_ptr,
-                offs_m,
-                start,
-                M,
-                K,
-                stride_xm,
-                stride_rm,
-                GROUP,
-                SPAN,
-                BLOCK_K,
-                FULL,
-            )
-            total += tl.sum(h, axis=1)[:, None]
+            hs = _load_h(
+                x_ptr, residual_ptr, offs_m, start, K, stride_xm, stride_rm,
+                GROUP, SPAN, PACKED, FULL, PART, PARTS,
+            )  # fmt: skip
+            total += _sum(hs, PARTS)
     mean = total / K
     if WALK:
         squares = tl.zeros([ROWS, 1], tl.float32)
         for start in range(0, K, CHANNELS):
-            h = _load_h(
-                x_ptr,
-                residual_ptr,
-                offs_m,
-                start,
-                M,
-                K,
-                stride_xm,
-                stride_rm,
-                GROUP,
-                SPAN,
-                BLOCK_K,
-                FULL,
-            )
-            squares += _squares(h, mean, start, K, GROUP, SPAN, BLOCK_K, FULL)
+            hs = _load_h(
+                x_ptr, residual_ptr, offs_m, start, K, stride_xm, stride_rm,
+                GROUP, SPAN, PACKED, FULL, PART, PARTS,
+            )  # fmt: skip
+            squares += _squares(hs, mean, start, K, GROUP, SPAN, PACKED, FULL, PART, PARTS)
     else:
-        squares = _squares(h, mean, 0, K, GROUP, SPAN, BLOCK_K, FULL)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(squares / K + eps))
+        squares = _squares(hs, mean, 0, K, GROUP, SPAN, PACKED, FULL, PART, PARTS)
+    rstd = rsqrt(squares / K + eps)
     limit = tl.zeros([ROWS, 1], tl.float32)
     if WALK:
-        if GROUP == BLOCK_K:  # one scale for the whole row
+        if GROUP == TOKEN:
             for start in range(0, K, CHANNELS):
-                h = _load_h(
-                    x_ptr, residual_ptr, offs_m, start, M, K, stride_xm, stride_rm,
-                GROUP, SPAN, BLOCK_K, FULL,
+                hs = _load_h(
+                    x_ptr, residual_ptr, offs_m, start, K, stride_xm, stride_rm,
+                    GROUP, SPAN, PACKED, FULL, PART, PARTS,
                 )  # fmt: skip
-                y = _affine(
-                    (h - mean) * rstd, weight_ptr, bias_ptr, start, K, GROUP, SPAN, BLOCK_K, FULL
-                )
-                limit = tl.maximum(limit, dynamic_limit(y, clip, ROWS, BLOCK_K, BLOCK_K))
-            store_scale(scale_ptr, limit, offs_m, M, G, 0, 1, QMAX)
-        for step in range(0, tl.cdiv(K, CHANNELS)):
-            h = _load_h(
-                x_ptr, residual_ptr, offs_m, step * CHANNELS, M, K, stride_xm, stride_rm,
-                GROUP, SPAN, BLOCK_K, FULL,
+                ys = _affine(
+                    hs, mean, rstd, weight_ptr, bias_ptr, start, K,
+                    GROUP, SPAN, PACKED, FULL, PART, PARTS,
+                )  # fmt: skip
+                top = largest(ys, clip, GROUP, SPAN, PACKED, ROWS, PART, PARTS)
+                limit = tl.maximum(limit, top)
+            store_scales(scale_ptr, limit, offs_m, 0, G, GROUP, SPAN, PACKED, QMAX, PART, PARTS)
+        for start in range(0, K, CHANNELS):
+            hs = _load_h(
+                x_ptr, residual_ptr, offs_m, start, K, stride_xm, stride_rm,
+                GROUP, SPAN, PACKED, FULL, PART, PARTS,
             )  # fmt: skip
             _finish(
-                h, mean, rstd, limit,
+                hs, mean, rstd, limit,
                 weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
-                offs_m, step, M, K, G, width, clip,
-                GROUP, SPAN, QMIN, QMAX, SHIFT, PACKED, GROUP == BLOCK_K, CHANNELS, FULL,
-                ROWS, BLOCK_K,
+                offs_m, start, K, G, width, clip,
+                GROUP, SPAN, QMIN, QMAX, SHIFT, PACKED, FULL, GROUP == TOKEN, ROWS, PART, PARTS,
             )  # fmt: skip
     else:
         _finish(
-            h, mean, rstd, limit,
+            hs, mean, rstd, limit,
             weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
-            offs_m, 0, M, K, G, width, clip,
-            GROUP, SPAN, QMIN, QMAX, SHIFT, PACKED, False, CHANNELS, FULL, ROWS, BLOCK_K,
+            offs_m, 0, K, G, width, clip,
+            GROUP, SPAN, QMIN, QMAX, SHIFT, PACKED, FULL, False, ROWS, PART, PARTS,
         )  # fmt: skip
 
 
@@ -261,15 +269,15 @@ def _plan(
     dtype: torch.dtype, eps: float, vectors: tuple[Any, ...], *spelled: Any,
 ) -> Plan:  # fmt: skip
     _check(shape, *vectors)
-    codes = Codes.of(*spelled)
     K, M = shape[-1], prod(shape[:-1])
+    wanted = Codes.of(*spelled)
+    codes = wanted.written(K)
     step = row_step(shape, stride)
     r_step = 0 if residual_stride is None else row_step(shape, residual_stride)
     copy = step is None or r_step is None
     if step is None or r_step is None:
         step = r_step = K
     tile, results = codes.launch(M, K), codes.results(shape)
-    channels = channels_of(tile)
     G = 1 if codes.static else results[1][0][-1]
     numbers = M, K, G, results[0][0][-1], step, r_step, eps, codes.clip
     return Plan(
@@ -278,8 +286,8 @@ def _plan(
         (cdiv(M, tile["ROWS"]),),
         numbers,
         # a fused sum only moves y within the bound that another order of summation needs
-        {"WALK": channels < K, "FULL": K % channels == 0 and channels == tile["BLOCK_K"],
-         "CHANNELS": channels, **tile},
+        {"WALK": channels_of(tile) < K, **tile},
+        pack=wanted.packed and not codes.packed,
     )  # fmt: skip
 
 
@@ -318,7 +326,7 @@ def _launch_layer_norm_quantize(
             None if emit is None else results[-1],
             *plan.numbers, **plan.options,
         )  # fmt: skip
-    return results
+    return [pack_int4(results[0]), *results[1:]] if plan.pack else results
 
 
 def layer_norm_quantize(

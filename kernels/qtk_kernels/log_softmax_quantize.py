@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ._dispatch import backend_of, on_device
 from ._int4 import pack_int4, packed_width, unpack_int4
-from ._lang import jit, round_codes, store_codes, tl
+from ._lang import jit, tl
 from ._launch import MAX_ROW, cdiv, row_launch
+from ._one_part import store_codes
 from ._plan import Plan, opaque, planned, row_step
 from ._softmax import LOG2_E, LOWEST, Softmax
 
@@ -51,10 +52,10 @@ def _log_softmax_quantize_kernel(
     top = tl.max(t, axis=1)[:, None]
     # channels of the padding of a packed row would count where a row is hidden as a whole
     total = tl.sum(tl.where(mask, tl.exp2(t - top), 0.0), axis=1)[:, None]
-    codes = round_codes(STEPS * (tl.log2(total) - (t - top)), 0.0, 15.0)
-    codes = tl.where(t > -1e15, codes, 15)
-    codes = tl.where(mask, codes, 0)
-    store_codes(q_ptr, codes, offs_m, 0, M, width, ROWS, BLOCK_K, True)
+    code = STEPS * (tl.log2(total) - (t - top))
+    code = tl.where(t > -1e15, code, 15.0)
+    code = tl.where(mask, code, 0.0)
+    store_codes(q_ptr, code, offs_m, 0, M, width, 0, 15, 0, ROWS, BLOCK_K, True)
 
 
 @jit

@@ -66,15 +66,16 @@ def pack_heads(q: Tensor) -> Tensor:
     return low & 15 | high << 4
 
 
-def attention_tile(Tq: int, Tk: int, one_pass: bool, fp8: bool) -> dict[str, int]:
+def attention_tile(Tq: int, Tk: int, one_pass: bool, fp8: bool, row_bytes: int) -> dict[str, int]:
     """Rows, keys and warps of a program: a rule, not tuned on a GPU.
 
     Args:
         one_pass: nothing about a whole row has to be known before its codes are.
         fp8: the second product's operands are float8, which are native from 64 rows on.
+        row_bytes: of a key's values; more leave no shared memory for more keys.
     """
     rows, warps = 128, 8  # four warps for each 64 rows, or scores would be held twice
-    BLOCK_N = 128 if fp8 and one_pass else 64
+    BLOCK_N = 128 if one_pass and (fp8 or row_bytes <= 128) else 64
     if Tk <= ONE_TILE:
         BLOCK_N = max(next_power_of_2(Tk), 32)
     if Tq <= 64 or Tk <= ONE_TILE // 2:
@@ -170,7 +171,8 @@ def _plan(
         seen = broadcast_strides(mask.shape, mask.stride, (B, H, Tq, Tk), "mask")
     groups = [1 if s is None else group(s.shape, T) for s, T in ((q_scale, Tq), (k_scale, Tk))]
     fp8 = v.dtype == torch.float8_e4m3fn
-    tile = attention_tile(Tq, Tk, grid or softmax.kind == "float", fp8)
+    one_pass = grid or softmax.kind == "float"
+    tile = attention_tile(Tq, Tk, one_pass, fp8, D * v.dtype.itemsize)
     tile["BLOCK_N"] = block_n or tile["BLOCK_N"]
     top = 2 ** (out_bits - 1) if epilogue else 0
     return Plan(

@@ -17,19 +17,11 @@ from torch import Tensor
 
 from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref
 from ._dispatch import backend_of, on_device
-from ._lang import (
-    activate_tile,
-    dynamic_divide,
-    dynamic_limit,
-    jit,
-    lanes,
-    round_codes,
-    store_codes,
-    store_scale,
-    tl,
-)
+from ._int4 import pack_int4
+from ._lang import activate_tile, jit, tl
 from ._launch import cdiv
 from ._plan import Plan, opaque, planned, row_step, shape_of
+from ._rows import append, divided, largest, load_rows, none, store_rows, store_scales
 
 
 def shift_scale_quantize_ref(
@@ -43,23 +35,32 @@ def shift_scale_quantize_ref(
 
 
 @jit
-def load_y(
-    x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
-    GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
+def _load_y(
+    x_ptr, multiplier_ptr, offset_ptr, offs_m, start, K, stride_xm,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, PACKED: tl.constexpr, FULL: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    offs_k, mask_k = lanes(start, K, GROUP, SPAN, BLOCK_K)
-    mask = (offs_m < M)[:, None] & mask_k[None, :]
-    x_at = offs_m[:, None] * stride_xm + offs_k[None, :]
-    y = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_K]
-    y = activate_tile(y, ACTIVATION)
-    # as [1, BLOCK_K] the vectors share the layout of x, and need no way through shared memory
+    """PARTS tensors [ROWS, PART]; masked channels are 0: they win no maximum, and pack as 0."""
+    one = tl.arange(0, 1)
+    xs = load_rows(
+        x_ptr, offs_m, stride_xm, start, K, GROUP, SPAN, PACKED, FULL, PART, PARTS
+    )  # fmt: skip
+    ys = none()
+    for P in tl.static_range(PARTS):
+        ys = append(ys, activate_tile(xs[P], ACTIVATION))
     if multiplier_ptr is not None:
-        at = multiplier_ptr + offs_k[None, :]
-        y = y * tl.load(at, mask=mask_k[None, :], other=0.0).to(tl.float32)
+        vs = load_rows(multiplier_ptr, one, 0, start, K, GROUP, SPAN, PACKED, FULL, PART, PARTS)
+        products = none()
+        for P in tl.static_range(PARTS):
+            products = append(products, ys[P] * vs[P])
+        ys = products
     if offset_ptr is not None:
-        at = offset_ptr + offs_k[None, :]
-        y = y + tl.load(at, mask=mask_k[None, :], other=0.0).to(tl.float32)
-    return y  # masked channels are 0: they cannot win a maximum, and pack as 0
+        vs = load_rows(offset_ptr, one, 0, start, K, GROUP, SPAN, PACKED, FULL, PART, PARTS)
+        sums = none()
+        for P in tl.static_range(PARTS):
+            sums = append(sums, ys[P] + vs[P])
+        ys = sums
+    return ys
 
 
 @jit
@@ -68,42 +69,46 @@ def _shift_scale_quantize_kernel(
     M, K, G, width, stride_xm, clip,
     GROUP: tl.constexpr, SPAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     SHIFT: tl.constexpr, PACKED: tl.constexpr, WALK: tl.constexpr, ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    FULL: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offs_m = tl.minimum(offs_m, M - 1)  # the last row may be written several times, the same
+    BLOCK_K: tl.constexpr = PART * PARTS
+    start = tl.program_id(1) * (BLOCK_K // SPAN * GROUP if GROUP > 0 else BLOCK_K)
     if WALK:  # a token longer than a tile: once for its scale, once for its codes
         limit = tl.zeros([ROWS, 1], tl.float32)
-        for start in range(0, K, BLOCK_K):
-            y = load_y(
-                x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
-                GROUP, SPAN, BLOCK_K, ACTIVATION,
+        for at in range(0, K, BLOCK_K):
+            ys = _load_y(
+                x_ptr, multiplier_ptr, offset_ptr, offs_m, at, K, stride_xm,
+                GROUP, SPAN, PACKED, FULL, PART, PARTS, ACTIVATION,
             )  # fmt: skip
-            limit = tl.maximum(limit, dynamic_limit(y, clip, ROWS, BLOCK_K, BLOCK_K))
-        store_scale(scale_ptr, limit, offs_m, M, G, 0, 1, QMAX)
-        for start in range(0, K, BLOCK_K):
-            y = load_y(
-                x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
-                GROUP, SPAN, BLOCK_K, ACTIVATION,
+            limit = tl.maximum(limit, largest(ys, clip, GROUP, SPAN, PACKED, ROWS, PART, PARTS))
+        store_scales(scale_ptr, limit, offs_m, 0, G, GROUP, SPAN, PACKED, QMAX, PART, PARTS)
+        for at in range(0, K, BLOCK_K):
+            ys = _load_y(
+                x_ptr, multiplier_ptr, offset_ptr, offs_m, at, K, stride_xm,
+                GROUP, SPAN, PACKED, FULL, PART, PARTS, ACTIVATION,
             )  # fmt: skip
-            y = dynamic_divide(y, limit, ROWS, BLOCK_K, BLOCK_K, QMAX)
-            codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
-            store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
+            codes = divided(ys, limit, GROUP, SPAN, PACKED, QMAX, ROWS, PART, PARTS)
+            store_rows(
+                q_ptr, codes, offs_m, at, K, width,
+                GROUP, SPAN, PACKED, FULL, QMIN, QMAX, SHIFT, PART, PARTS,
+            )  # fmt: skip
     else:
-        first = 0  # of the groups
-        start = tl.program_id(1) * BLOCK_K
-        if GROUP:
-            first = tl.program_id(1) * (BLOCK_K // SPAN)
-            start = first * GROUP
-        y = load_y(
-            x_ptr, multiplier_ptr, offset_ptr, offs_m, start, M, K, stride_xm,
-            GROUP, SPAN, BLOCK_K, ACTIVATION,
+        ys = _load_y(
+            x_ptr, multiplier_ptr, offset_ptr, offs_m, start, K, stride_xm,
+            GROUP, SPAN, PACKED, FULL, PART, PARTS, ACTIVATION,
         )  # fmt: skip
         if GROUP:
-            limit = dynamic_limit(y, clip, ROWS, BLOCK_K, SPAN)
-            store_scale(scale_ptr, limit, offs_m, M, G, first, BLOCK_K // SPAN, QMAX)
-            y = dynamic_divide(y, limit, ROWS, BLOCK_K, SPAN, QMAX)
-        codes = round_codes(y, QMIN * 1.0, QMAX * 1.0) + SHIFT
-        store_codes(q_ptr, codes, offs_m, start, M, width, ROWS, BLOCK_K, PACKED, GROUP, SPAN)
+            limits = largest(ys, clip, GROUP, SPAN, PACKED, ROWS, PART, PARTS)
+            store_scales(
+                scale_ptr, limits, offs_m, start, G, GROUP, SPAN, PACKED, QMAX, PART, PARTS
+            )
+            ys = divided(ys, limits, GROUP, SPAN, PACKED, QMAX, ROWS, PART, PARTS)
+        store_rows(
+            q_ptr, ys, offs_m, start, K, width,
+            GROUP, SPAN, PACKED, FULL, QMIN, QMAX, SHIFT, PART, PARTS,
+        )  # fmt: skip
 
 
 @planned
@@ -116,11 +121,12 @@ def _plan(
     *spelled: Any,
 ) -> Plan:
     check_channels(shape, multiplier=multiplier, offset=offset)
-    codes = Codes.of(*spelled)
     K, M = shape[-1], prod(shape[:-1])
+    wanted = Codes.of(*spelled)
+    codes = wanted.written(K)
     step, results = row_step(shape, stride), codes.results(shape)
     tile = codes.launch(M, K)
-    walk = codes.granularity == "token" and tile["BLOCK_K"] < K
+    walk = codes.granularity == "token" and channels_of(tile) < K
     G = 1 if codes.static else results[1][0][-1]
     return Plan(
         copy=step is None,
@@ -131,6 +137,7 @@ def _plan(
             "WALK": walk, "ACTIVATION": activation, **tile,
             "enable_fp_fusion": False,  # an fma before the rounding differs from the reference
         },
+        pack=wanted.packed and not codes.packed,
     )  # fmt: skip
 
 
@@ -157,7 +164,7 @@ def launch_shift_scale_quantize(
             results[0], None if len(results) == 1 else results[1],
             *plan.numbers, **plan.options,
         )  # fmt: skip
-    return results
+    return [pack_int4(results[0]), *results[1:]] if plan.pack else results
 
 
 def shift_scale_quantize(

@@ -23,6 +23,7 @@ from ._lang import (
     along_n,
     block_of,
     constexpr_function,
+    first_channel,
     jit,
     segment_of,
     share_of,
@@ -138,14 +139,14 @@ def _unpack_ptx(exponent, fma, one, minus, high):
 
 @jit
 def _bytes_to_float(w, DTYPE: tl.constexpr):
-    """int8 to floats, by way of a float32 mantissa: bfloat16's is too short."""
+    """int8 to floats, by way of a mantissa as above."""
     if PTX and DTYPE.is_bf16():
         return tl.inline_asm_elementwise(
-            _widen_ptx("bf16x2"), "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
+            _widen_bf16_ptx(), "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
         )
     elif PTX and DTYPE.is_fp16():
         return tl.inline_asm_elementwise(
-            _widen_ptx("f16x2"), "=r,=r,r", [w], dtype=tl.float16, is_pure=True, pack=4
+            _widen_fp16_ptx(), "=r,=r,r", [w], dtype=tl.float16, is_pure=True, pack=4
         )
     else:
         code = (w ^ -128).to(tl.uint8, bitcast=True).to(tl.int32)  # code + 128
@@ -153,14 +154,28 @@ def _bytes_to_float(w, DTYPE: tl.constexpr):
 
 
 @constexpr_function
-def _widen_ptx(pair):
-    """Four bytes of a register to four floats: -8388736 is 0xCB000080."""
-    lines = ["{ .reg .b32 t; .reg .f32 a, b, c, d; xor.b32 t, $2, 0x80808080;"]
-    for i, name in enumerate("abcd"):
-        lines.append(f"prmt.b32 {name}, t, 0x4B000000, 0x765{i};")
-        lines.append(f"add.f32 {name}, {name}, 0fCB000080;")
-    lines.append(f"cvt.rn.{pair}.f32 $0, b, a; cvt.rn.{pair}.f32 $1, d, c; }}")
-    return " ".join(lines).replace(".reg .f32", ".reg .b32")
+def _widen_bf16_ptx():
+    """Four bytes of a register to four bfloat16, whose mantissa holds seven bits.
+
+    Those under the exponent of 128, less 128, or 256 where the eighth, the sign, is set: with it
+    as the last bit of the exponent 128 becomes 256.
+    """
+    lines = ["{ .reg .b32 t, less, minus; mov.b32 minus, 0xBF80BF80;"]
+    for i, bytes_ in enumerate(("0x4140", "0x4342")):
+        lines.append(f"prmt.b32 t, $2, 0x43434343, {bytes_};")
+        lines.append("and.b32 less, t, 0xFF80FF80; and.b32 t, t, 0xFF7FFF7F;")
+        lines.append(f"fma.rn.bf16x2 ${i}, less, minus, t;")
+    return " ".join(lines) + " }"
+
+
+@constexpr_function
+def _widen_fp16_ptx():
+    """To float16, whose mantissa holds code + 128: under the exponent of 1024, less 1152."""
+    lines = ["{ .reg .b32 t, u, one, minus; mov.b32 one, 0x3C003C00; mov.b32 minus, 0xE480E480;"]
+    lines.append("xor.b32 t, $2, 0x80808080;")
+    for i, bytes_ in enumerate(("0x4140", "0x4342")):
+        lines.append(f"prmt.b32 u, t, 0x64646464, {bytes_}; fma.rn.f16x2 ${i}, u, one, minus;")
+    return " ".join(lines) + " }"
 
 
 @jit
@@ -173,126 +188,126 @@ def _dot(x, w, acc, SWAP: tl.constexpr):
 
 @jit
 def _add_group(
-    y, p, x_sum, zero_point_ptr, w_scale_ptr, at, offs_n, N, HAS_ZERO_POINT: tl.constexpr,
-    SWAP: tl.constexpr,
+    y, p, x_sum, zero_point_ptrs, w_scale_ptrs, at,
+    HAS_ZERO_POINT: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """y + (p - zero_point * sum of x) * w_scale, which is exact where rounding w_hat is not."""
     if HAS_ZERO_POINT:
-        zero_point = tl.load(zero_point_ptr + at, mask=offs_n < N, other=0.0)
-        p -= along_m(x_sum, SWAP) * along_n(zero_point, SWAP)
-    w_scale = tl.load(w_scale_ptr + at, mask=offs_n < N, other=0.0)
-    return y + p * along_n(w_scale, SWAP)
+        p -= along_m(x_sum, SWAP) * along_n(tl.load(zero_point_ptrs + at), SWAP)
+    return tl.fma(p, along_n(tl.load(w_scale_ptrs + at), SWAP), y)
+
+
+@jit
+def _load_x(x_ptrs, k, offs_k, end, EVEN: tl.constexpr):
+    """Channels k + offs_k of a tile of x, 0 from `end` on."""
+    if EVEN:
+        return tl.load(x_ptrs + k)
+    else:
+        return tl.load(x_ptrs + k, mask=(offs_k < end - k)[None, :], other=0.0)
 
 
 @jit
 def _bytes(
-    x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
-    M, N, K, steps,
-    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr,
-    SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+    x_ptrs, w_ptrs, w_scale_ptrs, zero_point_ptrs, stride_sg, zeros, x_zeros, K, steps,
+    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr, EVEN: tl.constexpr,
+    WIDTH: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """The scaled sum over int8 weights."""
     offs_k = tl.arange(0, WIDTH)
-    zeros = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
+    x_ptrs += offs_k[None, :]
+    w_ptrs += offs_k[None, :]
     y = zeros
     p = zeros
-    x_sum = (offs_m * 0).to(tl.float32)
+    x_sum = x_zeros
     first, last = share_of(steps, SPLIT_K)
     for step in range(first, last):
         k, end = block_of(step, K, GROUP, WIDTH)
-        inside = (offs_k < end - k)[None, :]
-        w = tl.load(w_ptrs + k + offs_k[None, :], mask=(offs_n < N)[:, None] & inside, other=0)
-        x = tl.load(x_ptrs + k + offs_k[None, :], mask=(offs_m < M)[:, None] & inside, other=0.0)
+        if EVEN:
+            w = tl.load(w_ptrs + k)
+        else:
+            w = tl.load(w_ptrs + k, mask=(offs_k < end - k)[None, :], other=0)
+        x = _load_x(x_ptrs, k, offs_k, end, EVEN)
         if HAS_ZERO_POINT:
             x_sum += tl.sum(x.to(tl.float32), axis=1)
         p = _dot(x.to(DTYPE), _bytes_to_float(w, DTYPE), p, SWAP)
         if GROUP:
             y = _add_group(
-                y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at + k // GROUP * stride_sg,
-                offs_n, N, HAS_ZERO_POINT, SWAP,
+                y, p, x_sum, zero_point_ptrs, w_scale_ptrs, k // GROUP * stride_sg,
+                HAS_ZERO_POINT, SWAP,
             )  # fmt: skip
             p = zeros
-            x_sum = (offs_m * 0).to(tl.float32)
+            x_sum = x_zeros
     if not GROUP:
-        y = _add_group(
-            y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at, offs_n, N, HAS_ZERO_POINT, SWAP
-        )
+        y = _add_group(y, p, x_sum, zero_point_ptrs, w_scale_ptrs, 0, HAS_ZERO_POINT, SWAP)
     return y
 
 
 @jit
 def _even_nibbles(
-    x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
-    M, N, K, steps,
-    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr,
-    SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+    x_ptrs, w_ptrs, w_scale_ptrs, zero_point_ptrs, stride_sg, zeros, x_zeros, K, steps,
+    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr, EVEN: tl.constexpr,
+    WIDTH: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """The scaled sum over packed weights in one group or groups of a multiple of 32 channels."""
     offs_b = tl.arange(0, WIDTH)
     x_ptrs += offs_b[None, :]
-    mask_m = (offs_m < M)[:, None]
-    zeros = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
+    w_ptrs += offs_b[None, :]
     y = zeros
     p = zeros
-    x_sum = (offs_m * 0).to(tl.float32)
+    x_sum = x_zeros
     first, last = share_of(steps, SPLIT_K)
     for step in range(first, last):
         b = step * WIDTH
-        k = b // 64 * 128 + b % 64  # channel of the first low nibble
-        w = tl.load(w_ptrs + b + offs_b[None, :], mask=(offs_n < N)[:, None], other=0)
-        x = tl.load(x_ptrs + k, mask=mask_m & (offs_b < K - k)[None, :], other=0.0)
+        k = first_channel(step, WIDTH)
+        w = tl.load(w_ptrs + b)
+        x = _load_x(x_ptrs, k, offs_b, K, EVEN)
         if HAS_ZERO_POINT:
             x_sum += tl.sum(x.to(tl.float32), axis=1)
         p = _dot(x.to(DTYPE), _nibbles_to_float(w, False, DTYPE), p, SWAP)
         if GROUP % 128 != 0:
             y = _add_group(
-                y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at + k // GROUP * stride_sg,
-                offs_n, N, HAS_ZERO_POINT, SWAP,
+                y, p, x_sum, zero_point_ptrs, w_scale_ptrs, k // GROUP * stride_sg,
+                HAS_ZERO_POINT, SWAP,
             )  # fmt: skip
             p = zeros
-            x_sum = (offs_m * 0).to(tl.float32)
-        x = tl.load(x_ptrs + k + 64, mask=mask_m & (offs_b < K - k - 64)[None, :], other=0.0)
+            x_sum = x_zeros
+        x = _load_x(x_ptrs, k + 64, offs_b, K, EVEN)
         if HAS_ZERO_POINT:
             x_sum += tl.sum(x.to(tl.float32), axis=1)
         p = _dot(x.to(DTYPE), _nibbles_to_float(w, True, DTYPE), p, SWAP)
         if GROUP:
             g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie behind the last group
             y = _add_group(
-                y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at + g * stride_sg,
-                offs_n, N, HAS_ZERO_POINT, SWAP,
+                y, p, x_sum, zero_point_ptrs, w_scale_ptrs, g * stride_sg,
+                HAS_ZERO_POINT, SWAP,
             )  # fmt: skip
             p = zeros
-            x_sum = (offs_m * 0).to(tl.float32)
+            x_sum = x_zeros
     if not GROUP:
-        y = _add_group(
-            y, p, x_sum, zero_point_ptr, w_scale_ptr, scale_at, offs_n, N, HAS_ZERO_POINT, SWAP
-        )
+        y = _add_group(y, p, x_sum, zero_point_ptrs, w_scale_ptrs, 0, HAS_ZERO_POINT, SWAP)
     return y
 
 
 @jit
 def _odd_nibbles(
-    x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
-    M, N, K, steps,
+    x_ptrs, w_ptrs, w_scale_ptrs, zero_point_ptrs, stride_sg, zeros, K, steps,
     GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr,
     SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """Packed weights in groups of any size: a masked product for each part of a half of a block."""
     offs_b = tl.arange(0, 64)
-    zeros = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
     y = zeros
     first, last = share_of(steps, SPLIT_K)
     for step in range(first, last):
         half, g, inside = segment_of(step, K, GROUP)
         byte = (half // 2 * 64 + offs_b)[None, :]
-        w = tl.load(w_ptrs + byte, mask=(offs_n < N)[:, None] & inside[None, :], other=0)
+        w = tl.load(w_ptrs + byte, mask=inside[None, :], other=0)
         w = tl.where(half % 2 == 0, w & 15, w >> 4)
-        x_at = (half * 64 + offs_b)[None, :]
-        x = tl.load(x_ptrs + x_at, mask=(offs_m < M)[:, None] & inside[None, :], other=0.0)
+        x = tl.load(x_ptrs + (half * 64 + offs_b)[None, :], mask=inside[None, :], other=0.0)
         p = _dot(x.to(DTYPE), _nibbles_to_float(w, False, DTYPE), zeros, SWAP)
         y = _add_group(
-            y, p, tl.sum(x.to(tl.float32), axis=1), zero_point_ptr, w_scale_ptr,
-            scale_at + g * stride_sg, offs_n, N, HAS_ZERO_POINT, SWAP,
+            y, p, tl.sum(x.to(tl.float32), axis=1), zero_point_ptrs, w_scale_ptrs,
+            g * stride_sg, HAS_ZERO_POINT, SWAP,
         )  # fmt: skip
     return y
 
@@ -301,30 +316,35 @@ def _odd_nibbles(
 def _weight_only_linear_kernel(
     x_ptr, w_ptr, w_scale_ptr, zero_point_ptr, bias_ptr, out_ptr, parts_ptr,
     M, N, K, steps, stride_xm, stride_wn, stride_sn, stride_sg,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
     GROUP_M: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn
-    scale_at = offs_n * stride_sn
+    # the last row is read again where there are no more: that costs no mask, and nobody stores it
+    row_m, row_n = tl.minimum(offs_m, M - 1), tl.minimum(offs_n, N - 1)
+    x_ptrs = x_ptr + row_m.to(tl.int64)[:, None] * stride_xm
+    w_ptrs = w_ptr + row_n.to(tl.int64)[:, None] * stride_wn
+    w_scale_ptrs = w_scale_ptr + row_n * stride_sn
+    zero_point_ptrs = None if zero_point_ptr is None else zero_point_ptr + row_n * stride_sn
+    zeros = (along_m(offs_m * 0, SWAP) + along_n(offs_n * 0, SWAP)).to(tl.float32)
+    x_zeros = (offs_m * 0).to(tl.float32)
     if not PACKED:
         y = _bytes(
-            x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
-            M, N, K, steps, GROUP, HAS_ZERO_POINT, DTYPE, WIDTH, SWAP, SPLIT_K,
+            x_ptrs, w_ptrs, w_scale_ptrs, zero_point_ptrs, stride_sg, zeros, x_zeros,
+            K, steps, GROUP, HAS_ZERO_POINT, DTYPE, EVEN, WIDTH, SWAP, SPLIT_K,
         )  # fmt: skip
     elif GROUP % 32 == 0:
         y = _even_nibbles(
-            x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
-            M, N, K, steps, GROUP, HAS_ZERO_POINT, DTYPE, WIDTH, SWAP, SPLIT_K,
+            x_ptrs, w_ptrs, w_scale_ptrs, zero_point_ptrs, stride_sg, zeros, x_zeros,
+            K, steps, GROUP, HAS_ZERO_POINT, DTYPE, EVEN, WIDTH, SWAP, SPLIT_K,
         )  # fmt: skip
     else:
         y = _odd_nibbles(
-            x_ptrs, w_ptrs, w_scale_ptr, zero_point_ptr, scale_at, stride_sg, offs_m, offs_n,
-            M, N, K, steps, GROUP, HAS_ZERO_POINT, DTYPE, SWAP, SPLIT_K,
+            x_ptrs, w_ptrs, w_scale_ptrs, zero_point_ptrs, stride_sg, zeros,
+            K, steps, GROUP, HAS_ZERO_POINT, DTYPE, SWAP, SPLIT_K,
         )  # fmt: skip
     if SPLIT_K > 1:
         store_part(parts_ptr, y, offs_m, offs_n, M, N, SWAP)
@@ -376,6 +396,7 @@ def _plan(
         x, stride, N, x_dtype, tile,
         (M, N, K, steps, K if step is None else step, w[1], *scale_strides(w_scale)),
         {"GROUP": size if grouped else 0, "PACKED": packed,
+         "EVEN": K % 128 == 0 if packed else K % width == 0 and (not grouped or size % width == 0),
          "HAS_ZERO_POINT": w_zero_point is not None, "DTYPE": tl.float32 if exact else dtype,
          "WIDTH": width},
         integers=False, scaled=True, epilogue={"ACTIVATION": "", "QMIN": 0, "QMAX": 0},

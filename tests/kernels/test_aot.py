@@ -16,7 +16,10 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = [
     "layer_norm_quantize w8 token K=768",
     "gelu_quantize w4 g128 K=4096",
+    "layer_norm_quantize w8 tensor K=768, no residual",
     "layer_norm_quantize w8 tensor K=4096, no residual",
+    "layer_norm_quantize w8 tensor K=4096",
+    "shift_scale_quantize w8 g100 K=4096",
     "hadamard_quantize w8 token K=768 block=768 (24x32)",
     "int4_linear W4A8 M=16 g=100 split=4",
     "add_parts i32",
@@ -90,19 +93,19 @@ def test_wgmma_is_not_serialized(compiled):
     assert [r["variant"] for r in compiled if r["serialized"]] == []
 
 
-def test_integer_sums_are_not_converted_inside_the_loop(compiled):
-    """One conversion at the end; groups convert one sum each, as their scales demand."""
-    loops = {r["variant"]: r["loop_i2f"] for r in compiled if "g=0" in r["variant"]}
-    assert loops and not any(loops.values())
+def test_integer_sums_are_not_converted_inside_a_loop(compiled):
+    """One conversion at the end; a group's sum becomes a float by way of its bits."""
+    loops = {r["variant"]: r["loop_i2f"] for r in compiled if r["variant"].startswith("int")}
+    assert len(loops) >= 5 and not any(loops.values())
 
 
 def test_unpacking_is_done_on_registers_of_four_bytes(compiled):
-    """At most two logic instructions for four weights of W4A8 on wgmma, addresses included.
+    """W4A8 masks four weights in one instruction of the ALU; half as many are left for addresses.
 
     One by one they took eight.
     """
     row = next(r for r in compiled if r["variant"] == "int4_linear W4A8 M=8192 g=0")
-    assert row["loop"] > 0 and row["unpack"] <= 2
+    assert row["loop"] > 0 and row["unpack"] <= 1.5
 
 
 def test_rows_are_loaded_16_bytes_at_a_time(compiled):
@@ -112,6 +115,9 @@ def test_rows_are_loaded_16_bytes_at_a_time(compiled):
 
 
 def test_layer_norm_issues_few_instructions_for_an_element(compiled):
-    """The goal is 12; measured are 19 without a residual, and this keeps them from growing."""
-    row = next(r for r in compiled if r["variant"].endswith("no residual"))
-    assert row["per_element"] <= 21
+    """The goal is 12, reached without a residual; to add one and to write the sum takes 3 more."""
+    rows = {r["variant"].removeprefix("layer_norm_quantize w8 tensor "): r["per_element"]
+            for r in compiled if r["arch"] == 90}  # fmt: skip
+    assert rows["K=4096, no residual"] <= 12
+    assert rows["K=768, no residual"] <= 13
+    assert rows["K=4096"] <= 16

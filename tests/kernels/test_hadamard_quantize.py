@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from qtk_kernels import _launch
+from qtk_kernels._codes import Codes
 from qtk_kernels._hadamard import orthogonal, split
 from qtk_kernels._int4 import unpack_int4
-from qtk_kernels.hadamard_quantize import hadamard, hadamard_quantize
+from qtk_kernels.hadamard_quantize import hadamard, hadamard_launch, hadamard_quantize
 
 ULP = 2.0**-24
 OUTPUTS = [
@@ -67,6 +69,25 @@ def test_codes_round_the_exact_value(K, block, output, backend, assert_codes_agr
         y, tolerance = y / step, (tolerance + widest) / step + 8 * ULP * (y / step).abs()
         qmin, shift = -qmax, 0 if output.get("signed", True) else 2 ** (bits - 1)
     assert_codes_agree(q.int() - shift, y.round().clamp(qmin, qmax), y, tolerance)
+
+
+@pytest.mark.parametrize("K, block", [(96, 32), (192, 192)])
+def test_several_rows_in_a_program(K, block, monkeypatch):
+    args = {"block": block, "bits": 8, "granularity": "token", "backend": "triton"}
+    x = torch.randn(13, K)
+    want = hadamard_quantize(x, **args)
+    monkeypatch.setattr(_launch, "SMS", 1)
+    hadamard_launch.cache_clear()
+    got = hadamard_quantize(x, **args)
+    hadamard_launch.cache_clear()
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_no_kernel_moves_channels():
+    """Padded factors and groups that end inside a block are left to PyTorch."""
+    assert hadamard_launch(8, 768, 768, Codes(8)) is not None
+    assert hadamard_launch(8, 384, 384, Codes(8)) is None
+    assert hadamard_launch(8, 768, 256, Codes(8, 100)) is None
 
 
 def test_errors_say_what_was_expected():

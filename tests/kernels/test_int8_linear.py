@@ -161,7 +161,12 @@ def test_many_tokens_take_large_tiles(group_size, monkeypatch):
     args = {"x_scale": torch.rand(130, 1), "group_size": group_size}
     w_scale = torch.rand(140, 2 if group_size else 1)
     y = int8_linear(x_q, w_q, w_scale, bias, **args, backend="triton")
-    assert torch.equal(y, int8_linear(x_q, w_q, w_scale, bias, **args, backend="reference"))
+    want = int8_linear(x_q, w_q, w_scale, bias, **args, backend="reference")
+    if group_size is None:
+        assert torch.equal(y, want)
+    # a group's part is rounded in another order
+    parts = x_q.float().abs() * args["x_scale"] @ w_q.float().abs().T * w_scale.amax(1)
+    assert ((y - want).abs() <= 10 * ULP * (parts + bias.abs())).all()
 
 
 def test_largest_products_do_not_overflow():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qtk_kernels import _launch, _plan
+from qtk_kernels._codes import Codes, channels_of
 from qtk_kernels._int4 import pack_int4
 from qtk_kernels._launch import gemm_launch, nearest, packed_steps, steps_of
 from qtk_kernels.int4_linear import int4_linear
@@ -130,3 +131,21 @@ def test_split_float_sums_are_close_and_do_not_change(split_in_three, group_size
     assert torch.equal(*got)
     magnitude = x.abs() @ (w_q.abs() * w_scale.amax(1, keepdim=True)).T
     assert ((got[0] - want).abs() <= 2 * (K + 8) * 2.0**-24 * magnitude).all()
+
+
+@pytest.mark.parametrize("K", [1, 100, 384, 768, 1000, 2560, 5120, 7168, 8192])
+@pytest.mark.parametrize(
+    "codes", [Codes(8), Codes(4, "token", packed=True), Codes(8, 100)], ids=str
+)
+def test_parts_hold_a_row(codes, K):
+    tile = codes.launch(4096, K)
+    lanes = tile["PART"] * tile["PARTS"]
+    walked = codes.granularity == 100 and K > 5120  # 128 lanes a group are more than 8192
+    assert walked == (channels_of(tile) < K)
+    assert lanes <= 8192 and tile["ROWS"] * tile["PART"] >= 128
+    assert tile["FULL"] <= (tile["PART"] * tile["PARTS"] == K)
+
+
+@pytest.mark.parametrize("K", [384, 768, 1024, 2560, 3072, 4096, 5120, 7168, 16384])
+def test_no_lane_idles_at_the_widths_of_models(K):
+    assert Codes(8).launch(4096, K)["FULL"] and Codes(8, "token").launch(4096, K)["FULL"]

@@ -39,7 +39,7 @@ def exact_value(x, weight, bias, residual):
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 197), (2, 1025)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 197), (5, 768), (2, 1025)], ids=str)
 def test_codes_round_the_exact_value(shape, output, backend, assert_codes_agree):
     x, weight, bias, residual = inputs(*shape)
     q, scale, _ = layer_norm_quantize(
@@ -106,6 +106,15 @@ def test_row_longer_than_a_tile(output):
     assert (got[0] != want[0]).float().mean() < 1e-3  # near ties only
     assert torch.equal(got[2], want[2])
     assert got[1] is want[1] is None or torch.allclose(got[1], want[1], rtol=20001 * ULP)
+
+
+def test_groups_of_a_tile_in_a_longer_row():
+    """Several scales, though a group fills the tile that a walk goes by."""
+    x, weight, bias, _ = inputs(2, 12288)
+    want = layer_norm_quantize(x, weight, bias, EPS, bits=8, granularity=4096, backend="reference")
+    got = layer_norm_quantize(x, weight, bias, EPS, bits=8, granularity=4096, backend="triton")
+    assert (got[0] != want[0]).float().mean() < 1e-3  # near ties only
+    assert got[1].shape == (2, 3) and torch.allclose(got[1], want[1], rtol=12288 * ULP)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu"])

@@ -91,6 +91,13 @@ def calls():
             make(M, K, half), make(K, f32), make(K, f32), 1e-5, residual=make(M, K, half),
             emit="sum", bits=8, backend=backend,
         ),
+        "packed apart": lambda make, backend: shift_scale_quantize.shift_scale_quantize(
+            make(M, K, half), bits=4, granularity=100, packed=True, backend=backend
+        ),
+        "residual packed apart": lambda make, backend: layer_norm_quantize.layer_norm_quantize(
+            make(M, K, half), make(K, f32), make(K, f32), 1e-5, residual=make(M, K, half),
+            emit="sum", bits=4, granularity=100, packed=True, backend=backend,
+        ),
     }  # fmt: skip
 
 

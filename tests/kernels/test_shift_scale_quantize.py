@@ -13,6 +13,8 @@ OUTPUTS = [
     {"bits": 2, "granularity": "token", "signed": False},
     {"bits": 8, "granularity": 32, "signed": False},
     {"bits": 3, "granularity": 128, "packed": True, "clip": 0.8},
+    {"bits": 4, "granularity": 16, "packed": True},
+    {"bits": 4, "granularity": 256, "packed": True},
     {"bits": 8, "granularity": 6},
     {"bits": 4, "granularity": 20, "packed": True},
 ]
@@ -25,7 +27,9 @@ def inputs(*shape, dtype=torch.float32, device="cpu"):
     return x, torch.rand(K, device=device) * 40, torch.randn(K, device=device)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 197), (4, 130), (2, 1025)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 7), (2, 5, 197), (4, 130), (3, 768), (2, 1025)], ids=str
+)
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)
 def test_kernel_equals_reference(shape, output, device):
     args = inputs(*shape, device=device)
