@@ -126,3 +126,20 @@ def test_half_precision_takes_the_general_block():
     assert torch.nn.functional.cosine_similarity(
         qmodel.to(torch.bfloat16)(**batch)[0].float(), y, dim=-1
     ).min() > 0.999  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_cpu_without_these_instructions_gives_the_same_answers_and_the_summary_says_so(
+    monkeypatch,
+):
+    model, batch = build("OPTModel")  # relu: nothing but the products differs
+    model.config.use_cache = False
+    scheme = {"calib": [batch], "progress": False, "rounding": "nearest"}
+    y = qtk.quantize(model, 8, 8, **scheme)(**batch)[0]
+    monkeypatch.setenv("QTK_CPU_INT8", "0")
+    portable = qtk.quantize(model, 8, 8, **scheme)
+    assert all(block._on_cpu is None for block in blocks(portable))
+    assert {layer.kernel for layer in qtk.summary(portable).layers} == {
+        "float32 chunks (no int8 instructions)"
+    }
+    assert (portable(**batch)[0] - y).norm() < 1e-4 * y.norm()
