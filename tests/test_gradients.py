@@ -64,13 +64,18 @@ def test_asking_for_gradients_does_not_change_the_output(family):
     model, batch = tiny(family)
     qmodel = qtk.quantize(model, calib=[batch], progress=False)
     batch, _ = inputs(model, batch)
-    y = qmodel(**batch)[0]
+
+    def hidden(net):  # of every token: a few logits hang on a single code at a tie
+        return net(**batch, output_hidden_states=True).hidden_states[-1]
+
+    y = hidden(qmodel)
     with torch.no_grad():
-        fused = qmodel(**batch)[0]
-        error = (model(**batch)[0] - y).square().mean()
+        fused, wanted = hidden(qmodel), hidden(model)
     assert y.requires_grad and not fused.requires_grad
     assert all(block.is_fused for block in fused_blocks(qmodel).values())
-    assert (y - fused).square().mean() <= 2 * error  # two roundings of one model
+    # no further apart than two independent roundings of one model
+    errors = (wanted - y).square().mean() + (wanted - fused).square().mean()
+    assert (y - fused).square().mean() <= errors
 
 
 def static_layer(scale, shift=None, channel_scale=None):

@@ -81,7 +81,7 @@ def test_every_parameter_gets_a_gradient():
 @pytest.mark.parametrize("rounding", ["block", "tuned"])
 def test_learning_lowers_the_error_and_depends_on_the_seed_alone(rounding, monkeypatch):
     for part in (block, tuned):
-        monkeypatch.setattr(part, "STEPS", 12)
+        monkeypatch.setattr(part, "STEPS", 40)  # GPTQ leaves little to learn
     model, start = quantize(w=3, a=4, rounding="gptq")
     results = [quantize(w=3, a=4, rounding=rounding)[1] for _ in range(2)]
 
