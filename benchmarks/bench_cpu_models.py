@@ -5,8 +5,8 @@
 Every contender has a process of its own (`cpu_contenders.py`), and they take turns, so that a noisy
 machine is noisy for all of them. Medians are reported, and the ratio to float32 in the same run.
 Outputs are checked on the way: a model that is fast and wrong does not pass. What cannot run is
-named with its reason. Writes benchmarks/results/cpu_<model>.json, and a plot of speed against
-fidelity.
+named with its reason; the peers are `pip install onnx onnxruntime torchao optimum-quanto`. Writes
+benchmarks/results/cpu_<model>.json, and a plot of speed against fidelity.
 """
 
 import argparse
