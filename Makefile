@@ -24,6 +24,7 @@ lint: $(VENV)/dev         ## format, style and types
 bench: $(VENV)/dev        ## speed, into benchmarks/results/ and the README
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks.bench_quantize
+	$(BIN)/python -m benchmarks.profile_cpu
 	$(BIN)/python benchmarks/readme_tables.py
 
 clean:            ## removes the virtual environment and everything built
