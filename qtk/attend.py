@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from qtk.modules.attention import QuantAttention
 from qtk.observe import Site
-from qtk.round import best_scale
+from qtk.round import best_steps
 from qtk.scheme import AttentionScheme, Format
 
 CANDIDATES = 24  # ends of a head's probability grid that are tried, geometric
@@ -33,8 +33,8 @@ def quantize_attention(
         return attention
     if scheme.bits is not None:
         value = torch.cat([linears[2](x)[mask].float() for x, mask in site.sequences])  # [T, H * D]
-        scale = best_scale(value.T.contiguous(), Format(scheme.bits))
-        attention.v_scale = scale.view(heads, -1)
+        grid = Format(scheme.bits, granularity="token")  # the kernel's, of activations
+        attention.v_scale = best_steps(value.T.contiguous(), grid).scale.view(heads, -1)
     if scheme.softmax == "matthew":
         attention.softmax_step = matthew_steps(site, linears, attention)
     return attention

@@ -44,6 +44,11 @@ class Activations(StrEnum):
     token = "token"
 
 
+class Weights(StrEnum):
+    symmetric = "symmetric"
+    asymmetric = "asymmetric"
+
+
 class Backend(StrEnum):
     auto = "auto"
     triton = "triton"
@@ -83,6 +88,7 @@ def quantize(
     rounding: Annotated[str | None, typer.Option(help="How weights become codes.")] = None,
     ranges: Annotated[str | None, typer.Option(help="Where activation grids end.")] = None,
     activations: Annotated[Activations, typer.Option()] = Activations.static,
+    weights: Annotated[Weights, typer.Option()] = Weights.symmetric,
     attention: Annotated[
         str, typer.Option(help="Operands of its products: float, int8.")
     ] = "float",
@@ -110,7 +116,7 @@ def quantize(
         raise CheckpointError(f"{out} is the model itself: give another folder to save into")
     qmodel = qtk.quantize(
         model, w, a, calib=calib, method=method, rounding=rounding, ranges=ranges,
-        activations=activations.value, attention=attention, softmax=softmax,
+        activations=activations.value, weights=weights.value, attention=attention, softmax=softmax,
         softmax_bits=softmax_bits, group_size=group_size, bits=_mixed(bits or []), skip=skip,
         backend=backend.value, preset=preset, resume=resume, seed=seed, progress=not as_json,
     )  # fmt: skip

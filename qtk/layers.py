@@ -12,7 +12,7 @@ from qtk.errors import ModelError
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.linear import InputGrid, QuantLinear
 from qtk.modules.patch import QuantPatchConv, is_patch_conv
-from qtk.numerics import expand_groups, scale_and_zero_point, sqnr
+from qtk.numerics import scale_and_zero_point, sqnr
 from qtk.observe import Site
 from qtk.recipes import Recipe
 from qtk.round import Problem
@@ -45,19 +45,21 @@ def quantize_linear(
     assert scheme.w is not None
     weight = linear.weight.float()
     problem = Problem(change.weight(weight), scheme.w, inputs, wanted)
-    codes, scale = load("round", recipe.rounding).find(problem)
+    codes, steps = load("round", recipe.rounding).find(problem)
     bias = None if linear.bias is None else linear.bias.float()
     quality = None
     if inputs is not None and wanted is not None:
-        w_hat = codes * expand_groups(scale, weight.shape[1], scheme.w.group_size)
-        got = inputs @ w_hat.T
+        got = inputs @ steps.dequantize(codes).T
         correction = (wanted - got).mean(0)  # makes the mean output what the float model's is
         quality = sqnr(wanted, got + correction)
         bias = correction if bias is None else bias + correction
     elif bool((change.shift != 0).any()):
         extra = weight @ change.shift
         bias = extra if bias is None else bias + extra
-    return QuantLinear.from_codes(codes, scale, bias, grid, scheme, backend), quality
+    layer = QuantLinear.from_codes(
+        codes, steps.scale, steps.zero_point, bias, grid, scheme, backend
+    )
+    return layer, quality
 
 
 def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -> InputGrid:
@@ -88,16 +90,17 @@ def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -
 def quantize_outside(module: nn.Module, scheme: Scheme, backend: str) -> nn.Module:
     """A head, an embedding or a patch embedding; inputs are dynamic per token, not calibrated."""
     assert scheme.w is not None and isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d))
-    weight = module.weight.float().flatten(1)
-    codes, scale = load("round", "nearest").find(Problem(weight, scheme.w))
+    problem = Problem(module.weight.float().flatten(1), scheme.w)
+    codes, steps = load("round", "nearest").find(problem)
+    weight = (codes, steps.scale, steps.zero_point)
     if isinstance(module, nn.Embedding):
         only_w = replace(scheme, a=None)
-        return QuantEmbedding.from_codes(codes, scale, only_w, module.weight.dtype)
+        return QuantEmbedding.from_codes(*weight, only_w, module.weight.dtype)
     a = scheme.a and Format(scheme.a.bits, granularity="token")
     scheme = replace(scheme, a=a)
     if isinstance(module, nn.Conv2d) and not is_patch_conv(module):
         raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
-    linear = QuantLinear.from_codes(codes, scale, module.bias, InputGrid(a), scheme, backend)
+    linear = QuantLinear.from_codes(*weight, module.bias, InputGrid(a), scheme, backend)
     if isinstance(module, nn.Conv2d):
         return QuantPatchConv(linear, module.kernel_size, module.weight.dtype)
     return linear

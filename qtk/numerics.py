@@ -54,7 +54,7 @@ def fake_quantize_token(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
         bits: width of a code.
         clip: share of the row's maximum that the grid covers.
     """
-    fmt = Format(bits)
+    fmt = Format(bits, granularity="token")
     amax = x.float().abs().amax(-1, keepdim=True).clamp(min=EPS) * clip
     return fake_quantize(x, amax / fmt.qmax, 0, fmt)
 

@@ -46,6 +46,7 @@ def quantize(
     rounding: str | None = None,
     ranges: str | None = None,
     activations: str = "static",
+    weights: str = "symmetric",
     attention: str = "float",
     softmax: str = "float",
     softmax_bits: int | None = None,
@@ -80,6 +81,7 @@ def quantize(
             "code" (logarithmic, without an exponential); see `qtk_kernels/_softmax.py`.
         softmax_bits: of its codes; by default the activations' for "uniform" and "matthew", 4 for
             the logarithms. Of "code" 5, 6 or 7: one, two or four steps an octave (the default).
+        weights: "symmetric", or "asymmetric" (a zero point for each scale), which needs a=16.
         group_size: weights that share a scale along the input; None is a whole row.
         bits: {pattern of module names: (w, a)}, first match wins, the rest as `w` and `a` say.
             Heads, pooler and embeddings stay in floating point unless a pattern names them alone.
@@ -109,6 +111,7 @@ def quantize(
         Scheme.of,
         activations=activations if calib is not None or activations != "static" else "token",
         group_size=group_size,
+        weights=weights,
     )
     share = share_of(bits) if isinstance(bits, str) else None
     default = scheme_of(w, a)

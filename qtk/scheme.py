@@ -17,7 +17,8 @@ class Format:
 
     Attributes:
         bits: width of a code.
-        symmetric: the grid is [-qmax, qmax] around 0; otherwise all 2**bits codes and a zero point.
+        symmetric: no zero point. Weights then use all 2**bits codes, with a scale of either sign;
+            activations [-qmax, qmax], as their scale is a token's own maximum.
         granularity: what shares a scale: "tensor", "channel" (a row of W), "token", "group".
         group_size: length of a group along the input channels, for "group" only.
     """
@@ -40,7 +41,8 @@ class Format:
 
     @property
     def qmin(self) -> int:
-        return -self.qmax if self.symmetric else -self.qmax - 1
+        of_weights = self.granularity in ("channel", "group")
+        return -self.qmax if self.symmetric and not of_weights else -self.qmax - 1
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,13 @@ class Scheme:
 
     @classmethod
     def of(
-        cls, w: int, a: int, activations: str = "static", group_size: int | None = None
-    ) -> "Scheme":
-        """The scheme that `quantize(w=, a=, activations=, group_size=)` asks for.
+        cls, w: int, a: int, activations: str = "static", group_size: int | None = None,
+        weights: str = "symmetric",
+    ) -> "Scheme":  # fmt: skip
+        """The scheme that `quantize(w=, a=, activations=, group_size=, weights=)` asks for.
 
         Raises:
-            SchemeError: bits, group size or granularity out of range.
+            SchemeError: bits, group size or granularity out of range, or what has no kernel.
         """
         _check_bits("w", w, WEIGHT_BITS)
         _check_bits("a", a, ACTIVATION_BITS)
@@ -70,10 +73,21 @@ class Scheme:
                 f"w=16 with a={a}: there is no kernel for float weights and integer activations; "
                 "quantize the weights too (w=8), or leave both in floating point"
             )
-        weight = Format(w, True, "channel" if group_size is None else "group", group_size)
+        if weights not in ("symmetric", "asymmetric"):
+            raise SchemeError(f"weights={weights!r}: choose 'symmetric' or 'asymmetric'")
+        symmetric, shared = weights == "symmetric", "channel" if group_size is None else "group"
+        weight = Format(w, symmetric, shared, group_size)
         tensor = activations == "static"
         activation = Format(a, symmetric=not tensor, granularity="tensor" if tensor else "token")
-        return cls(None if w == FLOAT else weight, None if a == FLOAT else activation)
+        return cls(None if w == FLOAT else weight, None if a == FLOAT else activation)._checked()
+
+    def _checked(self) -> "Scheme":
+        if self.w is not None and not self.w.symmetric and self.a is not None:
+            raise SchemeError(
+                f"asymmetric weights with a={self.a.bits}: an integer product has no place for a "
+                "weight's zero point; use weights='symmetric', or a=16"
+            )
+        return self
 
     @property
     def name(self) -> str:
@@ -83,6 +97,8 @@ class Scheme:
         text = f"W{self.w.bits}A{self.a.bits if self.a else FLOAT}"
         if self.w.group_size:
             text += f" g{self.w.group_size}"
+        if not self.w.symmetric:
+            text += " asymmetric"
         return text + (" token" if self.a and self.a.granularity == "token" else "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +122,7 @@ class Scheme:
             raise SchemeError(f"weights with one scale a {w.granularity}")
         if a is not None and a.granularity not in ("tensor", "token"):
             raise SchemeError(f"activations with one scale a {a.granularity}")
-        return cls(w, a)
+        return cls(w, a)._checked()
 
 
 def is_positive_int(value: object) -> bool:

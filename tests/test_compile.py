@@ -15,6 +15,7 @@ SCHEMES = {
     "W4A4 plain": {"w": 4, "a": 4, "method": "none"},
     "W4A8 g16": {"w": 4, "group_size": 16},
     "W4A16 g16": {"w": 4, "a": 16, "group_size": 16},
+    "W4A16 asymmetric": {"w": 4, "a": 16, "weights": "asymmetric"},
 }
 
 
@@ -57,7 +58,8 @@ def test_the_default_compiler(name):
 
 @pytest.mark.parametrize(("name", "options"), [
     *((name, {}) for name in NAMES), ("BertModel", SCHEMES["W4A4"]),
-    ("BertModel", SCHEMES["W4A16 g16"]), ("BertModel", {"attention": "int8", "softmax": "code"}),
+    ("BertModel", SCHEMES["W4A16 g16"]), ("BertModel", SCHEMES["W4A16 asymmetric"]),
+    ("BertModel", {"attention": "int8", "softmax": "code"}),
 ])  # fmt: skip
 def test_one_graph_of_kernels(name, options):
     """What a GPU compiles: the launchers are nodes. Here their kernels run in the interpreter."""

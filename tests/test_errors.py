@@ -75,6 +75,8 @@ MODELS = {
 }
 
 SCHEMES = {
+    "weights='both'": (lambda: run(weights="both"), "choose 'symmetric' or 'asymmetric'"),
+    "asymmetric weights": (lambda: run(weights="asymmetric"), "weights='symmetric', or a=16"),
     "w=1": (lambda: run(w=1), "w=1: choose 2 to 8"),
     "w=9": (lambda: run(w=9), "w=9: choose 2 to 8"),
     "w=8.0": (lambda: run(w=8.0), r"w=8\.0: choose"),

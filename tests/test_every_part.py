@@ -144,19 +144,23 @@ def test_importance_moves_the_range():
 
 @pytest.mark.parametrize("name", available("round"))
 @pytest.mark.parametrize("bits, group", [(8, None), (4, None), (4, 16), (3, 5), (2, None)])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("data", [True, False], ids=["data", "no data"])
-def test_a_rounder_stays_on_its_grid_and_is_no_worse_than_plain_rounding(name, bits, group, data):
+def test_a_rounder_stays_on_its_grid_and_is_no_worse_than_plain_rounding(
+    name, bits, group, data, symmetric
+):
     weight, inputs = torch.randn(24, 40), torch.randn(200, 40) * torch.rand(40).exp()
     inputs[:, 7] = 0  # a dead channel
-    fmt = Format(bits, True, "channel" if group is None else "group", group)
+    fmt = Format(bits, symmetric, "channel" if group is None else "group", group)
     wanted = inputs @ weight.T
     problem = Problem(weight, fmt, *((inputs, wanted) if data else (None, None)))
-    codes, scale = load("round", name).find(problem)
+    codes, steps = load("round", name).find(problem)
     groups = 1 if group is None else -(-40 // group)
-    assert codes.shape == weight.shape and scale.shape == (24, groups)
-    assert torch.equal(codes, codes.round()) and (scale > 0).all()
+    assert codes.shape == weight.shape and steps.scale.shape == (24, groups)
+    assert torch.equal(codes, codes.round()) and (steps.scale != 0).all()
     assert codes.min() >= fmt.qmin and codes.max() <= fmt.qmax
-    got = inputs @ (codes * expand_groups(scale, 40, group)).T
+    assert (steps.zero_point is None) == symmetric
+    got = inputs @ steps.dequantize(codes).T
     plain = codes_of_absmax(weight, fmt)
     assert (got - wanted).square().sum() <= (inputs @ plain.T - wanted).square().sum() * 1.0001
 

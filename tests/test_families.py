@@ -17,8 +17,12 @@ SCHEMES = {
     "W4A8": {"w": 4},
     "W4A4": {"w": 4, "a": 4},
     "W4A16 g16": {"w": 4, "a": 16, "group_size": 16},
+    "W4A16 g16 asymmetric": {"w": 4, "a": 16, "group_size": 16, "weights": "asymmetric"},
 }
-WORST = {"W8A8": 0.999, "W8A8 token": 0.999, "W4A8": 0.96, "W4A4": 0.9, "W4A16 g16": 0.96}
+WORST = {
+    "W8A8": 0.999, "W8A8 token": 0.999, "W4A8": 0.96, "W4A4": 0.9, "W4A16 g16": 0.96,
+    "W4A16 g16 asymmetric": 0.96,
+}  # fmt: skip
 
 
 def tiny(family):

@@ -18,6 +18,7 @@ SCHEMES = {
     "W8A8 plain": {"method": "none"},
     "W8A8 rotated": {"method": "rotate"},
     "W8A16": {"a": 16},
+    "W8A16 asymmetric": {"a": 16, "weights": "asymmetric"},
 }
 
 
@@ -85,7 +86,7 @@ def static_layer(scale, shift=None, channel_scale=None):
     grid = InputGrid(
         scheme.a, shift, channel_scale, scale=torch.tensor(scale), zero_point=torch.tensor(3.0)
     )
-    return QuantLinear.from_codes(codes, torch.rand(5, 1), torch.zeros(5), grid, scheme)
+    return QuantLinear.from_codes(codes, torch.rand(5, 1), None, torch.zeros(5), grid, scheme)
 
 
 @pytest.mark.parametrize("transformed", [False, True])
@@ -104,7 +105,7 @@ def test_the_gradient_is_that_of_the_dequantized_weight_and_zero_where_the_grid_
 def test_a_dynamic_grid_lets_every_gradient_pass():
     scheme = Scheme.of(8, 8, "token")
     codes = torch.randint(-127, 128, (5, 4)).float()
-    layer = QuantLinear.from_codes(codes, torch.rand(5, 1), None, InputGrid(scheme.a), scheme)
+    layer = QuantLinear.from_codes(codes, torch.rand(5, 1), None, None, InputGrid(scheme.a), scheme)
     x = torch.tensor([[99.0, 0.1, -99.0, 0.2]], requires_grad=True)
     layer(x).sum().backward()
     assert torch.allclose(x.grad, layer.dequantized_weight().sum(0, keepdim=True), rtol=1e-5)

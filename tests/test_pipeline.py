@@ -180,6 +180,26 @@ def test_heads_and_embeddings_are_quantized_when_asked_for(tmp_path):
         assert torch.equal(qmodel(**batch).logits, qtk.load(tmp_path / "saved")(**batch).logits)
 
 
+def test_asymmetric_weights_have_a_zero_point_everywhere_and_on_every_backend(tmp_path):
+    model, batch = load("models", "bert").tiny()
+    options = {"weights": "asymmetric", "bits": {"*word_embeddings": (4, 16)}, **FAST}
+    outputs = []
+    for backend in ("reference", "cpu", "triton"):
+        qmodel = qtk.quantize(model, 4, 16, calib=[batch], backend=backend, **options)
+        layers = quantized_layers(qmodel)
+        assert all(x.weight_zero_point.any() for x in layers.values())
+        with torch.no_grad():
+            outputs.append(qmodel(**batch)[0])
+    qmodel.save_pretrained(tmp_path / "saved")
+    read = quantized_layers(qtk.load(tmp_path / "saved"))
+    assert all(
+        torch.equal(read[n].weight_zero_point, x.weight_zero_point) for n, x in layers.items()
+    )
+    # float32 sums in another order, and bfloat16 for few tokens on a CPU
+    for y in outputs[1:]:
+        assert torch.nn.functional.cosine_similarity(y, outputs[0], dim=-1).min() > 0.9999
+
+
 def test_without_being_asked_they_stay_float(bert):
     model, batch = bert
     qmodel = qtk.quantize(model, 8, 8, calib=[batch], bits={"*dense": (4, 4)}, **FAST)

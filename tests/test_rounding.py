@@ -1,42 +1,49 @@
 """GPTQ against a slow textbook version, and what every learned rounder promises."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtk.discover import load
-from qtk.numerics import expand_groups, quantize
-from qtk.round import Problem, best_scale, to_nearest
-from qtk.round._coordinates import BLOCK, descended
+from qtk.round import Problem, best_steps, to_nearest
+from qtk.round._coordinates import BLOCK, rescaled, swept
 from qtk.round._least_squares import error, hessian_of, target
 from qtk.round.gptq import compensated
 from qtk.scheme import Format
 
+SYMMETRY = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 
-def textbook(weight, scale, hessian, fmt):
+
+def grid_format(bits, symmetric, group):
+    return Format(bits, symmetric, "channel" if group is None else "group", group)
+
+
+def textbook(weight, grid, hessian):
     """Optimal brain quantization in GPTQ's order: the inverse is updated after every column."""
     order = hessian.diag().argsort(descending=True).tolist()
     inverse = torch.linalg.inv(hessian.double())
-    w, codes = weight.double().clone(), torch.zeros_like(weight)
+    w, levels = weight.double().clone(), torch.zeros_like(weight)
     for i in order:
-        codes[:, i] = quantize(w[:, i], scale[:, i], 0, fmt)
-        e = (w[:, i] - codes[:, i] * scale[:, i]) / inverse[i, i]
+        scale = grid.scale[:, i]
+        level = torch.round(w[:, i].float() / scale)
+        levels[:, i] = torch.minimum(torch.maximum(level, grid.lo[:, i]), grid.hi[:, i])
+        e = (w[:, i] - levels[:, i] * scale) / inverse[i, i]
         w -= e[:, None] * inverse[i]
         inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
-    return codes
+    return levels
 
 
+@SYMMETRY
 @pytest.mark.parametrize("K, group", [(5, None), (24, None), (24, 7), (140, None), (140, 64)])
-def test_gptq_is_the_textbook_algorithm(K, group):
+def test_gptq_is_the_textbook_algorithm(K, group, symmetric):
     weight, inputs = torch.randn(6, K), torch.randn(300, K) @ torch.randn(K, K)
     inputs[:, K // 2] = 0  # a dead channel
-    fmt = Format(4, True, "channel" if group is None else "group", group)
     hessian = hessian_of(inputs)
-    scale = expand_groups(best_scale(weight, fmt), K, group).expand_as(weight)
-    assert torch.equal(
-        compensated(weight, scale, hessian, fmt), textbook(weight, scale, hessian, fmt)
-    )
+    grid = best_steps(weight, grid_format(4, symmetric, group)).grid(K)
+    assert torch.equal(compensated(weight, grid, hessian), textbook(weight, grid, hessian))
 
 
 @settings(max_examples=40, deadline=None)
@@ -44,18 +51,21 @@ def test_gptq_is_the_textbook_algorithm(K, group):
     N=st.integers(1, 6), K=st.integers(1, 40), T=st.integers(1, 60), bits=st.integers(2, 8),
     group=st.sampled_from([None, 1, 7, 16]), seed=st.integers(0, 10**6),
 )  # fmt: skip
+@SYMMETRY
 @pytest.mark.parametrize("name", ["gptq", "adaround", "flexround"])
-def test_a_rounder_is_never_above_nearest_on_the_same_hessian(name, N, K, T, bits, group, seed):
+def test_a_rounder_is_never_above_nearest_on_the_same_hessian(
+    name, symmetric, N, K, T, bits, group, seed
+):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(N, K, generator=generator)
     inputs = torch.randn(T, K, generator=generator) * torch.rand(K, generator=generator)
-    fmt = Format(bits, True, "channel" if group is None else "group", group)
+    fmt = grid_format(bits, symmetric, group)
     problem = Problem(weight, fmt, inputs, inputs @ weight.T)
     wanted, hessian = target(problem)
 
     def cost(rounded):
-        codes, scale = rounded
-        return error(codes * expand_groups(scale, K, group) - wanted, hessian)
+        codes, steps = rounded
+        return error(steps.dequantize(codes) - wanted, hessian)
 
     with pytest.MonkeyPatch.context() as patch:  # the promise holds after any number of steps
         patch.setattr(load("round", name), "STEPS", 8, raising=False)
@@ -71,8 +81,8 @@ def test_learned_roundings_beat_nearest_clearly_where_inputs_are_correlated():
     wanted, hessian = target(problem)
 
     def cost(name):
-        codes, scale = load("round", name).find(problem)
-        return float(error(codes * scale - wanted, hessian).sum())
+        codes, steps = load("round", name).find(problem)
+        return float(error(steps.dequantize(codes) - wanted, hessian).sum())
 
     plain = cost("nearest")
     assert cost("gptq") < 0.4 * plain
@@ -80,20 +90,71 @@ def test_learned_roundings_beat_nearest_clearly_where_inputs_are_correlated():
     assert cost("flexround") < 0.6 * plain
 
 
+@SYMMETRY
 @pytest.mark.parametrize("K, group", [(5, None), (24, 7), (2 * BLOCK + 3, None)])
-def test_coordinate_descent_ends_where_no_single_code_can_be_improved(K, group, monkeypatch):
+def test_coordinate_descent_ends_where_no_single_code_can_be_improved(
+    K, group, symmetric, monkeypatch
+):
     monkeypatch.setattr("qtk.round._coordinates.SWEEPS", 100)
-    fmt = Format(4, True, "channel" if group is None else "group", group)
     weight, inputs = torch.randn(6, K), torch.randn(300, K) @ torch.randn(K, K)
     hessian = hessian_of(inputs)
-    scale = expand_groups(best_scale(weight, fmt), K, group).expand_as(weight)
-    start = quantize(weight, scale, 0, fmt)
-    codes = descended(start, scale, weight, hessian, fmt)
-    reached = error(codes * scale - weight, hessian)
-    assert (reached < error(start * scale - weight, hessian)).any()
-    assert codes.abs().max() <= fmt.qmax and torch.equal(codes, codes.round())
+    grid = best_steps(weight, grid_format(4, symmetric, group)).grid(K)
+
+    def cost(levels):
+        return error(levels * grid.scale - weight, hessian)
+
+    start = grid.nearest(weight)
+    levels = swept(start, grid, weight, hessian)
+    reached = cost(levels)
+    assert (reached < cost(start)).any()
+    assert torch.equal(levels, grid.clamp(levels.round()))
     for i in range(K):
         for step in (-1, 1):
-            other = codes.clone()
-            other[:, i] = (other[:, i] + step).clamp(fmt.qmin, fmt.qmax)
-            assert (error(other * scale - weight, hessian) >= reached * (1 - 1e-5)).all()
+            other = levels.clone()
+            other[:, i] += step
+            assert (cost(grid.clamp(other)) >= reached * (1 - 1e-5)).all()
+
+
+@SYMMETRY
+@pytest.mark.parametrize("K, group", [(5, None), (24, 7), (24, 24), (2, None)])
+def test_scales_end_where_none_can_be_improved(K, group, symmetric):
+    """Behind enough rounds, a scale moved either way costs more."""
+    weight, inputs = torch.randn(6, K), torch.randn(300, K) @ torch.randn(K, K)
+    weight[0] = 0  # a row that no scale does anything for
+    hessian = hessian_of(inputs)
+    steps = best_steps(weight, grid_format(3, symmetric, group))
+    levels = steps.grid(K).nearest(weight)
+
+    def cost(steps):
+        return error(levels * steps.grid(K).scale - weight, hessian)
+
+    before = cost(steps)
+    for _ in range(200):
+        steps = rescaled(levels, steps, weight, hessian)
+    reached = cost(steps)
+    assert (reached <= before * (1 + 1e-5)).all() and (reached[1:] < before[1:]).any()
+    assert torch.isfinite(steps.scale).all() and (steps.scale != 0).all()
+    for a in range(steps.scale.shape[1]):
+        for factor in (0.99, 1.01):
+            other = steps.scale.clone()
+            other[:, a] *= factor
+            assert (cost(replace(steps, scale=other)) >= reached * (1 - 1e-4)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_code_is_wasted_on_one_sided_weights(bits):
+    """The longer side of the weights gets the longer side of the codes, whatever its sign."""
+    weight = torch.stack([torch.linspace(-1, 0, 40), torch.linspace(0, 1, 40)])
+    codes, steps = to_nearest(weight, Format(bits))
+    assert (codes.amin(1) == -(2 ** (bits - 1))).all()
+    assert steps.scale[0] > 0 > steps.scale[1]
+    assert torch.equal(steps.dequantize(codes)[0], -steps.dequantize(codes)[1].flip(0))
+
+
+def test_a_zero_point_pays_where_weights_lie_on_one_side():
+    weight = torch.rand(8, 64) + 0.5
+    costs = []
+    for symmetric in (True, False):
+        codes, steps = to_nearest(weight, Format(4, symmetric))
+        costs.append(float((steps.dequantize(codes) - weight).square().sum()))
+    assert costs[1] < 0.5 * costs[0]

@@ -1,12 +1,12 @@
 """Weight-only int4 on a CPU, for few tokens: PyTorch's kernel, which unpacks weights in registers.
 
-    y[m, n] = sum_k bf16(x[m, k]) * bf16(w_q[n, k] * bf16(w_scale[n, g])) + bias[n]
+    y[m, n] = sum_k bf16(x[m, k]) * bf16(w_q[n, k] * bf16(w_scale[n, g]) + bf16(z[n, g])) + bias[n]
 
 With a token at a time the bytes of the weights are what takes the time, and these are an eighth of
 float32's. The kernel computes in bfloat16 and is fast up to some dozen tokens; in float32 it has a
 slow fallback only. So float32 activations are rounded to bfloat16: the 16 bits of W4A16.
 
-M tokens, K input channels, N output channels, G groups.
+z is -w_zero_point * w_scale. M tokens, K input channels, N output channels, G groups.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class FewRows:
 
     Attributes:
         packed: [N, K / 2] uint8, in the kernel's layout for this CPU.
-        scales: [G, N, 2] bfloat16: a scale, and what is added behind it (0).
+        scales: [G, N, 2] bfloat16: a scale, and what is added behind it.
         group_size: channels in a group.
     """
 
@@ -35,21 +35,26 @@ class FewRows:
     group_size: int
 
 
-def prepare_few_rows(w_q: Tensor, w_scale: Tensor, group_size: int | None) -> FewRows | None:
+def prepare_few_rows(
+    w_q: Tensor, w_scale: Tensor, w_zero_point: Tensor | None, group_size: int | None
+) -> FewRows | None:
     """The operand of `few_rows_linear`, or None where the kernel cannot read such weights.
 
     Args:
         w_q: [N, K] int8, -8 to 7.
         w_scale: [N, G] float32.
+        w_zero_point: as w_scale, or None for 0.
         group_size: channels in a group, if there is more than one.
     """
     (N, K), G = w_q.shape, w_scale.shape[1]
     sizes = [g for g in GROUPS if K % g == 0 and (G == 1 or g == group_size)]
     if not sizes or N % 16 or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return None
-    scales = w_scale.expand(N, K // sizes[0]).T.to(torch.bfloat16)  # [G, N]
+    behind = torch.zeros_like(w_scale) if w_zero_point is None else -w_zero_point * w_scale
+    pairs = torch.stack([w_scale, behind], -1).expand(N, K // sizes[0], 2)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((w_q + 8).to(torch.int32), 1)
-    return FewRows(packed, torch.stack([scales, torch.zeros_like(scales)], -1), sizes[0])
+    scales = pairs.transpose(0, 1).to(torch.bfloat16).contiguous()
+    return FewRows(packed, scales, sizes[0])
 
 
 def few_rows_linear(x: Tensor, operand: FewRows, bias: Tensor | None) -> Tensor:

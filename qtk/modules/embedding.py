@@ -15,6 +15,7 @@ class QuantEmbedding(nn.Module):
     Buffers (`state_dict`):
         weight: [N, width, 1] int8 or uint8, the stored codes.
         weight_scale: [N, 1] float32.
+        weight_zero_point: [N, 1] int8, for asymmetric tables.
 
     It has the names of `QuantLinear` where the two mean the same: N are `out_features`, K are
     `in_features`.
@@ -22,6 +23,7 @@ class QuantEmbedding(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
+    weight_zero_point: Tensor | None
     bias = None
     input_shift = None
     transform = rotation = False
@@ -39,26 +41,33 @@ class QuantEmbedding(nn.Module):
         self.register_buffer("weight", codes)
         scale = torch.zeros(out_features, 1, dtype=torch.float32, device=device)
         self.register_buffer("weight_scale", scale)
+        zero_point = None if scheme.w.symmetric else torch.zeros_like(scale, dtype=torch.int8)
+        self.register_buffer("weight_zero_point", zero_point)
         self.dtype = dtype  # of the rows that come out; follows .to(dtype)
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, weight_scale: Tensor, scheme: Scheme, dtype: torch.dtype
-    ) -> "QuantEmbedding":
-        """codes [N, K] and weight_scale [N, 1] -> a table that gives rows of `dtype`."""
+        cls, codes: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None,
+        scheme: Scheme, dtype: torch.dtype,
+    ) -> "QuantEmbedding":  # fmt: skip
+        """codes [N, K], scale and zero point [N, 1] -> a table that gives rows of `dtype`."""
         N, K = codes.shape
         table = cls(K, N, scheme, dtype=dtype, device=codes.device)
         assert scheme.w is not None
         table.weight = store(codes.to(torch.int8), scheme.w.bits).contiguous()
         table.weight_scale = weight_scale.float().clone()
+        if weight_zero_point is not None:
+            table.weight_zero_point = weight_zero_point.to(torch.int8)
         return table
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] integers -> [..., K]."""
         assert self.scheme.w is not None
         rows = self.weight[ids.flatten()]  # [M, width, 1]
-        codes = load(rows, self.scheme.w.bits, self.in_features)
-        values = codes.float() * self.weight_scale[ids.flatten()]
+        codes = load(rows, self.scheme.w.bits, self.in_features).float()
+        if self.weight_zero_point is not None:
+            codes = codes - self.weight_zero_point[ids.flatten()]
+        values = codes * self.weight_scale[ids.flatten()]
         return values.view(*ids.shape, -1).to(self.dtype)
 
     def codes(self) -> Tensor:

@@ -112,6 +112,7 @@ class Plan:
         before: x * multiplier + offset before the rotation, where there is one.
         multiplier, offset: [K] float32; q = round(x * multiplier + offset).
         weight_scale: [N, G], times the input's step when that is static.
+        weight_zero_point: [N, G] float32, None for symmetric weights.
         bias: [N] with the input's zero point folded in.
         signed: codes are int8; else uint8, shifted by 2 ** (bits - 1).
         x_zero_point: what a dynamic kernel subtracts from a code.
@@ -133,6 +134,7 @@ class Plan:
     kernel: str
     onednn: bool = False
     few_rows: FewRows | None = None
+    weight_zero_point: Tensor | None = None
 
 
 class QuantLinear(nn.Module):
@@ -140,7 +142,8 @@ class QuantLinear(nn.Module):
 
     Buffers (`state_dict`):
         weight: [N, width, 1] int8 or uint8, the stored codes.
-        weight_scale: [N, G] float32.
+        weight_scale: [N, G] float32, of either sign.
+        weight_zero_point: [N, G] int8, for asymmetric weights.
         bias: [N] float32, optional.
         input_shift, input_channel_scale: [K] float32, with a transform only.
         input_scale: float32, input_zero_point: int32, scalars, for static activations.
@@ -149,6 +152,7 @@ class QuantLinear(nn.Module):
 
     weight: Tensor | None  # None while the plan's operand holds the codes
     weight_scale: Tensor
+    weight_zero_point: Tensor | None
     bias: Tensor | None
     input_shift: Tensor | None
     input_channel_scale: Tensor | None
@@ -176,6 +180,7 @@ class QuantLinear(nn.Module):
 
         buffer("weight", True, N, *width, dtype=dtype)
         buffer("weight_scale", True, N, groups)
+        buffer("weight_zero_point", not self.w.symmetric, N, groups, dtype=torch.int8)
         buffer("bias", bias, N)
         buffer("input_shift", transform, K)
         buffer("input_channel_scale", transform, K)
@@ -188,14 +193,15 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, grid: InputGrid,
-        scheme: Scheme, backend: str = "auto",
+        cls, codes: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None,
+        bias: Tensor | None, grid: InputGrid, scheme: Scheme, backend: str = "auto",
     ) -> "QuantLinear":  # fmt: skip
         """A layer ready to run.
 
         Args:
             codes: [N, K] integers in the weight format's range.
             weight_scale: [N, G].
+            weight_zero_point: [N, G] integers in that range, or None for 0.
             bias: [N], with the shift's share already in it.
             grid: how the input is quantized.
             scheme: the formats of weight and input.
@@ -209,6 +215,8 @@ class QuantLinear(nn.Module):
         )  # fmt: skip
         layer.weight = store(codes.to(torch.int8), layer.w.bits)
         layer.weight_scale = _own(weight_scale)
+        if weight_zero_point is not None:
+            layer.weight_zero_point = weight_zero_point.to(torch.int8)
         if bias is not None:
             layer.bias = _own(bias)
         if grid.shift is not None and grid.channel_scale is not None:
@@ -269,7 +277,8 @@ class QuantLinear(nn.Module):
             if plan.few_rows is not None and q.shape[:-1].numel() <= MOST_ROWS:
                 return few_rows_linear(q, plan.few_rows, plan.bias)
             return weight_only_linear(
-                q, plan.operand, plan.weight_scale, plan.bias, bits=4 if self.is_int4 else 8,
+                q, plan.operand, plan.weight_scale, plan.bias,
+                w_zero_point=plan.weight_zero_point, bits=4 if self.is_int4 else 8,
                 in_features=self.in_features, group_size=self.w.group_size, backend=plan.backend,
             )  # fmt: skip
         return linear_of_codes(
@@ -308,8 +317,10 @@ class QuantLinear(nn.Module):
 
     def dequantized_weight(self) -> Tensor:
         """[N, K] float32, the weight that multiplies x'. Made for the call."""
-        scale = expand_groups(self.weight_scale, self.in_features, self.w.group_size)
-        return self.codes().float() * scale
+        codes, K, size = self.codes().float(), self.in_features, self.w.group_size
+        if self.weight_zero_point is not None:
+            codes = codes - expand_groups(self.weight_zero_point, K, size)
+        return codes * expand_groups(self.weight_scale, K, size)
 
     @property
     def grid(self) -> InputGrid:
@@ -439,9 +450,11 @@ def make_plan(layer: QuantLinear, codes: Tensor) -> Plan:
         packed = pack_int4(codes) if layer.is_int4 else codes
         operand = prepare_weight_only(packed, bits=bits, in_features=K, backend=backend)
         name = weight_only_kernel_name(operand, bits=bits, backend=backend)
+        w_zero_point = layer.weight_zero_point
+        w_zero_point = None if w_zero_point is None else w_zero_point.float()
         few_rows = None
         if backend == "cpu" and layer.is_int4:
-            few_rows = prepare_few_rows(codes, layer.weight_scale, w.group_size)
+            few_rows = prepare_few_rows(codes, layer.weight_scale, w_zero_point, w.group_size)
         if few_rows is not None:
             name = f"aten int4 in bfloat16 up to {MOST_ROWS} tokens, else {name}"
         before, affine = grid.affines()
@@ -449,6 +462,7 @@ def make_plan(layer: QuantLinear, codes: Tensor) -> Plan:
         return Plan(
             backend, operand, before, multiplier, offset, layer.weight_scale, layer.bias,
             signed=True, x_zero_point=0, clip=1.0, kernel=name, few_rows=few_rows,
+            weight_zero_point=w_zero_point,
         )  # fmt: skip
 
     signed = backend != "cpu"

@@ -44,6 +44,7 @@ class TrainableLinear(nn.Module):
         self.grid: InputGrid = layer.grid
         self.kept = kept
         self.codes, self.scale = layer.codes().float(), layer.weight_scale.clone()
+        self.zero_point: Tensor | None = layer.weight_zero_point
         self.offset = nn.Parameter(torch.zeros_like(self.codes))
         self.log_scale = nn.Parameter(torch.zeros_like(self.scale))
         bias, zero_point = layer.bias, self.grid.zero_point
@@ -60,9 +61,10 @@ class TrainableLinear(nn.Module):
     def weight(self) -> Tensor:
         """[N, K], on its grid."""
         w = self.layer[0].w
-        codes = _Rounded.apply(self.codes + self.offset, w.qmin, w.qmax)
-        scale = self.scale * self.log_scale.exp()
-        return codes * expand_groups(scale, self.codes.shape[1], w.group_size)
+        codes, K = _Rounded.apply(self.codes + self.offset, w.qmin, w.qmax), self.codes.shape[1]
+        if self.zero_point is not None:
+            codes = codes - expand_groups(self.zero_point, K, w.group_size)
+        return codes * expand_groups(self.scale * self.log_scale.exp(), K, w.group_size)
 
     def quantized(self, x: Tensor) -> Tensor:
         """The input, transformed and on its grid, float32."""
@@ -95,7 +97,9 @@ class TrainableLinear(nn.Module):
             else:
                 grid = replace(grid, clip=float(grid.clip * factor))
         scale = self.scale * self.log_scale.exp()
-        return QuantLinear.from_codes(codes, scale, self.bias, grid, layer.scheme, layer.backend)
+        return QuantLinear.from_codes(
+            codes, scale, self.zero_point, self.bias, grid, layer.scheme, layer.backend
+        )
 
 
 @contextmanager

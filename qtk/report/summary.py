@@ -160,8 +160,8 @@ def align(rows: list[list[str]]) -> list[str]:
 
 
 def _quantized(name: str, layer: Any, fused: bool, quality: float | None) -> LayerSummary:
-    stored = layer.stored_weight()
-    size = stored.numel() * stored.element_size() + 4 * layer.weight_scale.numel()
+    held = (layer.stored_weight(), layer.weight_scale, layer.weight_zero_point)
+    size = sum(x.nbytes for x in held if x is not None)
     return LayerSummary(
         name, layer.scheme.name, layer.kernel, fused, size,
         4 * layer.in_features * layer.out_features, quality,

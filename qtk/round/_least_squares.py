@@ -53,7 +53,7 @@ def error(delta: Tensor, hessian: Tensor) -> Tensor:
     return ((delta @ hessian) * delta).sum(1)
 
 
-def better(codes: Tensor, other: Tensor, scale: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
-    """Row by row the codes with the smaller error; `scale` broadcasts against them."""
-    mine, theirs = (error(q * scale - weight, hessian) for q in (codes, other))
-    return torch.where((theirs < mine)[:, None], other, codes)
+def better(levels: Tensor, other: Tensor, scale: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
+    """Row by row the levels with the smaller error; `scale` broadcasts against them."""
+    mine, theirs = (error(q * scale - weight, hessian) for q in (levels, other))
+    return torch.where((theirs < mine)[:, None], other, levels)

@@ -1,7 +1,7 @@
 """AdaRound, Nagel et al. 2020, https://arxiv.org/abs/2004.10568, one layer at a time.
 
-    code = floor(w / s) + h(V),    h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1)
-    minimise  error(code * s - w) + lambda sum(1 - |2 h - 1|^beta)
+    level = floor(w / s) + h(V),   h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1)
+    minimise  error(level * s - w) + lambda sum(1 - |2 h - 1|^beta)
 
 beta falls from 20 to 2 after a warm-up without the second term, which pushes every h to 0 or 1
 (eq. 21 to 25). The error is exact: a quadratic form in the inputs' Gram matrix, so that a step
@@ -11,8 +11,7 @@ costs one small matrix product however many tokens there are.
 import torch
 from torch import Tensor
 
-from qtk.numerics import expand_groups, quantize
-from qtk.round import Problem, Rounded, best_scale, to_nearest
+from qtk.round import Grid, Problem, Rounded, best_steps, to_nearest
 from qtk.round._least_squares import better, error, target
 
 STEPS = 300  # each on the whole calibration set at once, where the paper takes 10,000 on samples
@@ -24,34 +23,30 @@ PULL = 0.01  # lambda, relative to what rounding to nearest costs
 
 
 def find(problem: Problem) -> Rounded:
-    """Codes and scale; nearest rounding where there is no data, or where a row is better so."""
+    """Codes and steps; nearest rounding where there is no data, or where a row is better so."""
     if problem.inputs is None:
         return to_nearest(problem.weight, problem.fmt)
-    fmt = problem.fmt
     weight, hessian = target(problem)
-    scale = best_scale(weight, fmt, hessian.diag())
-    full = expand_groups(scale, weight.shape[1], fmt.group_size).expand_as(weight)
-    plain = quantize(weight, full, 0, fmt)
-    cost = float(error(plain * full - weight, hessian).sum()) or 1.0
-    below = (weight / full).floor()
+    steps = best_steps(weight, problem.fmt, hessian.diag())
+    grid = steps.grid(weight.shape[1])
+    plain = grid.nearest(weight)
+    cost = float(error(plain * grid.scale - weight, hessian).sum()) or 1.0
+    below = (weight / grid.scale).floor()
     with torch.enable_grad():
-        V = learned(weight, full, below, hessian, cost, (fmt.qmin, fmt.qmax))
-    codes = (below + (V >= 0)).clamp(fmt.qmin, fmt.qmax)  # h(V) >= 1/2
-    return better(codes, plain, full, weight, hessian), scale
+        V = learned(weight, grid, below, hessian, cost)
+    levels = grid.clamp(below + (V >= 0))  # h(V) >= 1/2
+    return steps.codes(better(levels, plain, grid.scale, weight, hessian)), steps
 
 
-def learned(
-    weight: Tensor, scale: Tensor, below: Tensor, hessian: Tensor, cost: float,
-    limits: tuple[int, int],
-) -> Tensor:  # fmt: skip
+def learned(weight: Tensor, grid: Grid, below: Tensor, hessian: Tensor, cost: float) -> Tensor:
     """V [N, K] after the descent; its sign says up or down."""
-    part = (weight / scale - below).clamp(0.01, 0.99)
+    part = (weight / grid.scale - below).clamp(0.01, 0.99)
     V = -torch.log((ZETA - GAMMA) / (part - GAMMA) - 1)  # h(V) = the fraction: float weights
     V.requires_grad_(True)
     optimizer = torch.optim.Adam([V], lr=RATE)
     for step in range(STEPS):
         h = (V.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-        w_hat = (below + h).clamp(*limits) * scale
+        w_hat = grid.clamp(below + h) * grid.scale
         loss = error(w_hat - weight, hessian).sum() / cost
         progress = (step / STEPS - WARM_UP) / (1 - WARM_UP)
         if progress > 0:

@@ -4,7 +4,7 @@
     for each column i, largest diag(H) first:
         q_i = round(w_i);  e = (w_i - q_i) / U_ii;  w_j -= e U_ij  for the columns j not yet done
 
-Groups are static: their scales are found before any column is rounded. The weight that is rounded
+Groups are static: their grids are found before any column is rounded. The weight that is rounded
 is fitted to the float model's output where that is known (qtk/round/_least_squares.py). Beyond the
 paper, coordinate descent then takes off what is left to take off (qtk/round/_coordinates.py).
 """
@@ -12,42 +12,42 @@ paper, coordinate descent then takes off what is left to take off (qtk/round/_co
 import torch
 from torch import Tensor
 
-from qtk.numerics import expand_groups, quantize
-from qtk.round import Problem, Rounded, best_scale, to_nearest
+from qtk.round import Grid, Problem, Rounded, best_steps, to_nearest
 from qtk.round._coordinates import descended
 from qtk.round._least_squares import better, target
-from qtk.scheme import Format
 
 BLOCK = 128  # columns whose errors are carried on together
 
 
 def find(problem: Problem) -> Rounded:
-    """Codes and scale; nearest rounding where there is no data, or where a row is better so."""
+    """Codes and steps; nearest rounding where there is no data, or where a row is better so."""
     if problem.inputs is None:
         return to_nearest(problem.weight, problem.fmt)
-    fmt = problem.fmt
     weight, hessian = target(problem)
-    scale = best_scale(weight, fmt, hessian.diag())
-    full = expand_groups(scale, weight.shape[1], fmt.group_size).expand_as(weight)
-    codes = descended(compensated(weight, full, hessian, fmt), full, weight, hessian, fmt)
-    return better(codes, quantize(weight, full, 0, fmt), full, weight, hessian), scale
+    steps = best_steps(weight, problem.fmt, hessian.diag())
+    grid = steps.grid(weight.shape[1])
+    levels = compensated(weight, grid, hessian)
+    levels = better(levels, grid.nearest(weight), grid.scale, weight, hessian)
+    levels, steps = descended(levels, steps, weight, hessian)
+    return steps.codes(levels), steps
 
 
-def compensated(weight: Tensor, scale: Tensor, hessian: Tensor, fmt: Format) -> Tensor:
-    """Codes [N, K] of the blocked algorithm; `scale` [N, K] is fixed beforehand."""
+def compensated(weight: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
+    """Levels [N, K] of the blocked algorithm; the grid is fixed beforehand."""
     order = hessian.diag().argsort(descending=True)
     H = hessian[order][:, order].double()
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).float()
-    w, step = weight[:, order].clone(), scale[:, order]
-    codes = torch.empty_like(w)
+    w, grid = weight[:, order], grid.columns(order)
+    levels = torch.empty_like(w)
     K = w.shape[1]
     for start in range(0, K, BLOCK):
         stop = min(start + BLOCK, K)
         errors = torch.zeros_like(w[:, start:stop])
         for i in range(start, stop):
-            codes[:, i] = quantize(w[:, i], step[:, i], 0, fmt)
-            e = (w[:, i] - codes[:, i] * step[:, i]) / U[i, i]
+            column = grid.columns(i)
+            levels[:, i] = column.nearest(w[:, i])
+            e = (w[:, i] - levels[:, i] * column.scale) / U[i, i]
             w[:, i:stop] -= e[:, None] * U[i, i:stop]
             errors[:, i - start] = e
         w[:, stop:] -= errors @ U[start:stop, stop:]
-    return codes[:, order.argsort()]
+    return levels[:, order.argsort()]
