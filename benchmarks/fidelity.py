@@ -50,6 +50,7 @@ MINILM: list[tuple[str, dict[str, Any]]] = [
     ("W4A4 token", {"w": 4, "a": 4, "activations": "token"}),
     ("W4A4 best, 2,048 sentences", {"w": 4, "a": 4, "preset": "best", "sentences": 2048}),
     ("W4A16 g128", {"w": 4, "a": 16, "group_size": 128}),
+    ("W4A16 g128 asymmetric", {"w": 4, "a": 16, "group_size": 128, "weights": "asymmetric"}),
 ]
 ROTATE: dict[str, Any] = {"w": 4, "a": 4, "method": "rotate"}
 EQUALIZE: dict[str, Any] = {"w": 4, "a": 4, "method": "equalize+rotate"}
@@ -70,8 +71,12 @@ ABLATION: list[tuple[str, dict[str, Any]]] = [
     ("the same, 2,048 sentences", {**EQUALIZE, "sentences": 2048}),
     ("equalize, rotate, block", {**EQUALIZE, "rounding": "block"}),
     ("equalize, rotate, tuned (best)", {**EQUALIZE, "rounding": "tuned"}),
+    (
+        "equalize, rotate, tuned, 2,048 sentences",
+        {**EQUALIZE, "rounding": "tuned", "sentences": 2048},
+    ),
 ]
-OFF = {"fit": ("_least_squares", "FIT_DAMP", 1e12), "descent": ("_coordinates", "SWEEPS", 0)}
+OFF = {"fit": ("_least_squares", "FIT_DAMP", 1e12), "descent": ("_coordinates", "ROUNDS", 0)}
 REVIEWS: list[tuple[str, dict[str, Any]]] = [
     ("W8A8", {"w": 8, "a": 8}),
     ("W4A8", {"w": 4, "a": 8}),

@@ -226,6 +226,8 @@ CASES: list[tuple[str, str, str, Peer]] = [  # bits, package, how, recipe
     ("W4A8", "optimum-quanto", "static, groups of 128", quanto("qint4", "qint8")),
     ("W4A8", "onnxruntime", "dynamic, groups of 128", onnx_runtime("int8 inputs")),
     ("W4A16", "qtk", "groups of 128", ours(w=4, a=16, group_size=128)),
+    ("W4A16", "qtk", "asymmetric, groups of 128",
+     ours(w=4, a=16, group_size=128, weights="asymmetric")),
     ("W4A16", "torchao", "groups of 128", torchao("W4A16")),
     ("W4A16", "torchao", "HQQ, groups of 128", torchao("W4A16", hqq=True)),
     ("W4A16", "llmcompressor", "GPTQ, groups of 128", llm_compressor("W4A16")),
@@ -248,8 +250,8 @@ NAMES = {"llmcompressor": "llm-compressor", "onnxruntime": "ONNX Runtime"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--packages", nargs="+", help="measure only these")
-    parser.add_argument("--resume", action="store_true", help="keep the figures that are there")
+    parser.add_argument("--packages", nargs="+", help="measure these again, keep the rest")
+    parser.add_argument("--resume", action="store_true", help="keep all figures that are there")
     options = parser.parse_args()
     model, tokenizer = data.minilm()
     task = data.stsb_test(tokenizer)
@@ -265,9 +267,10 @@ def main() -> None:
     path = RESULTS / "fidelity_peers.json"
     rows: dict[tuple[str, ...], list[str]] = {}
     beneath: set[str] = set()  # versions of transformers
-    if options.resume and path.exists():
+    if (options.resume or options.packages) and path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        rows = {tuple(row[:3]): row for row in kept["rows"] if row[3] != MISSING}
+        again = [NAMES.get(p, p) for p in options.packages or ()] if not options.resume else []
+        rows = {tuple(r[:3]): r for r in kept["rows"] if r[3] != MISSING and r[1] not in again}
         beneath = set(kept["versions"]["transformers"].split(" and "))
     for bits, package, how, peer in CASES:
         key = (bits, NAMES.get(package, package), how)

@@ -33,8 +33,8 @@ def quantize_attention(
         return attention
     if scheme.bits is not None:
         value = torch.cat([linears[2](x)[mask].float() for x, mask in site.sequences])  # [T, H * D]
-        grid = Format(scheme.bits, granularity="token")  # the kernel's, of activations
-        attention.v_scale = best_steps(value.T.contiguous(), grid).scale.view(heads, -1)
+        steps = best_steps(value.T.contiguous(), Format(scheme.bits))
+        attention.v_scale = steps.scale.view(heads, -1)
     if scheme.softmax == "matthew":
         attention.softmax_step = matthew_steps(site, linears, attention)
     return attention

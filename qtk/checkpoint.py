@@ -19,7 +19,7 @@ from qtk.scheme import AttentionScheme, Scheme
 VERSION = 2  # of the layout on disk; a newer one is refused
 # 2 brought quantized attention and patch embeddings; what has neither is written as 1
 POSITIVE = (
-    "input_scale", "input_channel_scale", "input_clip", "v_scale", "softmax_step",
+    "input_scale", "input_channel_scale", "input_clip", "softmax_step",
 )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def _fault(key: str, value: Tensor, wanted: Tensor) -> str | None:
         return "holds nan or inf"
     if key in POSITIVE and not (value > 0).all():
         return "holds a number that is not above zero"
-    if key == "weight_scale" and not value.all():
+    if key in ("weight_scale", "v_scale") and not value.all():
         return "holds a zero"
     return None
 

@@ -52,7 +52,7 @@ def fake_quantize_token(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
     Args:
         x: [..., K].
         bits: width of a code.
-        clip: share of the row's maximum that the grid covers.
+        clip: share of the row's maximum that the largest code stands for.
     """
     fmt = Format(bits, granularity="token")
     amax = x.float().abs().amax(-1, keepdim=True).clamp(min=EPS) * clip

@@ -17,8 +17,7 @@ class Format:
 
     Attributes:
         bits: width of a code.
-        symmetric: no zero point. Weights then use all 2**bits codes, with a scale of either sign;
-            activations [-qmax, qmax], as their scale is a token's own maximum.
+        symmetric: no zero point. Either way all 2**bits codes are used.
         granularity: what shares a scale: "tensor", "channel" (a row of W), "token", "group".
         group_size: length of a group along the input channels, for "group" only.
     """
@@ -41,8 +40,7 @@ class Format:
 
     @property
     def qmin(self) -> int:
-        of_weights = self.granularity in ("channel", "group")
-        return -self.qmax if self.symmetric and not of_weights else -self.qmax - 1
+        return -self.qmax - 1
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def test_a_checkpoint_that_lies_about_attention(change, told, tmp_path):
         qtk.load(tmp_path)
 
 
-def test_a_checkpoint_whose_scale_is_not_positive(tmp_path):
+def test_a_checkpoint_whose_scale_is_zero(tmp_path):
     from safetensors.torch import load_file, save_file
 
     model, batch = build("BertModel")
@@ -202,9 +202,9 @@ def test_a_checkpoint_whose_scale_is_not_positive(tmp_path):
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     name = next(n for n in tensors if n.endswith("v_scale"))
-    tensors[name][0, 0] = -1
+    tensors[name][0, 0] = 0
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="v_scale holds a number that is not above zero"):
+    with pytest.raises(CheckpointError, match="v_scale holds a zero"):
         qtk.load(tmp_path)
 
 

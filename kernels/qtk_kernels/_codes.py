@@ -2,12 +2,13 @@
 
 granularity   scale                              codes
 "tensor"      none: step and zero point are      round(y) clamped to the whole grid,
-              already part of y                  [-2**(bits-1), 2**(bits-1) - 1] or [0, 2**bits - 1]
-"token"       max_k |y| * clip / qmax  [..., 1]  round(y / scale) clamped to [-qmax, qmax],
+              already part of y                  [-qmax - 1, qmax] or [0, 2**bits - 1]
+"token"       max_k |y| * clip / qmax  [..., 1]  round(y / scale) clamped to [-qmax - 1, qmax],
 group size    the same per group       [..., G]  plus 2**(bits-1) if unsigned
 
-with qmax = 2 ** (bits - 1) - 1 and rounding to nearest even. The dynamic grids are symmetric: the
-most negative code is never used. G = ceil(K / group_size); the last group may be short.
+with qmax = 2 ** (bits - 1) - 1 and rounding to nearest even. The dynamic grids have no zero point;
+where they clip, negative values keep one code more. G = ceil(K / group_size); the last group may be
+short.
 """
 
 from collections.abc import Sequence
@@ -73,9 +74,7 @@ class Codes:
     @property
     def qmin(self) -> int:
         """The smallest code, before the offset of unsigned dynamic codes."""
-        if self.static:
-            return -(2 ** (self.bits - 1)) if self.signed else 0
-        return -self.qmax
+        return 0 if self.static and not self.signed else -(2 ** (self.bits - 1))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -127,7 +127,7 @@ def _token_grid(plan: Plan, bits: int) -> Reader:
             limit = limit.mul_(plan.clip)
         x = x.mul_(qmax / limit).round_()
         if plan.clip != 1:
-            x = x.clamp_(-qmax, qmax)
+            x = x.clamp_(-qmax - 1, qmax)
         return x.add_(plan.x_zero_point).to(torch.uint8), limit.div_(qmax)
 
     return codes

@@ -78,7 +78,7 @@ class TrainableLinear(nn.Module):
         else:
             reach = y.detach().abs().amax(-1, keepdim=True).clamp(min=EPS) * self.grid.clip
             step = reach * self.log_input_scale.exp() / fmt.qmax
-            y_hat = _Rounded.apply(y / step, -fmt.qmax, fmt.qmax) * step
+            y_hat = _Rounded.apply(y / step, fmt.qmin, fmt.qmax) * step
         if self.kept < 1:
             y_hat = torch.where(torch.rand_like(y) < self.kept, y_hat, y)
         return y_hat

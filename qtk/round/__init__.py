@@ -129,8 +129,8 @@ def _covering(w: Tensor, clip: float, fmt: Format) -> tuple[Tensor, Tensor]:
     lo, hi = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     if fmt.symmetric:
         scale = torch.maximum(-lo, hi).clamp(min=EPS) * clip / fmt.qmax
-        mirrored = (hi > -lo) & (fmt.qmin < -fmt.qmax)  # -qmax - 1 lies on the longer side
-        return torch.where(mirrored, -scale, scale), torch.zeros_like(scale)
+        # -qmax - 1 lies on the longer side
+        return torch.where(hi > -lo, -scale, scale), torch.zeros_like(scale)
     scale = (hi - lo).clamp(min=EPS) * clip / (fmt.qmax - fmt.qmin)
     return scale, (fmt.qmin - lo * clip / scale).round().clamp(fmt.qmin, fmt.qmax)
 

@@ -93,14 +93,14 @@ def test_static_grid_uses_every_code(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
-def test_dynamic_grid_is_symmetric(backend):
+def test_dynamic_grid_has_one_code_more_below_zero_where_it_clips(backend):
     x = torch.tensor([[-2.0, 1.0, 2.0, 0.0]])
     q, scale = shift_scale_quantize(x, bits=8, granularity="token", backend=backend)
     assert q.tolist() == [[-127, 64, 127, 0]] and scale.item() == pytest.approx(2 / 127)
     q, _ = shift_scale_quantize(x, bits=8, granularity="token", signed=False, backend=backend)
     assert q.tolist() == [[1, 192, 255, 128]]
     q, scale = shift_scale_quantize(x, bits=8, granularity="token", clip=0.5, backend=backend)
-    assert q.tolist() == [[-127, 127, 127, 0]] and scale.item() == pytest.approx(1 / 127)
+    assert q.tolist() == [[-128, 127, 127, 0]] and scale.item() == pytest.approx(1 / 127)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
