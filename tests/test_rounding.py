@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qtk.discover import load
 from qtk.round import Problem, best_steps, to_nearest
 from qtk.round._coordinates import BLOCK, rescaled, swept
-from qtk.round._least_squares import error, hessian_of, target
+from qtk.round._least_squares import DAMP, FIT_DAMP, error, fitted, hessian_of, target
 from qtk.round.gptq import compensated
 from qtk.scheme import Format
 
@@ -34,6 +34,22 @@ def textbook(weight, grid, hessian):
         w -= e[:, None] * inverse[i]
         inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
     return levels
+
+
+@pytest.mark.parametrize("rows", [3, 50, 1000])
+def test_sums_over_rows_do_not_depend_on_how_many_are_taken_at_a_time(rows, monkeypatch):
+    inputs, weight = torch.randn(200, 9) + 2, torch.randn(4, 9)
+    wanted = inputs @ torch.randn(9, 4)
+    monkeypatch.setattr("qtk.round._least_squares.ROWS", rows)
+    hessian = hessian_of(inputs)
+    x = (inputs - inputs.mean(0)).double()
+    plain = x.T @ x / 200
+    plain += DAMP * plain.diag().mean() * torch.eye(9)
+    assert torch.allclose(hessian.double(), plain, rtol=1e-6, atol=1e-6)  # rounded to float32
+    ridge = plain + FIT_DAMP * plain.diag().mean() * torch.eye(9)
+    miss = (wanted - wanted.mean(0)).double() - x @ weight.double().T
+    best = weight + torch.linalg.solve(ridge, x.T @ miss / 200).T
+    assert torch.allclose(fitted(weight, inputs, wanted, hessian).double(), best, atol=1e-5)
 
 
 @SYMMETRY

@@ -11,6 +11,9 @@ from torch import Tensor
 from qtk.round import Problem
 
 DAMP = 0.01  # of the mean diagonal
+ROWS = (
+    4096  # that sums take in at a time: a float64 copy of all would be the largest thing there is
+)
 # Ridge of the fit, of the mean diagonal: a few thousand rows would fit a weight to their own noise.
 # W4A4 MiniLM embeddings, 256 sentences: 0.01 gives cosine .930, 0.5 .955, 2 .958, 4 and 10 .961.
 FIT_DAMP = 5.0
@@ -32,20 +35,26 @@ def target(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def hessian_of(inputs: Tensor) -> Tensor:
     """[T, K] -> [K, K] float32, centred, and damped for channels that never move."""
-    x = (inputs - inputs.mean(0)).double()
-    H = x.T @ x / max(len(x), 1)
-    diag = H.diag()
-    H = H + DAMP * diag.mean().clamp(min=1e-12) * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    K, mean = inputs.shape[1], inputs.mean(0)
+    H = torch.zeros(K, K, dtype=torch.float64, device=inputs.device)
+    for part in inputs.split(ROWS):
+        x = (part - mean).double()
+        H += x.T @ x
+    H /= max(len(inputs), 1)
+    H.diagonal().add_(DAMP * H.diagonal().mean().clamp(min=1e-12))
     return H.float()
 
 
 def fitted(weight: Tensor, inputs: Tensor, wanted: Tensor, hessian: Tensor) -> Tensor:
     """[N, K]: near `weight`, and giving `wanted` [T, N] from `inputs` [T, K] as well as it can."""
-    x = inputs - inputs.mean(0)
-    miss = wanted - wanted.mean(0) - x @ weight.T  # [T, N]
+    inputs_mean, wanted_mean = inputs.mean(0), wanted.mean(0)
+    missed = torch.zeros_like(weight.T, dtype=torch.float64)  # [K, N]
+    for x, y in zip(inputs.split(ROWS), wanted.split(ROWS), strict=True):
+        x = x - inputs_mean
+        missed += x.T @ (y - wanted_mean - x @ weight.T)
     H = hessian.double()
-    H = H + FIT_DAMP * H.diag().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
-    return weight + torch.linalg.solve(H, (x.T @ miss / len(x)).double()).T.float()
+    H.diagonal().add_(FIT_DAMP * H.diagonal().mean())
+    return weight + torch.linalg.solve(H, missed / len(inputs)).T.float()
 
 
 def error(delta: Tensor, hessian: Tensor) -> Tensor:
