@@ -10,7 +10,8 @@ from qtk.assign import by_scheme
 from qtk.discover import load
 from qtk.errors import ModelError
 from qtk.modules.embedding import QuantEmbedding
-from qtk.modules.linear import InputGrid, QuantLinear
+from qtk.modules.grid import InputGrid
+from qtk.modules.linear import QuantLinear
 from qtk.modules.patch import QuantPatchConv, is_patch_conv
 from qtk.numerics import scale_and_zero_point, sqnr
 from qtk.observe import Site

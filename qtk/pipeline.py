@@ -21,8 +21,9 @@ from qtk.integrations.transformers import attach, load_float
 from qtk.layers import quantize_outside, quantize_site, rounded_to_nearest, transform_of
 from qtk.models import Block, describe
 from qtk.modules.attention import install
-from qtk.modules.linear import QuantLinear, resolve_backend
+from qtk.modules.linear import QuantLinear
 from qtk.modules.patch import QuantPatchConv
+from qtk.modules.plan import resolve_backend
 from qtk.observe import Batch, Site, imagine, walk
 from qtk.observe.batches import SAMPLES, prepare
 from qtk.observe.probe import block_gradients

@@ -7,7 +7,8 @@ from torch.nn.functional import cosine_similarity
 import qtk
 from qtk.checkpoint import fused_blocks
 from qtk.discover import available, load
-from qtk.modules.linear import InputGrid, QuantLinear
+from qtk.modules.grid import InputGrid
+from qtk.modules.linear import QuantLinear
 from qtk.scheme import Scheme
 from qtk.transform._merge import keeping_ones
 

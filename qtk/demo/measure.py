@@ -18,7 +18,7 @@ from qtk.checkpoint import quantized_layers
 from qtk.errors import CheckpointError, ModelError
 from qtk.fidelity.compare import embed
 from qtk.models import describe
-from qtk.modules.linear import InputGrid
+from qtk.modules.grid import InputGrid
 from qtk.observe import Batch
 from qtk.observe.batches import prepare
 

@@ -29,8 +29,9 @@ from qtk.hadamard import rotate
 from qtk.models import Block
 from qtk.modules.attention import attention
 from qtk.modules.cpu_block import Forward, cpu_forward, runs_here
-from qtk.modules.linear import QuantLinear, linear_of_codes
+from qtk.modules.linear import QuantLinear
 from qtk.modules.parts import Norm, Parts, make_parts
+from qtk.modules.plan import multiply
 from qtk_kernels._activation import activate
 from qtk_kernels.gelu_quantize import activation_quantize
 from qtk_kernels.layer_norm_quantize import layer_norm_quantize
@@ -126,9 +127,7 @@ def fused_forward(
         codes, scale, _ = _norm_quantize(x, None, parts.norm1, q, emit=None)
     else:
         codes, scale = q.quantize(x)
-    qkv = linear_of_codes(
-        codes, scale, parts.qkv, q.is_int4, q.in_features, q.w.group_size, x.dtype
-    )
+    qkv = multiply(codes, scale, parts.qkv, x.dtype)
     context = attention(qkv, block, mask, cache, parts.products)
     y = out.multiply(*out.quantize(context), out_dtype=x.dtype)
 

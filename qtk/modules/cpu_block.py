@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from qtk.hadamard import rotate
 from qtk.models import Block
 from qtk.modules.attention import attention
-from qtk.modules.linear import Plan, QuantLinear
+from qtk.modules.linear import QuantLinear
 from qtk.modules.parts import Norm, Parts
+from qtk.modules.plan import Plan
 from qtk_kernels._codes import EPS
 from qtk_kernels._int8_cpu import onednn_linear
 

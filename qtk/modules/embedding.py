@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtk.modules.linear import load, store, stored_shape
+from qtk.modules.stored import load, store, stored_shape
 from qtk.scheme import Scheme
 
 

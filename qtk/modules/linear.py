@@ -9,132 +9,20 @@ The stored weight is what goes to disk: int8, packed int4, or dense bits for the
 a kernel wants another layout, the stored form is released and restored when it is asked for.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtk.errors import BackendError
 from qtk.hadamard import rotate
-from qtk.numerics import dequantize, expand_groups, fake_quantize_token
-from qtk.pack import dense
-from qtk.scheme import Format, Scheme
-from qtk_kernels._dispatch import backend_of
-from qtk_kernels._int4 import pack_int4, unpack_int4
-from qtk_kernels._int4_cpu import MOST_ROWS, FewRows, few_rows_linear, prepare_few_rows
-from qtk_kernels._int8_cpu import onednn_linear
+from qtk.modules.grid import InputGrid
+from qtk.modules.plan import Plan, make_plan, multiply, restore_codes
+from qtk.modules.stored import load, store, stored_shape
+from qtk.numerics import expand_groups
+from qtk.scheme import Scheme
 from qtk_kernels.hadamard_quantize import hadamard_quantize
-from qtk_kernels.int4_linear import (
-    int4_linear,
-    int4_linear_kernel_name,
-    prepare_int4,
-    restore_int4,
-)
-from qtk_kernels.int8_linear import (
-    fold_zero_point,
-    int8_linear,
-    int8_linear_kernel_name,
-    prepare_int8,
-    restore_int8,
-)
 from qtk_kernels.shift_scale_quantize import shift_scale_quantize
-from qtk_kernels.weight_only_linear import (
-    prepare_weight_only,
-    weight_only_kernel_name,
-    weight_only_linear,
-)
-
-Affine = tuple[Tensor, Tensor]  # multiplier [K] and offset [K]
-
-
-@dataclass(frozen=True)
-class InputGrid:
-    """How a linear's input becomes codes.
-
-    Attributes:
-        fmt: the grid, None for inputs that stay floating point.
-        shift, channel_scale: [K] float32, or None for no change of variable.
-        rotation: whether a Hadamard rotation follows it.
-        scale, zero_point: scalars of a static grid, None for others.
-        clip: share of a token's maximum that a dynamic grid covers.
-    """
-
-    fmt: Format | None
-    shift: Tensor | None = None
-    channel_scale: Tensor | None = None
-    rotation: bool = False
-    scale: Tensor | None = None
-    zero_point: Tensor | None = None
-    clip: float = 1.0
-
-    def affines(self, lift: int = 0) -> tuple[Affine | None, Affine | None]:
-        """The maps before and behind the rotation; the second ends in units of codes.
-
-        Without a rotation there is only the second. `lift` is added to every code.
-        """
-        first = second = None
-        if self.shift is not None and self.channel_scale is not None:
-            first = (1 / self.channel_scale, -self.shift / self.channel_scale)
-        if self.scale is not None and self.zero_point is not None:
-            second = (1 / self.scale, self.zero_point.float() + lift)
-        if self.rotation or first is None:
-            return first, second
-        if second is None:
-            return None, first
-        return None, (first[0] * second[0], first[1] * second[0] + second[1])
-
-    def transformed(self, x: Tensor) -> Tensor:
-        """[..., K] -> x' [..., K] float32, before rounding."""
-        if self.shift is not None and self.channel_scale is not None:
-            x = x.float() / self.channel_scale - self.shift / self.channel_scale
-        return rotate(x.float()) if self.rotation else x.float()
-
-    def fake_quantize(self, x: Tensor) -> Tensor:
-        """x' on its grid, float32, with the very rounding that the kernels do."""
-        if self.fmt is None:
-            return self.transformed(x)
-        if self.scale is None or self.zero_point is None:
-            return fake_quantize_token(self.transformed(x), self.fmt.bits, self.clip)
-        first, second = self.affines()
-        y = x.float() if first is None else x.float() * first[0] + first[1]
-        y = rotate(y) if self.rotation else y
-        q = torch.round(y if second is None else y * second[0] + second[1])
-        return dequantize(q.clamp(self.fmt.qmin, self.fmt.qmax), self.scale, self.zero_point)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a call needs, worked out once: folded vectors and the weight as its kernel reads it.
-
-    Attributes:
-        operand: the weight, in the kernel's layout; None while it is part of a joined one.
-        before: x * multiplier + offset before the rotation, where there is one.
-        multiplier, offset: [K] float32; q = round(x * multiplier + offset).
-        weight_scale: [N, G], times the input's step when that is static.
-        weight_zero_point: [N, G] float32, None for symmetric weights.
-        bias: [N] with the input's zero point folded in.
-        signed: codes are int8; else uint8, shifted by 2 ** (bits - 1).
-        x_zero_point: what a dynamic kernel subtracts from a code.
-        kernel: the name of what runs, for the summary.
-        onednn: whether that is oneDNN, which needs none of the kernels' checks and choices.
-        few_rows: four-bit weights once more, for a CPU's kernel for few tokens.
-    """
-
-    backend: str
-    operand: Tensor | None
-    before: Affine | None
-    multiplier: Tensor | None
-    offset: Tensor | None
-    weight_scale: Tensor
-    bias: Tensor | None
-    signed: bool
-    x_zero_point: int
-    clip: float
-    kernel: str
-    onednn: bool = False
-    few_rows: FewRows | None = None
-    weight_zero_point: Tensor | None = None
 
 
 class QuantLinear(nn.Module):
@@ -270,27 +158,9 @@ class QuantLinear(nn.Module):
         """What `quantize` gave -> [..., N], an activation applied to it if asked for."""
         if self.plan.operand is None:
             self.prepare()  # the joined operand is another layer's business now
-        plan = self.plan
-        assert plan.operand is not None
-        if self.scheme.a is None:
-            assert activation is None
-            if plan.few_rows is not None and q.shape[:-1].numel() <= MOST_ROWS:
-                return few_rows_linear(q, plan.few_rows, plan.bias)
-            return weight_only_linear(
-                q, plan.operand, plan.weight_scale, plan.bias,
-                w_zero_point=plan.weight_zero_point, bits=4 if self.is_int4 else 8,
-                in_features=self.in_features, group_size=self.w.group_size, backend=plan.backend,
-            )  # fmt: skip
-        return linear_of_codes(
-            q, scale, plan, self.is_int4, self.in_features, self.w.group_size, out_dtype, activation
-        )
+        return multiply(q, scale, self.plan, out_dtype, activation)
 
     # --- the weight
-
-    @property
-    def is_int4(self) -> bool:
-        """Codes of four bits and less run in the packed int4 kernels, wider ones in int8's."""
-        return self.w.bits <= 4
 
     @property
     def plan(self) -> Plan:
@@ -311,9 +181,9 @@ class QuantLinear(nn.Module):
             return load(self.weight, self.w.bits, K)
         if self._joined is not None:
             operand, rows = self._joined
-            return restore_codes(operand, self.is_int4, K)[rows]
+            return restore_codes(operand, self.w, K)[rows]
         assert self.plan.operand is not None
-        return restore_codes(self.plan.operand, self.is_int4, K)
+        return restore_codes(self.plan.operand, self.w, K)
 
     def dequantized_weight(self) -> Tensor:
         """[N, K] float32, the weight that multiplies x'. Made for the call."""
@@ -341,7 +211,10 @@ class QuantLinear(nn.Module):
             self.unprepare()
         if self.weight_scale.is_meta:
             return
-        self._plan = make_plan(self, self.codes())
+        self._plan = make_plan(
+            self.codes(), self.weight_scale, self.weight_zero_point, self.bias, self.grid, self.w,
+            self.backend,
+        )  # fmt: skip
         self.weight = None  # the operand gives the codes back
 
     def join(self, operand: Tensor, rows: slice) -> None:
@@ -402,129 +275,6 @@ class QuantLinear(nn.Module):
 def _own(x: Tensor) -> Tensor:
     """A float32 copy: linears that share an input must not share tensors, or saving merges them."""
     return x.detach().float().clone().contiguous()
-
-
-def linear_of_codes(
-    q: Tensor, scale: Tensor | None, plan: Plan, is_int4: bool, in_features: int,
-    group_size: int | None, out_dtype: torch.dtype, activation: str | None = None,
-) -> Tensor:  # fmt: skip
-    """Codes [..., K] times the plan's operand -> [..., N]."""
-    assert plan.operand is not None
-    if plan.onednn:
-        return onednn_linear(
-            q, plan.operand, plan.weight_scale, plan.bias, plan.x_zero_point, x_scale=scale,
-            activation=activation, out_dtype=out_dtype,
-        )  # fmt: skip
-    if is_int4:
-        return int4_linear(
-            q, plan.operand, plan.weight_scale, plan.bias, in_features=in_features, x_scale=scale,
-            x_zero_point=plan.x_zero_point, group_size=group_size, activation=activation,
-            out_dtype=out_dtype, backend=plan.backend,
-        )  # fmt: skip
-    return int8_linear(
-        q, plan.operand, plan.weight_scale, plan.bias, x_scale=scale,
-        x_zero_point=plan.x_zero_point, group_size=group_size, activation=activation,
-        out_dtype=out_dtype, backend=plan.backend,
-    )  # fmt: skip
-
-
-def resolve_backend(x: Tensor, backend: str) -> str:
-    """What runs on x's device when `backend` is asked for.
-
-    Raises:
-        BackendError: there is no such backend, or it cannot run there.
-    """
-    try:
-        return backend_of(x, backend)
-    except ValueError as error:
-        raise BackendError(f"{error}; backend='auto' chooses by device") from None
-
-
-def make_plan(layer: QuantLinear, codes: Tensor) -> Plan:
-    """Folds step, zero point, shift and channel scale into the vectors that the kernels read."""
-    a, w, K, grid = layer.scheme.a, layer.w, layer.in_features, layer.grid
-    backend = resolve_backend(layer.weight_scale, layer.backend)
-    groups = layer.weight_scale.shape[1]
-    if a is None:
-        bits = 4 if layer.is_int4 else 8
-        packed = pack_int4(codes) if layer.is_int4 else codes
-        operand = prepare_weight_only(packed, bits=bits, in_features=K, backend=backend)
-        name = weight_only_kernel_name(operand, bits=bits, backend=backend)
-        w_zero_point = layer.weight_zero_point
-        w_zero_point = None if w_zero_point is None else w_zero_point.float()
-        few_rows = None
-        if backend == "cpu" and layer.is_int4:
-            few_rows = prepare_few_rows(codes, layer.weight_scale, w_zero_point, w.group_size)
-        if few_rows is not None:
-            name = f"aten int4 in bfloat16 up to {MOST_ROWS} tokens, else {name}"
-        before, affine = grid.affines()
-        multiplier, offset = affine or (None, None)
-        return Plan(
-            backend, operand, before, multiplier, offset, layer.weight_scale, layer.bias,
-            signed=True, x_zero_point=0, clip=1.0, kernel=name, few_rows=few_rows,
-            weight_zero_point=w_zero_point,
-        )  # fmt: skip
-
-    signed = backend != "cpu"
-    lift = 0 if signed else 2 ** (a.bits - 1)  # signed code + lift = unsigned code
-    before, affine = grid.affines(lift)
-    multiplier, offset = affine or (None, None)
-    weight_scale, bias, x_zero_point = layer.weight_scale, layer.bias, lift
-    if layer.input_scale is not None and layer.input_zero_point is not None:
-        weight_scale, x_zero_point = weight_scale * layer.input_scale, 0
-        zero_point = int(layer.input_zero_point) + lift
-        bias = fold_zero_point(bias, codes, weight_scale, 1.0, zero_point, w.group_size)
-        assert multiplier is not None and offset is not None
-        multiplier, offset = multiplier.expand(K).contiguous(), offset.expand(K).contiguous()
-    operand, name = prepare_operand(codes, layer.is_int4, groups, backend)
-    return Plan(
-        backend, operand, before, multiplier, offset, weight_scale, bias, signed, x_zero_point,
-        grid.clip, name, onednn=operand.is_mkldnn,
-    )  # fmt: skip
-
-
-def prepare_operand(codes: Tensor, is_int4: bool, groups: int, backend: str) -> tuple[Tensor, str]:
-    """The codes in the layout of the kernel that will read them, and that kernel's name."""
-    K = codes.shape[1]
-    if backend == "cpu" and groups > 1:
-        operand = codes.contiguous()  # oneDNN has one scale a row: groups run in float32 chunks
-    elif is_int4:
-        operand = prepare_int4(pack_int4(codes), K, backend)
-    else:
-        operand = prepare_int8(codes, backend)
-    kernel_name = int4_linear_kernel_name if is_int4 else int8_linear_kernel_name
-    return operand, kernel_name(operand, groups=groups, backend=backend)
-
-
-def restore_codes(operand: Tensor, is_int4: bool, K: int) -> Tensor:
-    """An integer kernel's operand -> codes [N, K] int8."""
-    return unpack_int4(restore_int4(operand, K), K) if is_int4 else restore_int8(operand)
-
-
-def stored_shape(K: int, bits: int) -> tuple[torch.dtype, tuple[int, int]]:
-    """dtype and shape of one row of `store`'s result."""
-    if bits == 8:
-        return torch.int8, (K, 1)
-    return torch.uint8, (-(-K // 128) * 64 if bits == 4 else -(-K * bits // 8), 1)
-
-
-def store(codes: Tensor, bits: int) -> Tensor:
-    """[N, K] int8 codes -> as they go to disk, [N, width, 1].
-
-    The last axis tells codes from floats: a loader that does not know qtk fails on the shape
-    instead of reading codes as weights.
-    """
-    if bits == 8:
-        return codes[..., None]
-    return (pack_int4(codes) if bits == 4 else dense.pack(codes, bits))[..., None]
-
-
-def load(stored: Tensor, bits: int, K: int) -> Tensor:
-    """Inverse of `store`."""
-    rows = stored[..., 0]
-    if bits == 8:
-        return rows
-    return unpack_int4(rows, K) if bits == 4 else dense.unpack(rows, bits, K)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from qtk.models import Block
 from qtk.modules.attention import CHILD, QuantAttention
-from qtk.modules.linear import Plan, QuantLinear, prepare_operand
+from qtk.modules.linear import QuantLinear
+from qtk.modules.plan import Plan, prepare_operand
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _join(q: QuantLinear, k: QuantLinear, v: QuantLinear) -> Plan:
     """One plan whose output is [q, k, v], 3 * H wide; the three give up their own operands."""
     linears, plan = (q, k, v), q.plan
     codes = torch.cat([linear.codes() for linear in linears])
-    operand, _ = prepare_operand(codes, q.is_int4, q.weight_scale.shape[1], plan.backend)
+    operand, _ = prepare_operand(codes, q.w, q.weight_scale.shape[1], plan.backend)
     start = 0
     for linear in linears:
         linear.join(operand, slice(start, start := start + linear.out_features))

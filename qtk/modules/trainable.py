@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qtk.modules.block import FusedBlock
-from qtk.modules.linear import InputGrid, QuantLinear
+from qtk.modules.grid import InputGrid
+from qtk.modules.linear import QuantLinear
 from qtk.numerics import EPS, expand_groups
 
 
