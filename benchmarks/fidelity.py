@@ -51,6 +51,8 @@ MINILM: list[tuple[str, dict[str, Any]]] = [
     ("W4A4 best, 2,048 sentences", {"w": 4, "a": 4, "preset": "best", "sentences": 2048}),
     ("W4A16 g128", {"w": 4, "a": 16, "group_size": 128}),
     ("W4A16 g128 asymmetric", {"w": 4, "a": 16, "group_size": 128, "weights": "asymmetric"}),
+    ("W4A16 g32 asymmetric", {"w": 4, "a": 16, "group_size": 32, "weights": "asymmetric"}),
+    ("W3A16 g32 asymmetric", {"w": 3, "a": 16, "group_size": 32, "weights": "asymmetric"}),
 ]
 ROTATE: dict[str, Any] = {"w": 4, "a": 4, "method": "rotate"}
 EQUALIZE: dict[str, Any] = {"w": 4, "a": 4, "method": "equalize+rotate"}
