@@ -86,8 +86,10 @@ def test_a_rounder_is_never_above_nearest_on_the_same_hessian(
     with pytest.MonkeyPatch.context() as patch:  # the promise holds after any number of steps
         patch.setattr(load("round", name), "STEPS", 8, raising=False)
         mine = cost(load("round", name).find(problem))
-    plain = cost(to_nearest(wanted, fmt, hessian.diag()))
-    assert (mine <= plain * (1 + 1e-4) + 1e-9).all()
+    nearest = to_nearest(wanted, fmt, hessian.diag())
+    # the root of the cost is a norm, and float32 moves each weight by a few units in the last place
+    moved = 4 * 2.0**-23 * nearest[1].dequantize(nearest[0]).abs() @ hessian.diag().sqrt()
+    assert (mine.clamp(min=0).sqrt() <= cost(nearest).clamp(min=0).sqrt() + moved).all()
 
 
 def test_learned_roundings_beat_nearest_clearly_where_inputs_are_correlated():

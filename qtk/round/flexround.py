@@ -37,7 +37,9 @@ def learned(weight: Tensor, steps: Steps, hessian: Tensor) -> tuple[Tensor, Tens
     log_s3 = torch.zeros_like(steps.scale[:, :1], requires_grad=True)
     optimizer = torch.optim.Adam([log_s1, log_S2, log_s3], lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    best = (torch.full_like(weight[:, 0], torch.inf), torch.empty_like(weight), steps.scale)
+    grid = steps.grid(weight.shape[1])
+    start = grid.nearest(weight)
+    best = (error(start * grid.scale - weight, hessian), start, steps.scale)
     for _ in range(STEPS):
         s1 = log_s1.exp() * sign
         grid = replace(steps, scale=s1).grid(weight.shape[1])
