@@ -71,8 +71,7 @@ def document(rows: list[list[str]]) -> dict[str, Any]:
         "versions": {"qtk": qtk.__version__, "torch": torch.__version__},
         "columns": ["what", "seconds", "CPU seconds", "peak MB", "of it by quantizing"],
         "rows": rows,
-        "notes": "wall clock and the time of all threads, tokenization included; one process each. "
-        "The row of 2,048 sentences shared the machine with other work: its CPU seconds count",
+        "notes": "wall clock and the time of all threads, tokenization included; one process each",
     }
 
 
