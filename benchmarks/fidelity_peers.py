@@ -1,11 +1,11 @@
 """qtk beside its peers: the same weights, sentences and metric, each by its documented recipes.
 
-    python -m benchmarks.fidelity_peers [--resume] [--packages NAME ...]
+    python -m benchmarks.fidelity_peers [--resume | --packages NAME ...]
 
 MiniLM on STS-B test, the linears of the six layers, calibration draw 0 where a recipe calibrates.
 Peers pin different versions of transformers: run this once in the environment of each, with
 --resume, and the rows come together in benchmarks/results/fidelity_peers.json. A peer that is not
-installed has a row that says so until it is.
+installed has a row that says so until it is. --packages measures those again and keeps the rest.
 """
 
 import argparse
@@ -277,7 +277,7 @@ def main() -> None:
         if package in (options.packages or [package]) and key not in rows:
             rows[key] = [*key, *measured(package, peer, figures)]
             print("  ".join(rows[key]), file=sys.stderr, flush=True)
-            write(path, rows, beneath)
+        write(path, rows, beneath)
 
 
 def measured(package: str, peer: Peer, figures: Callable[[Peer], list[float]]) -> list[str]:
@@ -301,7 +301,7 @@ def write(path: Path, rows: dict[tuple[str, ...], list[str]], beneath: set[str])
         ["bits", "who", "how", "version", "cosine", "worst", "STS-B Spearman"],
         [rows[key] for key in order if key in rows],
         "the linears of all six layers; 256 sentences of STS-B train where a recipe calibrates, "
-        "draw 0. GPTQModel: not measured, it needs CUDA packages",
+        "draw 0. GPTQModel has no BERT: see its own table",
     )
     written["versions"]["transformers"] = " and ".join(
         sorted({*beneath, written["versions"]["transformers"]})

@@ -44,6 +44,7 @@ IGNORED = (
     "return_dict",
     "output_hidden_states",
 )
+CACHE = ("cache", "past_key_values")  # what transformers calls it from 5.24 on, and before
 
 
 class FusedBlock(nn.Module):
@@ -60,7 +61,7 @@ class FusedBlock(nn.Module):
             self.prepare()
         if self._parts is None or _asks_for_more(self, hidden_states, attention_mask, args, kwargs):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore
-        return self.fused(hidden_states, attention_mask, kwargs.get("past_key_values"))
+        return self.fused(hidden_states, attention_mask, _cache_of(kwargs))
 
     def fused(self, x: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         """The fused forward, [B, T, H] -> [B, T, H]."""
@@ -183,6 +184,10 @@ def _activation_quantize(
     )  # fmt: skip
 
 
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    return next((kwargs[name] for name in CACHE if kwargs.get(name) is not None), None)
+
+
 def _asks_for_more(
     module: nn.Module, x: Tensor, mask: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
@@ -192,10 +197,10 @@ def _asks_for_more(
         return True
     if mask is not None and mask.dim() != 4:
         return True
-    cache = kwargs.get("past_key_values")
+    cache = _cache_of(kwargs)
     if cache is not None and not (block.causal and hasattr(cache, "layers")):
         return True  # a cache of another kind: cross attention, static, a user's own
-    known = (*IGNORED, "past_key_values")
+    known = (*IGNORED, *CACHE)
     rest = [*args, *(v for k, v in kwargs.items() if k not in known)]
     if any(value is not None and value is not False for value in rest):
         return True
