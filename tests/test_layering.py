@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LOW = {"qtk.hadamard", "qtk.errors", "qtk.discover", "qtk.scheme", "qtk.numerics", "qtk.models"}
+LOW = {"qtk.hadamard", "qtk.errors", "qtk.discover", "qtk.scheme", "qtk.numerics", "qtk.grids"}
+LOW |= {"qtk.models"}
 CORE = LOW | {"qtk.observe", "qtk.transform", "qtk.ranges", "qtk.round", "qtk.pack", "qtk.modules"}
 ALLOWED = {
     "qtk_kernels": {"qtk_kernels"},
@@ -15,6 +16,7 @@ ALLOWED = {
     "qtk.discover": {"qtk.errors"},
     "qtk.scheme": {"qtk.errors"},
     "qtk.numerics": {"qtk.scheme"},
+    "qtk.grids": {"qtk.errors", "qtk.hadamard", "qtk.numerics", "qtk.scheme"},
     "qtk.hadamard": {"qtk_kernels"},  # the matrix is defined beside the kernel that applies it
     "qtk.pack": set(),
     "qtk.models": {"qtk.discover", "qtk.errors", "qtk.models"},

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtk.grids import Steps
 from qtk.modules.stored import load, store, stored_shape
 from qtk.scheme import Scheme
 
@@ -46,29 +47,25 @@ class QuantEmbedding(nn.Module):
         self.dtype = dtype  # of the rows that come out; follows .to(dtype)
 
     @classmethod
-    def from_codes(
-        cls, codes: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None,
-        scheme: Scheme, dtype: torch.dtype,
-    ) -> "QuantEmbedding":  # fmt: skip
-        """codes [N, K], scale and zero point [N, 1] -> a table that gives rows of `dtype`."""
+    def from_codes(cls, codes: Tensor, steps: Steps, dtype: torch.dtype) -> "QuantEmbedding":
+        """Codes [N, K] int8 of one step a row -> a table that gives rows of `dtype`."""
         N, K = codes.shape
-        table = cls(K, N, scheme, dtype=dtype, device=codes.device)
-        assert scheme.w is not None
-        table.weight = store(codes.to(torch.int8), scheme.w.bits).contiguous()
-        table.weight_scale = weight_scale.float().clone()
-        if weight_zero_point is not None:
-            table.weight_zero_point = weight_zero_point.to(torch.int8)
+        table = cls(K, N, Scheme(steps.fmt, None), dtype=dtype, device=codes.device)
+        table.weight = store(codes, steps.fmt.bits).contiguous()
+        table.weight_scale = steps.scale.float().clone()
+        if steps.zero_point is not None:
+            table.weight_zero_point = steps.zero_point.to(torch.int8)
         return table
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] integers -> [..., K]."""
         assert self.scheme.w is not None
         rows = self.weight[ids.flatten()]  # [M, width, 1]
-        codes = load(rows, self.scheme.w.bits, self.in_features).float()
-        if self.weight_zero_point is not None:
-            codes = codes - self.weight_zero_point[ids.flatten()]
-        values = codes * self.weight_scale[ids.flatten()]
-        return values.view(*ids.shape, -1).to(self.dtype)
+        codes = load(rows, self.scheme.w.bits, self.in_features)
+        zero_point = self.weight_zero_point
+        zero_point = None if zero_point is None else zero_point[ids.flatten()]
+        steps = Steps(self.scheme.w, self.weight_scale[ids.flatten()], zero_point)
+        return steps.dequantize(codes).view(*ids.shape, -1).to(self.dtype)
 
     def codes(self) -> Tensor:
         """[N, K] int8."""

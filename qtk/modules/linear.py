@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtk.grids import Change, InputGrid, LinearSpec, Steps
 from qtk.hadamard import rotate
-from qtk.modules.grid import InputGrid
 from qtk.modules.plan import Plan, make_plan, multiply, restore_codes
 from qtk.modules.stored import load, store, stored_shape
-from qtk.numerics import expand_groups
 from qtk.scheme import Scheme
 from qtk_kernels.hadamard_quantize import hadamard_quantize
 from qtk_kernels.shift_scale_quantize import shift_scale_quantize
@@ -80,41 +79,33 @@ class QuantLinear(nn.Module):
         self._joined: tuple[Tensor, slice] | None = None
 
     @classmethod
-    def from_codes(
-        cls, codes: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None,
-        bias: Tensor | None, grid: InputGrid, scheme: Scheme, backend: str = "auto",
-    ) -> "QuantLinear":  # fmt: skip
-        """A layer ready to run.
+    def from_spec(cls, spec: LinearSpec, backend: str = "auto") -> "QuantLinear":
+        """A layer ready to run on its tensors' device.
 
         Args:
-            codes: [N, K] integers in the weight format's range.
-            weight_scale: [N, G].
-            weight_zero_point: [N, G] integers in that range, or None for 0.
-            bias: [N], with the shift's share already in it.
-            grid: how the input is quantized.
-            scheme: the formats of weight and input.
+            spec: what it computes; its tensors are copied.
             backend: "auto", "triton", "cpu" or "reference".
         """
-        N, K = codes.shape
+        (N, K), steps, grid, change = spec.codes.shape, spec.steps, spec.grid, spec.grid.change
         layer = cls(
-            K, N, scheme, bias=bias is not None, transform=grid.shift is not None,
-            rotation=grid.rotation,
-            backend=backend, device=codes.device,
+            K, N, spec.scheme, bias=spec.bias is not None, transform=change.shift is not None,
+            rotation=change.rotation, backend=backend, device=spec.codes.device,
         )  # fmt: skip
-        layer.weight = store(codes.to(torch.int8), layer.w.bits)
-        layer.weight_scale = _own(weight_scale)
-        if weight_zero_point is not None:
-            layer.weight_zero_point = weight_zero_point.to(torch.int8)
-        if bias is not None:
-            layer.bias = _own(bias)
-        if grid.shift is not None and grid.channel_scale is not None:
-            layer.input_shift = _own(grid.shift)
-            layer.input_channel_scale = _own(grid.channel_scale)
-        if grid.scale is not None and grid.zero_point is not None:
-            layer.input_scale = _own(grid.scale).reshape(())
-            layer.input_zero_point = _own(grid.zero_point).to(torch.int32).reshape(())
+        layer.weight = store(spec.codes, layer.w.bits)
+        layer.weight_scale = _own(steps.scale)
+        if steps.zero_point is not None:
+            layer.weight_zero_point = steps.zero_point.to(torch.int8, copy=True)
+        if spec.bias is not None:
+            layer.bias = _own(spec.bias)
+        if change.shift is not None and change.channel_scale is not None:
+            layer.input_shift = _own(change.shift)
+            layer.input_channel_scale = _own(change.channel_scale)
+        if grid.static is not None:
+            scale, zero_point = grid.static
+            layer.input_scale = _own(scale).reshape(())
+            layer.input_zero_point = _own(zero_point).to(torch.int32).reshape(())
         if layer.input_clip is not None:
-            layer.input_clip = torch.tensor(float(grid.clip), device=codes.device)
+            layer.input_clip = torch.tensor(float(grid.clip), device=spec.codes.device)
         layer.prepare()
         return layer
 
@@ -129,17 +120,16 @@ class QuantLinear(nn.Module):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., K] -> codes [..., K] and their scale (None when static); floats stay floats."""
         plan, a = self.plan, self.scheme.a
+        if a is None:
+            change = self.grid.change
+            plain = change.affine is None and not change.rotation
+            return (x if plain else change.inputs(x).to(x.dtype)), None
         if self.rotation:
-            assert a is not None
             return hadamard_quantize(
                 x, *(plan.before or (None, None)), out_multiplier=plan.multiplier,
                 out_offset=plan.offset, bits=a.bits, granularity=a.granularity,
                 signed=plan.signed, clip=plan.clip, backend=plan.backend,
             )  # fmt: skip
-        if a is None:
-            if plan.multiplier is not None and plan.offset is not None:
-                x = (x.float() * plan.multiplier + plan.offset).to(x.dtype)
-            return x, None
         return self.quantize_rotated(x)
 
     def quantize_rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -185,21 +175,21 @@ class QuantLinear(nn.Module):
         assert self.plan.operand is not None
         return restore_codes(self.plan.operand, self.w, K)
 
-    def dequantized_weight(self) -> Tensor:
-        """[N, K] float32, the weight that multiplies x'. Made for the call."""
-        codes, K, size = self.codes().float(), self.in_features, self.w.group_size
-        if self.weight_zero_point is not None:
-            codes = codes - expand_groups(self.weight_zero_point, K, size)
-        return codes * expand_groups(self.weight_scale, K, size)
-
     @property
     def grid(self) -> InputGrid:
         """How the input becomes codes."""
-        return InputGrid(
-            self.scheme.a, self.input_shift, self.input_channel_scale, self.rotation,
-            self.input_scale, self.input_zero_point,
-            1.0 if self.input_clip is None else float(self.input_clip),
-        )  # fmt: skip
+        change = Change(self.input_shift, self.input_channel_scale, self.rotation)
+        clip = 1.0 if self.input_clip is None else float(self.input_clip)
+        return InputGrid(self.scheme.a, change, self.input_scale, self.input_zero_point, clip)
+
+    @property
+    def steps(self) -> Steps:
+        """How the codes become the weight."""
+        return Steps(self.w, self.weight_scale, self.weight_zero_point)
+
+    def spec(self) -> LinearSpec:
+        """The layer as a value."""
+        return LinearSpec(self.codes(), self.steps, self.grid, self.bias)
 
     def stored_weight(self) -> Tensor:
         """The codes as they go to disk."""
@@ -289,9 +279,10 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,), layer = ctx.saved_tensors, ctx.layer
-        grad = grads[0].float() @ layer.dequantized_weight()
+        grad = grads[0].float() @ layer.spec().weight()
         if layer.input_scale is not None:
-            q = torch.round(layer.grid.transformed(x) / layer.input_scale) + layer.input_zero_point
+            y = layer.grid.change.inputs(x)
+            q = torch.round(y / layer.input_scale) + layer.input_zero_point
             grad = grad * ((q >= layer.scheme.a.qmin) & (q <= layer.scheme.a.qmax))
         if layer.rotation:
             grad = rotate(grad, inverse=True)

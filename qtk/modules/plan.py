@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qtk.errors import BackendError
-from qtk.modules.grid import Affine, InputGrid
+from qtk.grids import Affine, InputGrid
 from qtk.scheme import Format
 from qtk_kernels._dispatch import backend_of
 from qtk_kernels._int4 import pack_int4, unpack_int4

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from qtk.grids import Change
 from qtk.numerics import (
     expand_groups,
     fake_quantize,
@@ -21,7 +22,6 @@ from qtk.numerics import (
 )
 from qtk.observe import Site
 from qtk.scheme import Format, Scheme
-from qtk.transform import Change
 
 SMALLEST = 0.02  # threshold, relative to the full range: LayerNorm outputs are often below 1
 TOKENS = 512  # rows that the loss is measured on
@@ -48,8 +48,8 @@ def output_loss(site: Site, scheme: Scheme) -> Callable[[Change], float]:
     def loss(change: Change) -> float:
         w_hat = _fake_quantize_weight(change.weight(weight), w)
         x_hat = _fake_quantize_input(change.inputs(rows), a)
-        bias = site.bias() + weight @ change.shift
-        return float((output(x_hat @ w_hat.T + bias) - wanted).square().sum())
+        y, bias = x_hat @ w_hat.T, change.bias(weight, site.bias())
+        return float((output(y if bias is None else y + bias) - wanted).square().sum())
 
     return loss
 
