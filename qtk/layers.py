@@ -11,9 +11,10 @@ from qtk.assign import by_scheme
 from qtk.discover import load
 from qtk.errors import ModelError
 from qtk.grids import Change, InputGrid, LinearSpec
+from qtk.modules.base import Quantized
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.linear import QuantLinear
-from qtk.modules.patch import QuantPatchConv, is_patch_conv
+from qtk.modules.patch import QuantPatchConv
 from qtk.numerics import scale_and_zero_point, sqnr
 from qtk.observe import Site
 from qtk.recipes import Recipe
@@ -82,7 +83,7 @@ def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -
     return replace(grid, scale=scale, zero_point=zero_point)
 
 
-def quantize_outside(module: nn.Module, scheme: Scheme, backend: str) -> nn.Module:
+def quantize_outside(module: nn.Module, scheme: Scheme, backend: str) -> Quantized:
     """A head, an embedding or a patch embedding; inputs are dynamic per token, not calibrated."""
     assert scheme.w is not None and isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d))
     problem = Problem(module.weight.float().flatten(1), scheme.w)
@@ -90,10 +91,11 @@ def quantize_outside(module: nn.Module, scheme: Scheme, backend: str) -> nn.Modu
     codes = codes.to(torch.int8)
     if isinstance(module, nn.Embedding):
         return QuantEmbedding.from_codes(codes, steps, module.weight.dtype)
-    a = scheme.a and Format(scheme.a.bits, granularity="token")
-    if isinstance(module, nn.Conv2d) and not is_patch_conv(module):
+    if isinstance(module, nn.Conv2d) and not QuantPatchConv.fits(module):
         raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
-    linear = QuantLinear.from_spec(LinearSpec(codes, steps, InputGrid(a), module.bias), backend)
+    a = scheme.a and Format(scheme.a.bits, granularity="token")
+    bias = None if module.bias is None else module.bias.float()
+    linear = QuantLinear.from_spec(LinearSpec(codes, steps, InputGrid(a), bias), backend)
     if isinstance(module, nn.Conv2d):
         return QuantPatchConv(linear, module.kernel_size, module.weight.dtype)
     return linear

@@ -1,4 +1,4 @@
-"""Every file in transform, ranges, round and pack, found by being there."""
+"""Every file in transform, ranges and round, found by being there."""
 
 import ast
 import importlib
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qtk.discover import available, load
 from qtk.grids import Change
 from qtk.models import describe
+from qtk.modules.storage import pack_dense, unpack_dense
 from qtk.numerics import expand_groups, fake_quantize, scale_and_zero_point
 from qtk.observe import Site, imagine, walk
 from qtk.round import Problem
@@ -176,20 +177,18 @@ def codes_of_absmax(weight, fmt):
 
 @settings(max_examples=60, deadline=None)
 @given(bits=st.integers(2, 8), N=st.integers(1, 5), K=st.integers(1, 300), seed=st.integers(0, 99))
-@pytest.mark.parametrize("name", available("pack"))
-def test_unpacking_inverts_packing(name, bits, N, K, seed):
-    layout = load("pack", name)
+def test_unpacking_inverts_packing(bits, N, K, seed):
     generator = torch.Generator().manual_seed(seed)
     half = 2 ** (bits - 1)
     q = torch.randint(-half, half, (N, K), generator=generator).to(torch.int8)
-    packed = layout.pack(q, bits)
+    packed = pack_dense(q, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (N, -(-K * bits // 8))
-    assert torch.equal(layout.unpack(packed, bits, K), q)
+    assert torch.equal(unpack_dense(packed, bits, K), q)
 
 
 def test_no_function_of_a_package_is_hidden_by_a_file_of_its_name():
     """Importing qtk.round.nearest puts the module where a function `nearest` was."""
-    for stage in ("transform", "ranges", "round", "pack"):
+    for stage in ("transform", "ranges", "round"):
         package = importlib.import_module(f"qtk.{stage}")
         source = ast.parse(Path(package.__file__).read_text())
         defined = {node.name for node in source.body if hasattr(node, "name")}

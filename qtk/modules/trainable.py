@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qtk.grids import InputGrid, LinearSpec, Steps
-from qtk.modules.block import FusedBlock
+from qtk.modules.fused.block import FusedBlock
 from qtk.modules.linear import QuantLinear
 from qtk.numerics import EPS
 
@@ -120,7 +120,7 @@ def _put(model: nn.Module, modules: Any) -> None:
         model.set_submodule(name, module)
     for block in model.modules():
         if isinstance(block, FusedBlock):
-            block._parts = None  # made of the linears that were there before
+            block.unprepare()  # made of the linears that were there before
 
 
 class _Rounded(torch.autograd.Function):
