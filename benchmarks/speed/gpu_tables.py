@@ -5,12 +5,12 @@ A row is a dict: kernel, shape ("MxNxK" or "MxK"), us, bytes, ops, the roofs of 
 """
 
 import csv
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.result import RESULTS, result, write
+
 Row = dict[str, Any]
 DERIVED = ("GB/s", "TOPS", "of_ceiling", "bound")
 
@@ -51,21 +51,15 @@ def summary(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
             kernel, str(M), str(len(mine)), spread([row["first_call_s"] for row in mine], "{:.2f}"),
             spread(shares, "{:.2f}"), *(spread(ratios, "{:.2f}x") for ratios in over),
         ])  # fmt: skip
-    return {
-        "title": "Kernels on a GPU: share of the measured roof, and speed over peers",
-        **head,
-        "columns": [
-            "kernel",
-            "rows",
-            "shapes",
-            "first call, s",
-            "of roof",
-            *(f"over {name}" for name in names),
-        ],
-        "rows": lines,
-        "notes": "least / median / most over the shapes of BERT, ViT and OPT; roofs (copy, library "
+    over_peers = (f"over {name}" for name in names)
+    return result(
+        "Kernels on a GPU: share of the measured roof, and speed over peers",
+        ["kernel", "rows", "shapes", "first call, s", "of roof", *over_peers],
+        lines,
+        "least / median / most over the shapes of BERT, ViT and OPT; roofs (copy, library "
         "product of 8192) and peers are of the same run; every row is in gpu_kernels.csv",
-    }
+        **head,
+    )
 
 
 def slower(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
@@ -75,17 +69,17 @@ def slower(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
         for row in rows for name, us in peers_of(row).items() if us < row["us"]
     ]  # fmt: skip
     found.sort(key=lambda item: -item[0])
-    return {
-        "title": "Shapes where a peer is faster",
-        **head,
-        "columns": ["kernel", "shape", "us", "peer", "its us", "slower by"],
-        "rows": [
+    return result(
+        "Shapes where a peer is faster",
+        ["kernel", "shape", "us", "peer", "its us", "slower by"],
+        [
             [row["kernel"], row["shape"], f"{row['us']:.2f}", name, f"{us:.2f}", f"{ratio:.2f}x"]
             for ratio, row, name, us in found
         ],
-        "notes": f"{len({(r['kernel'], r['shape']) for _, r, _, _ in found})} of {len(rows)} "
+        f"{len({(r['kernel'], r['shape']) for _, r, _, _ in found})} of {len(rows)} "
         "kernels and shapes have such a peer",
-    }
+        **head,
+    )
 
 
 def spread(values: list[float], how: str) -> str:
@@ -99,12 +93,11 @@ def rows_in(row: Row) -> int:
     return int(row["shape"].split("x")[0])
 
 
-def write(rows: list[Row], head: dict[str, Any], folder: Path = RESULTS) -> None:
+def write_tables(rows: list[Row], head: dict[str, Any], folder: Path = RESULTS) -> None:
     """gpu_kernels.csv, the two tables, and the plot where matplotlib is installed."""
     write_csv(rows, folder / "gpu_kernels.csv")
-    for name, table in (("gpu_kernels", summary(rows, head)), ("gpu_slower", slower(rows, head))):
-        text = json.dumps(table, indent=1) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    write("gpu_kernels", summary(rows, head), folder)
+    write("gpu_slower", slower(rows, head), folder)
     plot(rows, folder / "gpu_kernels.png")
 
 

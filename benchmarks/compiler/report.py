@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for GPUs that need not be there, and reads what the compiler made.
 
-    python benchmarks/aot_report.py            all variants for sm_80, sm_90 and sm_100: a table,
-                                               and benchmarks/results/aot.csv
-    python benchmarks/aot_report.py 90 int8    for sm_90 only, and only variants with that name
+    python -m benchmarks.compiler.report            all variants for sm_80, sm_90 and sm_100: a
+                                                    table, and benchmarks/results/aot.csv
+    python -m benchmarks.compiler.report 90 int8    for sm_90 only, and variants of that name
 
 Every row is written once it is known; rows of other variants and devices stay as they were.
 
@@ -33,8 +33,6 @@ from typing import Any
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-
 import torch
 import triton
 import triton.language as tl
@@ -42,6 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from benchmarks.result import RESULTS
 from qtk_kernels import (
     _split_k,
     fp8_linear,
@@ -57,10 +56,7 @@ from qtk_kernels._hadamard import split
 from qtk_kernels._launch import gemm_launch
 
 ARCHS = (80, 90, 100)
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may use
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-RESULTS = Path(__file__).resolve().parent / "results"
-
 TABLE = RESULTS / "aot.csv"
 
 FLOATS = ("eps", "clip", "out_step", "norm", "step")
