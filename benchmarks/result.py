@@ -1,7 +1,8 @@
-"""A result file: a table, with the hardware and the versions that it was measured with."""
+"""A result file: a table, with the hardware, versions and commit that it was measured with."""
 
 import json
 import platform
+import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,8 +12,29 @@ import torch
 
 import qtk
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CODE = ("qtk", "kernels", "benchmarks", ":!benchmarks/results", ":!*.md")  # what figures depend on
 Row = list[str]
+
+
+def commit_of(tree: Path) -> str:
+    """The commit of a tree, "-dirty" where its code differs from it; "unknown" without git."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=tree, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != tree:
+            return "unknown"
+        dirty = "-dirty" if git("status", "--porcelain", "--", *CODE) else ""
+        return git("rev-parse", "--short", "HEAD") + dirty
+    except OSError:  # there is no git
+        return "unknown"
+
+
+COMMIT = commit_of(ROOT)  # of the code that this process has loaded, not of what a run ends with
 
 
 def result(
@@ -23,6 +45,7 @@ def result(
     *,
     hardware: str | None = None,
     versions: dict[str, str] | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A table that `readme_tables` shows.
 
@@ -33,15 +56,29 @@ def result(
         notes: how it was measured.
         hardware: None is this CPU.
         versions: None is those of qtk, torch and transformers.
+        kept: an earlier result of which rows stay: what it was measured with is named, too.
     """
+    if versions is None:
+        versions = versions_of("qtk", "torch", "transformers")
+    commit = COMMIT
+    if kept:
+        earlier = kept.get("versions", {})
+        versions = {name: _both(earlier.get(name), found) for name, found in versions.items()}
+        commit = _both(kept.get("commit", "unknown"), commit)
     return {
         "title": title,
         "hardware": cpu_name() if hardware is None else hardware,
-        "versions": versions_of("qtk", "torch", "transformers") if versions is None else versions,
+        "versions": versions,
+        "commit": commit,
         "columns": list(columns),
         "rows": list(rows),
         "notes": notes,
     }
+
+
+def _both(earlier: str | None, now: str) -> str:
+    """ "a and b" with c -> "a and b and c" """
+    return " and ".join(sorted({*(earlier.split(" and ") if earlier else ()), now}))
 
 
 def write(name: str, found: dict[str, Any], folder: Path = RESULTS) -> None:

@@ -264,19 +264,16 @@ def main() -> None:
         cosines = (got * wanted).sum(-1)
         return [float(cosines.mean()), float(cosines.min()), task.spearman(got)]
 
-    rows: dict[tuple[str, ...], Row] = {}
-    beneath: set[str] = set()  # versions of transformers
-    kept = read("fidelity_peers") if options.resume or options.packages else {}
-    if kept:
-        again = [NAMES.get(p, p) for p in options.packages or ()] if not options.resume else []
-        rows = {tuple(r[:3]): r for r in kept["rows"] if r[3] != MISSING and r[1] not in again}
-        beneath = set(kept["versions"]["transformers"].split(" and "))
+    old = read("fidelity_peers") if options.resume or options.packages else {}
+    again = [] if options.resume else [NAMES.get(p, p) for p in options.packages or ()]
+    kept = (row for row in old.get("rows", ()) if row[3] != MISSING and row[1] not in again)
+    rows: dict[tuple[str, ...], Row] = {tuple(row[:3]): row for row in kept}
     for bits, package, how, peer in CASES:
         key = (bits, NAMES.get(package, package), how)
         if package in (options.packages or [package]) and key not in rows:
             rows[key] = [*key, *measured(package, peer, figures)]
             print("  ".join(rows[key]), file=sys.stderr, flush=True)
-        keep(rows, beneath)
+        keep(rows, old)
 
 
 def measured(package: str, peer: Peer, figures: Callable[[Peer], list[float]]) -> Row:
@@ -293,20 +290,18 @@ def measured(package: str, peer: Peer, figures: Callable[[Peer], list[float]]) -
     return [release, f"{cosine:.4f}", f"{worst:.3f}", f"{spearman:.2f}"]
 
 
-def keep(rows: dict[tuple[str, ...], Row], beneath: set[str]) -> None:
-    """Writes the rows in the order of the cases."""
+def keep(rows: dict[tuple[str, ...], Row], old: dict[str, Any]) -> None:
+    """Writes the rows in the order of the cases; some may be of an earlier result."""
     order = [(bits, NAMES.get(package, package), how) for bits, package, how, _ in CASES]
-    written = result(
+    found = result(
         "MiniLM beside its peers, STS-B test",
         ["bits", "who", "how", "version", "cosine", "worst", "STS-B Spearman"],
         [rows[key] for key in order if key in rows],
         "the linears of all six layers; 256 sentences of STS-B train where a recipe calibrates, "
         "draw 0. GPTQModel has no BERT: see its own table",
+        kept=old,
     )
-    written["versions"]["transformers"] = " and ".join(
-        sorted({*beneath, written["versions"]["transformers"]})
-    )
-    write("fidelity_peers", written)
+    write("fidelity_peers", found)
 
 
 if __name__ == "__main__":

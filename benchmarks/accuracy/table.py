@@ -60,7 +60,6 @@ class Table:
             resume: figures that the file holds are not measured again.
         """
         old = read(self.name) if only or resume else {}
-        kept: dict[str, Row] = {row[0]: row for row in old.get("rows", ())}
         measured: dict[str, Draws] = old.get("figures", {})
         figures = {name: measured.get(name, {}) for name, _ in self.cases}
         for name, options in self.cases:
@@ -72,19 +71,20 @@ class Table:
             for seed in self.seeds(options):
                 if str(seed) not in draws:
                     draws[str(seed)] = self.measure(options, seed)
-                    self._write(kept, figures)
+                    self._write(old, figures)
             print("  ".join(self._row(name, draws)), file=sys.stderr, flush=True)
 
-    def _write(self, kept: dict[str, Row], figures: dict[str, Draws]) -> None:
-        done = {
+    def _write(self, old: dict[str, Any], figures: dict[str, Draws]) -> None:
+        shown: dict[str, Row] = {row[0]: row for row in old.get("rows", ())}
+        shown |= {
             name: self._row(name, figures[name])
             for name, options in self.cases
             if len(figures[name]) == len(self.seeds(options))
         }
-        shown = {**kept, **done}
         rows = [self.base] if self.base else []
         rows += [shown[name] for name, _ in self.cases if name in shown]
-        made = result(self.title, self.columns, rows, f"{self.notes}. {self._drawn()}")
+        notes = f"{self.notes}. {self._drawn()}"
+        made = result(self.title, self.columns, rows, notes, kept=old)
         write(self.name, {**made, "figures": figures})
 
     def _row(self, name: str, draws: Draws) -> Row:

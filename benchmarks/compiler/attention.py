@@ -25,6 +25,7 @@ import triton
 
 from benchmarks.compiler import report as compiler
 from benchmarks.compiler.flash_attention import flash_attention_kernel
+from benchmarks.result import COMMIT, RESULTS
 from qtk_kernels import quantized_attention
 from qtk_kernels._softmax import OFFSET
 
@@ -169,17 +170,18 @@ def loops(sass: str) -> list[Instruction]:
 
 
 def main() -> None:
-    compiler.RESULTS.mkdir(exist_ok=True)
-    versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
-    with (compiler.RESULTS / "aot_attention.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["triton", "torch", *(f.name for f in fields(Row))])
+    RESULTS.mkdir(exist_ok=True)
+    torch_version = torch.__version__.split("+")[0]
+    made = {"triton": triton.__version__, "torch": torch_version, "commit": COMMIT}
+    with (RESULTS / "aot_attention.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*made, *(f.name for f in fields(Row))])
         writer.writeheader()
         for arch in sorted(compiler.ARCHS, key=lambda arch: arch != 90):  # 90 first: it is slow
             for item in variants():
                 if arch == 80 and item.params.get("V_FP8"):
                     continue  # sm_80 has no float8_e4m3fn
                 row = report(item, arch)
-                writer.writerow({**versions, **asdict(row)})
+                writer.writerow({**made, **asdict(row)})
                 file.flush()
                 print(
                     f"{row.variant:34} sm_{row.arch:<4} {row.registers:4} regs "

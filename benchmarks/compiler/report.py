@@ -40,7 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from benchmarks.result import RESULTS
+from benchmarks.result import COMMIT, RESULTS
 from qtk_kernels import (
     _split_k,
     fp8_linear,
@@ -101,7 +101,7 @@ class Row:
     unpack: float
 
 
-COLUMNS = ["triton", "torch", *(field.name for field in fields(Row))]
+COLUMNS = ["triton", "torch", "commit", *(field.name for field in fields(Row))]
 
 
 def row_variants() -> list[Variant]:
@@ -393,7 +393,7 @@ def _write(found: dict[tuple[str, int], dict[str, Any]]) -> None:
     order = {variant.name: i for i, variant in enumerate(_variants())}
     keys = sorted((key for key in found if key[0] in order), key=lambda k: (k[1], order[k[0]]))
     with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, restval="unknown")
         writer.writeheader()
         writer.writerows(found[key] for key in keys)
 
@@ -405,9 +405,10 @@ def main() -> None:
     found: dict[tuple[str, int], dict[str, Any]] = {}
     if TABLE.exists():
         with TABLE.open(newline="") as file:
-            old = [row for row in csv.DictReader(file) if list(row) == COLUMNS]
+            old = [row for row in csv.DictReader(file) if {"commit", *row} == set(COLUMNS)]
         found = {(row["variant"], int(row["arch"])): row for row in old}
-    versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
+    torch_version = torch.__version__.split("+")[0]
+    made = {"triton": triton.__version__, "torch": torch_version, "commit": COMMIT}
     RESULTS.mkdir(exist_ok=True)
     # sm_80 has no float8_e4m3fn
     jobs = [
@@ -416,7 +417,7 @@ def main() -> None:
     ]  # fmt: skip
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for row in pool.map(_report, jobs):
-            found[row.variant, row.arch] = {**versions, **asdict(row)}
+            found[row.variant, row.arch] = {**made, **asdict(row)}
             _write(found)
             print(
                 f"{row.variant:44} sm_{row.arch:<4} {row.registers:4} regs "

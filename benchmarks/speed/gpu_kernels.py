@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.result import RESULTS
+from benchmarks.result import COMMIT, RESULTS
 from benchmarks.speed.gpu_device import PACKAGES, head, this_run
 from benchmarks.speed.gpu_peers import library, package
 from benchmarks.speed.gpu_tables import Row, read_csv, write_csv, write_tables
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() > end:
             print("out of time: another run goes on from here", flush=True)
             break
-        rows.append({**measured(name, shape, limits), **run})
+        rows.append({**measured(name, shape, limits), **run, "commit": COMMIT})
         print(json.dumps(rows[-1]), flush=True)
         write_csv(rows, path)
         torch.cuda.empty_cache()

@@ -114,13 +114,14 @@ def _copy(model: nn.Module) -> nn.Module:
     return half.to(torch.bfloat16)
 
 
-def table(rows: list[Row], top: dict[str, Any]) -> dict[str, Any]:
+def table(rows: list[Row], top: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     return result(
         "Whole models on a GPU",
         ["model", "batch", "what", "ms", "over bfloat16, compiled"],
         rows,
         f"random weights, {TOKENS} tokens (ViT: 197); both compiled, timed as CUDA "
         "graphs, medians on the device",
+        kept=old,
         **top,
     )
 
@@ -135,13 +136,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     end, top = time.monotonic() + 60 * options.minutes, head(this_run())
     old = read("gpu_models", RESULTS)
-    rows = old["rows"] if all(old.get(key) == value for key, value in top.items()) else []
+    if any(old.get(key) != value for key, value in top.items()):
+        old = {}
+    rows = old.get("rows", [])
     for name in [options.model] if options.model else MODELS:
         rows = [row for row in rows if row[0] != name]
         for row in measured(name, end):
             print(*row, flush=True)
             rows.append(row)
-            write("gpu_models", table(rows, top), RESULTS)
+            write("gpu_models", table(rows, top, old), RESULTS)
         torch.cuda.empty_cache()
     return 0
 

@@ -1,7 +1,8 @@
 """From measured rows to tables and roofline plots. Needs no GPU: tests feed it made-up rows.
 
 A row is a dict: kernel, shape ("MxNxK" or "MxK"), us, bytes, ops, the roofs of its own run
-(roof_bytes, roof_ops, a microsecond), first_call_s, and <peer>_us for every peer that ran.
+(roof_bytes, roof_ops, a microsecond), first_call_s, the commit, and <peer>_us for every peer that
+ran.
 """
 
 import csv
@@ -58,6 +59,7 @@ def summary(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
         lines,
         "least / median / most over the shapes of BERT, ViT and OPT; roofs (copy, library "
         "product of 8192) and peers are of the same run; every row is in gpu_kernels.csv",
+        kept=commits_of(rows),
         **head,
     )
 
@@ -78,8 +80,14 @@ def slower(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
         ],
         f"{len({(r['kernel'], r['shape']) for _, r, _, _ in found})} of {len(rows)} "
         "kernels and shapes have such a peer",
+        kept=commits_of(rows),
         **head,
     )
+
+
+def commits_of(rows: list[Row]) -> dict[str, Any]:
+    """Which commits measured the rows, as `result` takes it."""
+    return {"commit": " and ".join(sorted({row.get("commit", "unknown") for row in rows}))}
 
 
 def spread(values: list[float], how: str) -> str:
@@ -118,7 +126,7 @@ def read_csv(path: Path, run: dict[str, str]) -> list[Row]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    texts = {"kernel", "shape", "bound", *run}
+    texts = {"kernel", "shape", "bound", "commit", *run}
     return [
         {k: v if k in texts else float(v) for k, v in row.items() if v and k not in DERIVED}
         for row in rows

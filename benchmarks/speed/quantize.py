@@ -54,12 +54,13 @@ def measured(name: str) -> Row:
     return [name, *(f"{x:.1f}" for x in figures), *(f"{x:.0f}" for x in sizes)]
 
 
-def table(rows: list[Row]) -> dict[str, Any]:
+def table(rows: list[Row], old: dict[str, Any]) -> dict[str, Any]:
     return result(
         "Quantizing MiniLM, 256 sentences unless a row says otherwise",
         ["what", "seconds", "CPU seconds", "peak MB", "of it by quantizing"],
         rows,
         "wall clock and the time of all threads, tokenization included; one process each",
+        kept=old,
     )
 
 
@@ -71,12 +72,11 @@ def main() -> None:
     if options.once is not None:
         print(json.dumps(once(options.once)))
         return
-    kept = {}
-    if options.only != list(CASES):
-        kept = {row[0]: row for row in read("quantize")["rows"]}
+    old = read("quantize") if options.only != list(CASES) else {}
+    kept = {row[0]: row for row in old.get("rows", ())}
     for name in options.only:
         kept[name] = measured(name)
-        write("quantize", table([kept[name] for name in CASES if name in kept]))
+        write("quantize", table([kept[name] for name in CASES if name in kept], old))
 
 
 if __name__ == "__main__":
