@@ -1,6 +1,6 @@
 """Whole models on a GPU: bfloat16 under torch.compile against quantized, at batch 1, 8 and 64.
 
-    python -m benchmarks.bench_gpu_models [--minutes 9] [--model NAME]
+    python -m benchmarks.speed.gpu_models [--minutes 9] [--model NAME]
 
 BERT-base, ViT-B and OPT-1.3b with random weights: for speed only. Both sides are compiled and timed
 alike, as CUDA graphs, medians on the device. Writes benchmarks/results/gpu_models.json; rows of
@@ -8,10 +8,8 @@ models that a run does not reach stay. Without a GPU it says so.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +17,8 @@ import transformers
 from torch import Tensor, nn
 
 import qtk
-from benchmarks.bench_kernels import head, this_run
-from benchmarks.gpu_tables import RESULTS
+from benchmarks.result import RESULTS, Row, read, result, write
+from benchmarks.speed.gpu_device import head, this_run
 from qtk_kernels._tune import microseconds
 
 DEVICE = "cuda"
@@ -82,7 +80,7 @@ def time_of(model: nn.Module, inputs: Inputs) -> float:
         return microseconds([lambda: compiled(**inputs)]) / 1e3
 
 
-def measured(name: str, end: float) -> Iterator[list[str]]:
+def measured(name: str, end: float) -> Iterator[Row]:
     """A line a batch and contender."""
     torch.manual_seed(0)
     model, make = MODELS[name]()
@@ -116,16 +114,16 @@ def _copy(model: nn.Module) -> nn.Module:
     return half.to(torch.bfloat16)
 
 
-def write(rows: list[list[str]], top: dict[str, Any], path: Path) -> None:
-    table = {
-        "title": "Whole models on a GPU",
-        **top,
-        "columns": ["model", "batch", "what", "ms", "over bfloat16, compiled"],
-        "rows": rows,
-        "notes": f"random weights, {TOKENS} tokens (ViT: 197); both compiled, timed as CUDA "
+def table(rows: list[Row], top: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    return result(
+        "Whole models on a GPU",
+        ["model", "batch", "what", "ms", "over bfloat16, compiled"],
+        rows,
+        f"random weights, {TOKENS} tokens (ViT: 197); both compiled, timed as CUDA "
         "graphs, medians on the device",
-    }
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        kept=old,
+        **top,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,16 +134,17 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("No GPU: nothing is measured.")
         return 0
-    end, top = time.monotonic() + 60 * options.minutes, head(this_run(), {})
-    path = RESULTS / "gpu_models.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    rows = old["rows"] if all(old.get(key) == value for key, value in top.items()) else []
+    end, top = time.monotonic() + 60 * options.minutes, head(this_run())
+    old = read("gpu_models", RESULTS)
+    if any(old.get(key) != value for key, value in top.items()):
+        old = {}
+    rows = old.get("rows", [])
     for name in [options.model] if options.model else MODELS:
         rows = [row for row in rows if row[0] != name]
         for row in measured(name, end):
             print(*row, flush=True)
             rows.append(row)
-            write(rows, top, path)
+            write("gpu_models", table(rows, top, old), RESULTS)
         torch.cuda.empty_cache()
     return 0
 

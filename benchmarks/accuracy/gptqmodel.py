@@ -1,26 +1,24 @@
 """A small OPT at W4A16 beside GPTQModel, which knows decoders only.
 
-    GPTQMODEL_CPU_WORKERS=2 python -m benchmarks.fidelity_gptqmodel
+    GPTQMODEL_CPU_WORKERS=2 python -m benchmarks.accuracy.gptqmodel
 
-The same weights, windows and metric as `benchmarks.fidelity opt`, draw 0, in one process;
+The same weights, windows and metric as `benchmarks.accuracy.models opt`, draw 0, in one process;
 GPTQModel by its own quantize, save and load, on a CPU. It writes
 benchmarks/results/fidelity_gptqmodel.json.
 """
 
-import json
-import os
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from torch import nn
 
 import qtk
 from benchmarks import data
-from benchmarks.fidelity import RESULTS, WINDOWS, quantize, result
+from benchmarks.accuracy.models import WINDOWS
+from benchmarks.accuracy.table import quantize
+from benchmarks.result import result, write
 
 GROUP = {"w": 4, "a": 16, "group_size": 128}
 OURS: list[tuple[str, dict[str, Any]]] = [
@@ -78,8 +76,7 @@ def main() -> None:
         f"groups of 128; the first {WINDOWS} windows of 256 tokens, calibrated on 64 windows of "
         "WikiText-2 valid, draw 0; GPTQModel has no BERT and no ViT",
     )
-    text = json.dumps(written, indent=1, ensure_ascii=False)
-    (RESULTS / "fidelity_gptqmodel.json").write_text(text + "\n", encoding="utf-8")
+    write("fidelity_gptqmodel", written)
 
 
 def _version() -> str:

@@ -1,6 +1,6 @@
 """What it takes to quantize MiniLM: seconds and peak memory, by preset.
 
-    python -m benchmarks.bench_quantize [--only ROW ...]
+    python -m benchmarks.speed.quantize [--only ROW ...]
 
 Every case runs in a process of its own, so that the peak is its own. Writes
 benchmarks/results/quantize.json; --only measures the named rows and keeps the others of the file.
@@ -8,23 +8,16 @@ benchmarks/results/quantize.json; --only measures the named rows and keeps the o
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import torch
 
 import qtk
 from benchmarks import data
-from benchmarks.bench_cpu_models import cpu_name
+from benchmarks.result import Row, read, result, write
 
-RESULTS = Path(__file__).parent / "results" / "quantize.json"
 CASES: dict[str, dict[str, Any]] = {
     "W8A8 fast": {"w": 8, "a": 8, "preset": "fast"},
     "W8A8 balanced": {"w": 8, "a": 8},
@@ -37,10 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def once(options: dict[str, Any]) -> dict[str, float]:
     """Seconds and megabytes of one quantization in this process."""
-    from transformers import AutoModel, AutoTokenizer
-
-    path = data.minilm_path()
-    model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    model, tokenizer = data.minilm()
     calib = data.stsb_calibration(0, options.pop("sentences", 256))
     before = peak()
     start, cpu = time.perf_counter(), time.process_time()
@@ -54,9 +44,9 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measured(name: str) -> list[str]:
+def measured(name: str) -> Row:
     """A row of the table."""
-    command = [sys.executable, "-m", "benchmarks.bench_quantize", "--once", json.dumps(CASES[name])]
+    command = [sys.executable, "-m", "benchmarks.speed.quantize", "--once", json.dumps(CASES[name])]
     ran = subprocess.run(command, capture_output=True, check=True, text=True)
     out = json.loads(ran.stdout.splitlines()[-1])
     figures = (out["seconds"], out["cpu"])
@@ -64,15 +54,14 @@ def measured(name: str) -> list[str]:
     return [name, *(f"{x:.1f}" for x in figures), *(f"{x:.0f}" for x in sizes)]
 
 
-def document(rows: list[list[str]]) -> dict[str, Any]:
-    return {
-        "title": "Quantizing MiniLM, 256 sentences unless a row says otherwise",
-        "hardware": cpu_name(),
-        "versions": {"qtk": qtk.__version__, "torch": torch.__version__},
-        "columns": ["what", "seconds", "CPU seconds", "peak MB", "of it by quantizing"],
-        "rows": rows,
-        "notes": "wall clock and the time of all threads, tokenization included; one process each",
-    }
+def table(rows: list[Row], old: dict[str, Any]) -> dict[str, Any]:
+    return result(
+        "Quantizing MiniLM, 256 sentences unless a row says otherwise",
+        ["what", "seconds", "CPU seconds", "peak MB", "of it by quantizing"],
+        rows,
+        "wall clock and the time of all threads, tokenization included; one process each",
+        kept=old,
+    )
 
 
 def main() -> None:
@@ -83,13 +72,11 @@ def main() -> None:
     if options.once is not None:
         print(json.dumps(once(options.once)))
         return
-    kept = {}
-    if options.only != list(CASES):
-        kept = {row[0]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
+    old = read("quantize") if options.only != list(CASES) else {}
+    kept = {row[0]: row for row in old.get("rows", ())}
     for name in options.only:
         kept[name] = measured(name)
-        rows = [kept[name] for name in CASES if name in kept]
-        RESULTS.write_text(json.dumps(document(rows), indent=1) + "\n", encoding="utf-8")
+        write("quantize", table([kept[name] for name in CASES if name in kept], old))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Attention and the coded softmax at random shapes: the cases that `check_gpu` draws of them."""
+"""Attention and the coded softmax at random shapes: the cases that `check` draws of them."""
 
 import random
 from typing import Any
@@ -10,8 +10,9 @@ from qtk_kernels._int4 import unpack_int4
 from qtk_kernels._softmax import OFFSET
 from qtk_kernels.log_softmax_quantize import log_dequantize, log_softmax_quantize
 from qtk_kernels.quantized_attention import attention_weights, pack_heads, quantized_attention
+from tests.gpu.cases import DTYPES, FEW, WIDTHS, laid_out
+from tests.gpu.compare import ULP, both, near
 
-ULP = 2.0**-24
 OPERANDS = ("float", "int8", "int4", "fp8")
 KINDS: list[dict[str, Any]] = [
     {"softmax": "float"},
@@ -75,17 +76,17 @@ def slack(args: tuple[Tensor, ...], options: dict[str, Any], kind: dict[str, Any
             "step", torch.ones(p.shape[1], device=p.device) / (2 ** kind["bits"] - 1)
         )
         y = p / step[:, None, None]
-        near = ((y - y.floor()) - 0.5).abs() < 2**-17 * (1 + y)
-        change = change + near * step[:, None, None]
+        unsure = ((y - y.floor()) - 0.5).abs() < 2**-17 * (1 + y)
+        change = change + unsure * step[:, None, None]
     elif name == "log2":
         y = -steps * p.clamp(min=1e-30).log2()
-        near = ((y - y.floor()) - 0.5).abs() < 2**-16 * (1 + y)
-        change = change + near * p
+        unsure = ((y - y.floor()) - 0.5).abs() < 2**-16 * (1 + y)
+        change = change + unsure * p
     elif name == "code" and args[0].is_floating_point():  # scores are sums in another order
         u = p.clamp(min=1e-30).log2()
         u = (u - u.amax(-1, keepdim=True)) * steps + 0.5 - OFFSET[steps]
-        near = ((u - u.floor()) - 0.5).abs() > 0.5 - 2**-14
-        change = change + near * p
+        unsure = ((u - u.floor()) - 0.5).abs() > 0.5 - 2**-14
+        change = change + unsure * p
     worst = (change.sum(-1, keepdim=True) * p + change) * 2  # through the divisor, and directly
     y = worst.float() @ v
     return y.transpose(1, 2).flatten(2) + 1e-6
@@ -93,8 +94,6 @@ def slack(args: tuple[Tensor, ...], options: dict[str, Any], kind: dict[str, Any
 
 def attention(rng: random.Random, device: str) -> None:
     """Any operands, kinds of softmax, masks and lengths, in views as a model makes them."""
-    from benchmarks.check_gpu import both, near
-
     old = device == "cuda" and torch.cuda.get_device_capability() < (8, 9)  # has no e4m3
     operand, kind = rng.choice(OPERANDS[:3] if old else OPERANDS), rng.choice(KINDS)
     if operand == "fp8" and not takes_fp8(kind):
@@ -122,8 +121,6 @@ def takes_fp8(kind: dict[str, Any]) -> bool:
 
 def log_softmax(rng: random.Random, device: str) -> None:
     """Codes of logarithms differ next to a rounding boundary only, and read back exactly."""
-    from benchmarks.check_gpu import DTYPES, FEW, WIDTHS, both, laid_out, near
-
     M, K, steps = rng.choice(FEW), rng.choice(WIDTHS), rng.choice([1, 2])
     x = laid_out((torch.randn(M, K, device=device) * 4).to(rng.choice(DTYPES)), rng)
     got, want = both(log_softmax_quantize, x, steps=steps)

@@ -1,13 +1,13 @@
 """Compiles the attention kernels for GPUs that need not be there, and counts their instructions.
 
-    python -m benchmarks.aot_attention         sm_80, sm_90 and sm_100: a table, and
+    python -m benchmarks.compiler.attention    sm_80, sm_90 and sm_100: a table, and
                                                benchmarks/results/aot_attention.csv
 
 "instructions per score" are those of the loops over keys (of the whole kernel where one tile holds
 a row), as the compiler laid them out, over the scores that the program computes in one turn: what
 it issues a score element, all its threads together, both loops where scores are computed twice.
-Beside them stands a plain Triton flash
-attention written in the same style. Nothing here is a timing.
+Beside them stands a plain Triton flash attention written in the same style. Nothing here is a
+timing.
 """
 
 import csv
@@ -23,8 +23,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 import triton
 
-from benchmarks import aot_report
-from benchmarks.flash_attention import flash_attention_kernel
+from benchmarks.compiler import report as compiler
+from benchmarks.compiler.flash_attention import flash_attention_kernel
+from benchmarks.result import COMMIT, RESULTS
 from qtk_kernels import quantized_attention
 from qtk_kernels._softmax import OFFSET
 
@@ -33,7 +34,7 @@ SCALES = {"q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32"
 
 
 @dataclass(frozen=True)
-class Row(aot_report.Row):
+class Row(compiler.Row):
     """What the compiler made of a variant, and what a score costs.
 
     Attributes:
@@ -50,7 +51,7 @@ class Row(aot_report.Row):
 def variant(
     name: str, T: int, kind: str, qk: str, v: str, *, steps: int = 1, per_head: bool = True,
     masked: bool = False, codes_out: bool = False,
-) -> aot_report.Variant:  # fmt: skip
+) -> compiler.Variant:  # fmt: skip
     """One kernel variant at head size 64.
 
     Args:
@@ -87,12 +88,12 @@ def variant(
     }  # fmt: skip
     params |= {f"stride_{x}t": 3 * HEAD * 12 for x in "qk"}  # numbers that a launch specializes on
     params |= {f"stride_{x}{axis}": 3 * HEAD * 12 * 16 for x in "qkv" for axis in "bh"}
-    return aot_report.Variant(name, quantized_attention.quantized_attention_kernel, types, params)
+    return compiler.Variant(name, quantized_attention.quantized_attention_kernel, types, params)
 
 
-def variants() -> list[aot_report.Variant]:
+def variants() -> list[compiler.Variant]:
     """Long sequences (a loop over keys) and ViT's and BERT's (a row in one tile)."""
-    out = [aot_report.Variant(
+    out = [compiler.Variant(
         "flash bf16 T=4096 (plain)", flash_attention_kernel,
         dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16"),
         {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": HEAD, "Tq": 4096, "Tk": 4096,
@@ -120,15 +121,15 @@ def variants() -> list[aot_report.Variant]:
     return out
 
 
-def report(variant: aot_report.Variant, arch: int) -> Row:
+def report(variant: compiler.Variant, arch: int) -> Row:
     """Compiles one variant and counts the instructions of its loops over keys."""
-    row = aot_report.report(variant, arch)
+    row = compiler.report(variant, arch)
     params = variant.params
-    compiled = aot_report.compile_for(variant, arch)  # from Triton's cache
+    compiled = compiler.compile_for(variant, arch)  # from Triton's cache
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "k.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        sass = aot_report._run(aot_report.BIN / "cuobjdump", "-sass", cubin)
+        sass = compiler._run(compiler.BIN / "cuobjdump", "-sass", cubin)
     ops = loops(sass) or instructions(sass)
     scores = params["BLOCK_M"] * params["BLOCK_N"]
     threads = 32 * params["num_warps"]
@@ -169,17 +170,18 @@ def loops(sass: str) -> list[Instruction]:
 
 
 def main() -> None:
-    aot_report.RESULTS.mkdir(exist_ok=True)
-    versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
-    with (aot_report.RESULTS / "aot_attention.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["triton", "torch", *(f.name for f in fields(Row))])
+    RESULTS.mkdir(exist_ok=True)
+    torch_version = torch.__version__.split("+")[0]
+    made = {"triton": triton.__version__, "torch": torch_version, "commit": COMMIT}
+    with (RESULTS / "aot_attention.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*made, *(f.name for f in fields(Row))])
         writer.writeheader()
-        for arch in sorted(aot_report.ARCHS, key=lambda arch: arch != 90):  # 90 first: it is slow
+        for arch in sorted(compiler.ARCHS, key=lambda arch: arch != 90):  # 90 first: it is slow
             for item in variants():
                 if arch == 80 and item.params.get("V_FP8"):
                     continue  # sm_80 has no float8_e4m3fn
                 row = report(item, arch)
-                writer.writerow({**versions, **asdict(row)})
+                writer.writerow({**made, **asdict(row)})
                 file.flush()
                 print(
                     f"{row.variant:34} sm_{row.arch:<4} {row.registers:4} regs "

@@ -1,6 +1,6 @@
 """qtk beside its peers: the same weights, sentences and metric, each by its documented recipes.
 
-    python -m benchmarks.fidelity_peers [--resume | --packages NAME ...]
+    python -m benchmarks.accuracy.peers [--resume | --packages NAME ...]
 
 MiniLM on STS-B test, the linears of the six layers, calibration draw 0 where a recipe calibrates.
 Peers pin different versions of transformers: run this once in the environment of each, with
@@ -10,7 +10,6 @@ installed has a row that says so until it is. --packages measures those again an
 
 import argparse
 import copy
-import json
 import re
 import sys
 import tempfile
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 
 import qtk
 from benchmarks import data
-from benchmarks.fidelity import RESULTS, quantize, result
+from benchmarks.accuracy.table import quantize
+from benchmarks.result import Row, read, result, write
 
 Peer = Callable[[nn.Module, Any, list[str]], nn.Module]  # model, tokenizer, sentences -> quantized
 LAYERS = re.compile(r"encoder\.layer\.\d+\..*")
@@ -171,7 +171,7 @@ def onnx_runtime(kind: str) -> Peer:
         from onnxruntime import quantization as oq
         from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
-        from benchmarks.cpu_contenders import export_onnx
+        from benchmarks.speed.cpu_contenders import export_onnx
 
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "model.onnx", Path(folder) / "quantized.onnx"
@@ -264,23 +264,19 @@ def main() -> None:
         cosines = (got * wanted).sum(-1)
         return [float(cosines.mean()), float(cosines.min()), task.spearman(got)]
 
-    path = RESULTS / "fidelity_peers.json"
-    rows: dict[tuple[str, ...], list[str]] = {}
-    beneath: set[str] = set()  # versions of transformers
-    if (options.resume or options.packages) and path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        again = [NAMES.get(p, p) for p in options.packages or ()] if not options.resume else []
-        rows = {tuple(r[:3]): r for r in kept["rows"] if r[3] != MISSING and r[1] not in again}
-        beneath = set(kept["versions"]["transformers"].split(" and "))
+    old = read("fidelity_peers") if options.resume or options.packages else {}
+    again = [] if options.resume else [NAMES.get(p, p) for p in options.packages or ()]
+    kept = (row for row in old.get("rows", ()) if row[3] != MISSING and row[1] not in again)
+    rows: dict[tuple[str, ...], Row] = {tuple(row[:3]): row for row in kept}
     for bits, package, how, peer in CASES:
         key = (bits, NAMES.get(package, package), how)
         if package in (options.packages or [package]) and key not in rows:
             rows[key] = [*key, *measured(package, peer, figures)]
             print("  ".join(rows[key]), file=sys.stderr, flush=True)
-        write(path, rows, beneath)
+        keep(rows, old)
 
 
-def measured(package: str, peer: Peer, figures: Callable[[Peer], list[float]]) -> list[str]:
+def measured(package: str, peer: Peer, figures: Callable[[Peer], list[float]]) -> Row:
     """The package's version, or that there is none, and the figures."""
     try:
         release = qtk.__version__ if package == "qtk" else version(package)
@@ -294,20 +290,18 @@ def measured(package: str, peer: Peer, figures: Callable[[Peer], list[float]]) -
     return [release, f"{cosine:.4f}", f"{worst:.3f}", f"{spearman:.2f}"]
 
 
-def write(path: Path, rows: dict[tuple[str, ...], list[str]], beneath: set[str]) -> None:
+def keep(rows: dict[tuple[str, ...], Row], old: dict[str, Any]) -> None:
+    """Writes the rows in the order of the cases; some may be of an earlier result."""
     order = [(bits, NAMES.get(package, package), how) for bits, package, how, _ in CASES]
-    written = result(
+    found = result(
         "MiniLM beside its peers, STS-B test",
         ["bits", "who", "how", "version", "cosine", "worst", "STS-B Spearman"],
         [rows[key] for key in order if key in rows],
         "the linears of all six layers; 256 sentences of STS-B train where a recipe calibrates, "
         "draw 0. GPTQModel has no BERT: see its own table",
+        kept=old,
     )
-    written["versions"]["transformers"] = " and ".join(
-        sorted({*beneath, written["versions"]["transformers"]})
-    )
-    text = json.dumps(written, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write("fidelity_peers", found)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Every kernel at the shapes of BERT, ViT and OPT: time, rate, and share of what the GPU can do.
 
-    python -m benchmarks.bench_kernels [--minutes 8] [--fresh] [--packages]
-    python -m pytest benchmarks -k kernel            a few of them, through pytest-benchmark
+    python -m benchmarks.speed.gpu_kernels [--minutes 8] [--fresh] [--packages]
 
 Times are medians on the device, of CUDA graphs whose calls go around in more memory than a cache
 holds. The ceilings, copy bandwidth and the rates of library matrix products, are measured in the
@@ -16,23 +15,21 @@ Without a GPU it measures nothing: it says so and runs the ahead-of-time report.
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_peers import PACKAGES, library, package, versions
-from benchmarks.gpu_tables import RESULTS, Row, read_csv, write, write_csv
-from qtk_kernels._lang import triton
+from benchmarks.result import COMMIT, RESULTS
+from benchmarks.speed.gpu_device import PACKAGES, head, this_run
+from benchmarks.speed.gpu_peers import library, package
+from benchmarks.speed.gpu_tables import Row, read_csv, write_csv, write_tables
 from qtk_kernels._tune import (
     KERNELS,
     MODELS,
@@ -81,39 +78,17 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() > end:
             print("out of time: another run goes on from here", flush=True)
             break
-        rows.append({**measured(name, shape, limits), **run})
+        rows.append({**measured(name, shape, limits), **run, "commit": COMMIT})
         print(json.dumps(rows[-1]), flush=True)
         write_csv(rows, path)
         torch.cuda.empty_cache()
-    write(rows, head(run, limits))
+    write_tables(rows, head(run, limits))
     return 0
 
 
 def ahead_of_time() -> int:
-    report = Path(__file__).parent / "aot_report.py"
-    return subprocess.run([sys.executable, str(report)], check=False).returncode
-
-
-def this_run() -> dict[str, str]:
-    """What rows must share to stand in one table."""
-    driver = "unknown"
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        told = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-        driver = (told.splitlines() or [driver])[0]
-    return {"device": torch.cuda.get_device_name(), "driver": driver,
-            "torch": torch.__version__, "triton": triton.__version__}  # fmt: skip
-
-
-def head(run: dict[str, str], limits: dict[str, float]) -> dict[str, Any]:
-    """Hardware and versions, as every result file has them."""
-    found = ", ".join(f"{name} {rate / 1e6:.2f}" for name, rate in limits.items())
-    device = f"{run['device']}, driver {run['driver']}"
-    return {
-        "hardware": f"{device}; measured TB/s and POPS: {found}" if found else device,
-        "versions": {"torch": run["torch"], "triton": run["triton"], "cuda": torch.version.cuda,
-                     **versions()},
-    }  # fmt: skip
+    report = [sys.executable, "-m", "benchmarks.compiler.report"]
+    return subprocess.run(report, check=False).returncode
 
 
 def ceilings() -> dict[str, float]:
@@ -264,17 +239,6 @@ def peers_of(name: str, shape: tuple[int, ...]) -> dict[str, Callable[[], Calls 
         for other in PACKAGES:
             found[other] = partial(package, other, layer, M, N, K, DEVICE)
     return found
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures on a GPU")
-@pytest.mark.parametrize("kernel", [*KERNELS, FROM_FLOAT])
-def test_bench_kernel(benchmark: Any, kernel: str) -> None:
-    """The host's time of a call in its turn, with the device's beside it."""
-    calls = calls_of(kernel, (16, 4096, 4096))
-    benchmark.extra_info["device_us"] = microseconds(calls)
-    turn = iter(range(10**9))
-    benchmark(lambda: calls[next(turn) % len(calls)]())
-    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time of quantized attention against scaled_dot_product_attention, every backend it offers.
 
-    python -m benchmarks.bench_attention [--minutes 8]
+    python -m benchmarks.speed.gpu_attention [--minutes 8]
                                                needs a GPU; without one, what the compiler makes of
                                                the kernels is reported instead, which is no timing
 
@@ -9,7 +9,6 @@ more memory than a cache holds, and the error against float64 softmax attention 
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.gpu_tables import RESULTS
+from benchmarks.result import RESULTS, Row, result, write
+from benchmarks.speed.gpu_device import head, this_run
 from qtk_kernels._tune import microseconds
 from qtk_kernels.quantized_attention import Epilogue, quantized_attention
 
@@ -82,7 +82,7 @@ def error_of(y: Tensor, qkv: list[Tensor], causal: bool) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def measured(T: int, causal: bool) -> list[list[str]]:
+def measured(T: int, causal: bool) -> list[Row]:
     """A line for each contender: microseconds, speed over the best library backend, error."""
     shape = (max(TOKENS // T, 1), HEADS, T, HEAD)
     buffers = [
@@ -115,10 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         print("no GPU: no times. What the compiler makes of the kernels:", flush=True)
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        subprocess.run([sys.executable, "-m", "benchmarks.aot_attention"], env=env, check=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.compiler.attention"], env=env, check=True)
         return
-    from benchmarks.bench_kernels import head, this_run
-
     end, rows = time.monotonic() + 60 * options.minutes, []
     for T, causal in product(LENGTHS, (False, True)):
         if time.monotonic() > end:
@@ -126,17 +124,15 @@ def main(arguments: list[str] | None = None) -> None:
             break
         rows += measured(T, causal)
         print(*rows[-1], flush=True)
-    table = {
-        "title": "Attention on a GPU",
-        **head(this_run(), {}),
-        "columns": ["tokens", "causal", "what", "us", "over the best library", "relative error"],
-        "rows": rows,
-        "notes": f"{HEADS} heads of {HEAD}, {TOKENS} tokens a call; quantizing q, k and v is not "
+    table = result(
+        "Attention on a GPU",
+        ["tokens", "causal", "what", "us", "over the best library", "relative error"],
+        rows,
+        f"{HEADS} heads of {HEAD}, {TOKENS} tokens a call; quantizing q, k and v is not "
         "in the time; errors on random numbers",
-    }
-    (RESULTS / "gpu_attention.json").write_text(
-        json.dumps(table, indent=1) + "\n", encoding="utf-8"
+        **head(this_run()),
     )
+    write("gpu_attention", table, RESULTS)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,11 @@ demand; the others sleep meanwhile.
 """
 
 import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers

@@ -1,16 +1,17 @@
 """From measured rows to tables and roofline plots. Needs no GPU: tests feed it made-up rows.
 
 A row is a dict: kernel, shape ("MxNxK" or "MxK"), us, bytes, ops, the roofs of its own run
-(roof_bytes, roof_ops, a microsecond), first_call_s, and <peer>_us for every peer that ran.
+(roof_bytes, roof_ops, a microsecond), first_call_s, the commit, and <peer>_us for every peer that
+ran.
 """
 
 import csv
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.result import RESULTS, result, write
+
 Row = dict[str, Any]
 DERIVED = ("GB/s", "TOPS", "of_ceiling", "bound")
 
@@ -51,21 +52,16 @@ def summary(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
             kernel, str(M), str(len(mine)), spread([row["first_call_s"] for row in mine], "{:.2f}"),
             spread(shares, "{:.2f}"), *(spread(ratios, "{:.2f}x") for ratios in over),
         ])  # fmt: skip
-    return {
-        "title": "Kernels on a GPU: share of the measured roof, and speed over peers",
-        **head,
-        "columns": [
-            "kernel",
-            "rows",
-            "shapes",
-            "first call, s",
-            "of roof",
-            *(f"over {name}" for name in names),
-        ],
-        "rows": lines,
-        "notes": "least / median / most over the shapes of BERT, ViT and OPT; roofs (copy, library "
+    over_peers = (f"over {name}" for name in names)
+    return result(
+        "Kernels on a GPU: share of the measured roof, and speed over peers",
+        ["kernel", "rows", "shapes", "first call, s", "of roof", *over_peers],
+        lines,
+        "least / median / most over the shapes of BERT, ViT and OPT; roofs (copy, library "
         "product of 8192) and peers are of the same run; every row is in gpu_kernels.csv",
-    }
+        kept=commits_of(rows),
+        **head,
+    )
 
 
 def slower(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
@@ -75,17 +71,23 @@ def slower(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
         for row in rows for name, us in peers_of(row).items() if us < row["us"]
     ]  # fmt: skip
     found.sort(key=lambda item: -item[0])
-    return {
-        "title": "Shapes where a peer is faster",
-        **head,
-        "columns": ["kernel", "shape", "us", "peer", "its us", "slower by"],
-        "rows": [
+    return result(
+        "Shapes where a peer is faster",
+        ["kernel", "shape", "us", "peer", "its us", "slower by"],
+        [
             [row["kernel"], row["shape"], f"{row['us']:.2f}", name, f"{us:.2f}", f"{ratio:.2f}x"]
             for ratio, row, name, us in found
         ],
-        "notes": f"{len({(r['kernel'], r['shape']) for _, r, _, _ in found})} of {len(rows)} "
+        f"{len({(r['kernel'], r['shape']) for _, r, _, _ in found})} of {len(rows)} "
         "kernels and shapes have such a peer",
-    }
+        kept=commits_of(rows),
+        **head,
+    )
+
+
+def commits_of(rows: list[Row]) -> dict[str, Any]:
+    """Which commits measured the rows, as `result` takes it."""
+    return {"commit": " and ".join(sorted({row.get("commit", "unknown") for row in rows}))}
 
 
 def spread(values: list[float], how: str) -> str:
@@ -99,12 +101,11 @@ def rows_in(row: Row) -> int:
     return int(row["shape"].split("x")[0])
 
 
-def write(rows: list[Row], head: dict[str, Any], folder: Path = RESULTS) -> None:
+def write_tables(rows: list[Row], head: dict[str, Any], folder: Path = RESULTS) -> None:
     """gpu_kernels.csv, the two tables, and the plot where matplotlib is installed."""
     write_csv(rows, folder / "gpu_kernels.csv")
-    for name, table in (("gpu_kernels", summary(rows, head)), ("gpu_slower", slower(rows, head))):
-        text = json.dumps(table, indent=1) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    write("gpu_kernels", summary(rows, head), folder)
+    write("gpu_slower", slower(rows, head), folder)
     plot(rows, folder / "gpu_kernels.png")
 
 
@@ -125,7 +126,7 @@ def read_csv(path: Path, run: dict[str, str]) -> list[Row]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    texts = {"kernel", "shape", "bound", *run}
+    texts = {"kernel", "shape", "bound", "commit", *run}
     return [
         {k: v if k in texts else float(v) for k, v in row.items() if v and k not in DERIVED}
         for row in rows

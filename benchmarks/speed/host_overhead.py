@@ -1,6 +1,6 @@
 """What a call of a kernel costs on the host, without the launch itself.
 
-    python -m benchmarks.bench_overhead
+    python -m benchmarks.speed.host_overhead
 
 The launch is replaced by nothing, so that what remains is ours: checks, shapes, strides, tiles and
 the allocation of the result. Needs no GPU; measured on the CPU that it names. "first" is a call of
@@ -12,16 +12,14 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the first import: lets CPU tensors through
 
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.bench_cpu_models import cpu_name
+from benchmarks.result import result, versions_of, write
 from qtk_kernels import (
     _split_k,
     fp8_linear,
@@ -37,8 +35,6 @@ from qtk_kernels import (
 )
 from qtk_kernels._int4 import pack_int4
 from qtk_kernels._plan import forget
-
-RESULTS = Path(__file__).parent / "results" / "host_overhead.json"
 
 
 class Nothing:
@@ -145,16 +141,15 @@ def main() -> None:
         [name, *(f"{measure(call):.1f}" for measure in (microseconds, in_a_graph, first))]
         for name, call in ops.items()
     ]
-    result = {
-        "title": "Host time of a kernel call, without the launch",
-        "hardware": cpu_name(),
-        "versions": {"torch": torch.__version__},
-        "columns": ["op", "microseconds", "in a graph", "first"],
-        "rows": rows,
-        "notes": "launch replaced by nothing; checks, tiles and the allocation of results remain; "
+    found = result(
+        "Host time of a kernel call, without the launch",
+        ["op", "microseconds", "in a graph", "first"],
+        rows,
+        "launch replaced by nothing; checks, tiles and the allocation of results remain; "
         "CPU tensors, so what a GPU's allocator costs is not in it",
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        versions=versions_of("qtk", "torch", "triton"),
+    )
+    write("host_overhead", found)
     for row in rows:
         print(*row)
 

@@ -1,6 +1,6 @@
 """Where the time of a model goes on a CPU, and how much of it arithmetic and memory would need.
 
-    python -m benchmarks.profile_cpu [MODEL ...]
+    python -m benchmarks.speed.cpu_profile [MODEL ...]
 
 PyTorch's profiler names the operations; what is left of the wall clock is the host: Python, and
 waiting for threads. "floor" is integer (or float) operations over the rate of a large product
@@ -9,22 +9,27 @@ is more, product by product. Writes benchmarks/results/cpu_profile.json.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.bench_cpu_models import cpu_name, versions
-from benchmarks.cpu_contenders import CONTENDERS, MODELS, TOKENS, Forward, Size, build, inputs_of
+from benchmarks.result import result, write
+from benchmarks.speed.cpu_contenders import (
+    CONTENDERS,
+    MODELS,
+    TOKENS,
+    Forward,
+    Size,
+    build,
+    inputs_of,
+)
 from qtk_kernels.int8_linear import int8_linear, prepare_int8
 
-RESULTS = Path(__file__).parent / "results" / "cpu_profile.json"
 SIZES: dict[str, tuple[Size, ...]] = {
     **dict.fromkeys(("minilm", "bert", "opt"), ((1, 16), (1, 128), (16, 128), (32, 128))),
     "vit": ((1, TOKENS), (16, TOKENS)),
@@ -114,19 +119,17 @@ def run(models: list[str]) -> dict[str, Any]:
                 where = f"{MODELS[name][0].split(',')[0]} {size[0]}x{size[1]}"
                 rows.append([where, what, *(f"{ms:.2f}" for ms in cells)])
     named = {k: f"{v:.1f} {'GB/s' if k == 'bytes' else 'GOP/s'}" for k, v in rate.items()}
-    return {
-        "title": "Where the time of a model goes on a CPU, milliseconds",
-        "hardware": cpu_name(),
-        "versions": versions(),
-        "columns": ["model", "what", "wall", "floor of the linears", *KINDS, "other ops", "host"],
-        "rows": rows,
-        "notes": "PyTorch's profiler, which slows small calls down: the kinds of a 1x16 call "
+    return result(
+        "Where the time of a model goes on a CPU, milliseconds",
+        ["model", "what", "wall", "floor of the linears", *KINDS, "other ops", "host"],
+        rows,
+        "PyTorch's profiler, which slows small calls down: the kinds of a 1x16 call "
         "may sum to more than they take; host is what they leave of the wall clock; measured: "
         + ", ".join(f"{k} {v}" for k, v in named.items()),
-    }  # fmt: skip
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="|".join(MODELS))
-    RESULTS.write_text(json.dumps(run(parser.parse_args().models), indent=1) + "\n", "utf-8")
+    write("cpu_profile", run(parser.parse_args().models))

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for GPUs that need not be there, and reads what the compiler made.
 
-    python benchmarks/aot_report.py            all variants for sm_80, sm_90 and sm_100: a table,
-                                               and benchmarks/results/aot.csv
-    python benchmarks/aot_report.py 90 int8    for sm_90 only, and only variants with that name
+    python -m benchmarks.compiler.report            all variants for sm_80, sm_90 and sm_100: a
+                                                    table, and benchmarks/results/aot.csv
+    python -m benchmarks.compiler.report 90 int8    for sm_90 only, and variants of that name
 
 Every row is written once it is known; rows of other variants and devices stay as they were.
 
@@ -33,8 +33,6 @@ from typing import Any
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-
 import torch
 import triton
 import triton.language as tl
@@ -42,6 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from benchmarks.result import COMMIT, RESULTS
 from qtk_kernels import (
     _split_k,
     fp8_linear,
@@ -57,10 +56,7 @@ from qtk_kernels._hadamard import split
 from qtk_kernels._launch import gemm_launch
 
 ARCHS = (80, 90, 100)
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a program may use
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-RESULTS = Path(__file__).resolve().parent / "results"
-
 TABLE = RESULTS / "aot.csv"
 
 FLOATS = ("eps", "clip", "out_step", "norm", "step")
@@ -105,7 +101,7 @@ class Row:
     unpack: float
 
 
-COLUMNS = ["triton", "torch", *(field.name for field in fields(Row))]
+COLUMNS = ["triton", "torch", "commit", *(field.name for field in fields(Row))]
 
 
 def row_variants() -> list[Variant]:
@@ -397,7 +393,7 @@ def _write(found: dict[tuple[str, int], dict[str, Any]]) -> None:
     order = {variant.name: i for i, variant in enumerate(_variants())}
     keys = sorted((key for key in found if key[0] in order), key=lambda k: (k[1], order[k[0]]))
     with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, restval="unknown")
         writer.writeheader()
         writer.writerows(found[key] for key in keys)
 
@@ -409,9 +405,10 @@ def main() -> None:
     found: dict[tuple[str, int], dict[str, Any]] = {}
     if TABLE.exists():
         with TABLE.open(newline="") as file:
-            old = [row for row in csv.DictReader(file) if list(row) == COLUMNS]
+            old = [row for row in csv.DictReader(file) if {"commit", *row} == set(COLUMNS)]
         found = {(row["variant"], int(row["arch"])): row for row in old}
-    versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
+    torch_version = torch.__version__.split("+")[0]
+    made = {"triton": triton.__version__, "torch": torch_version, "commit": COMMIT}
     RESULTS.mkdir(exist_ok=True)
     # sm_80 has no float8_e4m3fn
     jobs = [
@@ -420,7 +417,7 @@ def main() -> None:
     ]  # fmt: skip
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for row in pool.map(_report, jobs):
-            found[row.variant, row.arch] = {**versions, **asdict(row)}
+            found[row.variant, row.arch] = {**made, **asdict(row)}
             _write(found)
             print(
                 f"{row.variant:44} sm_{row.arch:<4} {row.registers:4} regs "

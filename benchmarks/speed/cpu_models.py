@@ -1,6 +1,6 @@
 """Speed of whole models on a CPU: float against quantized, qtk against its peers, interleaved.
 
-    python -m pytest benchmarks -k cpu          or          python -m benchmarks.bench_cpu_models
+    python -m benchmarks.speed.cpu_models [MODEL ...]
 
 Every contender has a process of its own (`cpu_contenders.py`), and they take turns, so that a noisy
 machine is noisy for all of them. Medians are reported, and the ratio to float32 in the same run.
@@ -10,23 +10,19 @@ benchmarks/results/cpu_<model>.json, and a plot of speed against fidelity.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from benchmarks.cpu_contenders import BASIC, CONTENDERS, MAIN, MODELS, TOKENS, Size, Worker
+from benchmarks.result import RESULTS, result, versions_of, write
+from benchmarks.speed.cpu_contenders import BASIC, CONTENDERS, MAIN, MODELS, TOKENS, Size, Worker
 
-RESULTS = Path(__file__).parent / "results"
 ROUNDS = 7
 PAUSE = 0.05  # seconds before each turn, for the threads of the one before to fall asleep
 SIZES: dict[str, tuple[Size, ...]] = {
@@ -35,7 +31,7 @@ SIZES: dict[str, tuple[Size, ...]] = {
     "opt": ((16, 128), (1, 128), (1, 16)),
     "vit": ((16, TOKENS), (1, TOKENS)),
 }
-PEERS = ("torchao", "onnxruntime", "optimum-quanto")
+PACKAGES = ("qtk", "torch", "transformers", "torchao", "onnxruntime", "optimum-quanto")
 
 
 def start(model: str, names: Sequence[str]) -> tuple[dict[str, Worker], dict[str, str]]:
@@ -82,26 +78,6 @@ def fidelity(workers: dict[str, Worker]) -> dict[str, float]:
     return {n: float(cosine_similarity(e, found["float32"]).mean()) for n, e in found.items()}
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    flags = [n for n in ("vnni", "amx_tile") if getattr(torch.cpu, f"_is_{n}_supported", bool)()]
-    return f"{name}, {torch.get_num_threads()} threads, {' '.join(flags) or 'no int8 instructions'}"
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for name in ("qtk", "torch", "transformers", *PEERS):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def run(model: str) -> dict[str, Any]:
     names = {"minilm": tuple(CONTENDERS), "bert": MAIN}.get(model, BASIC)
     workers, missing = start(model, names)
@@ -122,25 +98,27 @@ def run(model: str) -> dict[str, Any]:
             "cosine of the embeddings of 128 sentences to float32's, 128 others to calibrate"
         )
     notes += [f"{name} could not run ({why})" for name, why in missing.items()]
+    table = result(
+        f"{MODELS[model][0]}, on a CPU",
+        [*columns, *(["cosine"] if cosines else [])],
+        rows,
+        "; ".join(notes),
+        versions=versions_of(*PACKAGES),
+    )
     return {
-        "title": f"{MODELS[model][0]}, on a CPU",
-        "hardware": cpu_name(),
-        "versions": versions(),
-        "columns": [*columns, *(["cosine"] if cosines else [])],
-        "rows": rows,
-        "notes": "; ".join(notes),
+        **table,
         "milliseconds": {f"{b}x{t}": ms for (b, t), ms in medians.items()},
         "cosine": cosines,
     }
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def plot(found: dict[str, Any], path: Path) -> None:
     """Speed against fidelity, a point for each contender."""
     from matplotlib import pyplot as plt
 
-    ms = result["milliseconds"]["16x128"]
+    ms = found["milliseconds"]["16x128"]
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
-    for name, cosine in result["cosine"].items():
+    for name, cosine in found["cosine"].items():
         speed, error = ms["float32"] / ms[name], 1 - cosine
         if error < 1e-6:
             continue  # float32 itself
@@ -149,44 +127,26 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.annotate(name, (speed, error), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(
         yscale="log", xlabel="speed over float32, 16x128", ylabel="1 - cosine to float32",
-        title=result["title"],
+        title=found["title"],
     )  # fmt: skip
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.grid(alpha=0.3)
-    figure.text(0.01, 0.01, result["hardware"], fontsize=7, color="#64748b")
+    figure.text(0.01, 0.01, found["hardware"], fontsize=7, color="#64748b")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def write(model: str) -> None:
-    result = run(model)
-    text = json.dumps(result, indent=1)
-    (RESULTS / f"cpu_{model}.json").write_text(text + "\n", encoding="utf-8")
-    if result["cosine"]:
-        plot(result, RESULTS / f"cpu_{model}.png")
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_bench_cpu_table(model: str) -> None:
-    """The whole tables, written to results."""
-    write(model)
-
-
-@pytest.mark.parametrize("size", SIZES["minilm"], ids=str)
-@pytest.mark.parametrize("what", ["float32", "qtk W8A8"])
-def test_bench_cpu_minilm(benchmark: Any, what: str, size: Size) -> None:
-    """The two sides that the README compares, under pytest-benchmark."""
-    from benchmarks.cpu_contenders import build, inputs_of
-
-    forward, inputs = CONTENDERS[what](build("minilm"), "minilm"), inputs_of("minilm", size)
-    with torch.inference_mode():
-        benchmark(lambda: forward(inputs))
+def measure_and_write(model: str) -> None:
+    found = run(model)
+    write(f"cpu_{model}", found)
+    if found["cosine"]:
+        plot(found, RESULTS / f"cpu_{model}.png")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="|".join(MODELS))
     for name in parser.parse_args().models:
-        write(name)
+        measure_and_write(name)

@@ -8,7 +8,6 @@ activations themselves: they stand beside our quantizer and product together.
 import importlib
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from qtk_kernels._tune import Calls, copies, random_codes, rounds_of
 from qtk_kernels.fp8_linear import to_fp8
 
-PACKAGES = ("gemlite", "torchao")
 GROUP = 128
 
 
@@ -117,8 +115,3 @@ def compiled_linear() -> Callable[..., Any]:
 
 def bf16_linear(N: int, K: int, device: str) -> nn.Linear:
     return nn.Linear(K, N, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
-    return {name: version(name) for name in PACKAGES if find_spec(name) is not None}

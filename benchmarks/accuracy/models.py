@@ -1,42 +1,28 @@
 """What quantization costs real models: MiniLM on STS-B, a small OPT on WikiText-2, a small ViT.
 
-    python -m benchmarks.fidelity minilm | opt | vit | reviews | ablation | all [--only ROW ...]
+    python -m benchmarks.accuracy.models minilm | opt | vit | reviews | ablation | all
+                                         [--only ROW ...] [--resume]
 
-writes benchmarks/results/fidelity_<name>.json, which the README's tables are made from. Every row
-is the mean over calibration draws with seeds 0, 1 and 2, but for the ablation's and the
-reviews', which are of seed 0. --only measures the named rows and keeps the others of the file.
+writes benchmarks/results/fidelity_<name>.json. Every row is the mean over calibration draws with
+seeds 0, 1 and 2, but for the ablation's and the reviews', which are of seed 0. --only measures the
+named rows and keeps the others of the file; --resume measures what the file does not hold yet.
 """
 
 import argparse
-import json
-import os
-import platform
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
-from statistics import mean
-from typing import Any
 from unittest.mock import patch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import torch
-import transformers
-
-import qtk
 from benchmarks import data
+from benchmarks.accuracy.table import Cases, Measure, Options, Table, one_seed, quantize
 
-RESULTS = Path(__file__).parent / "results"
-SEEDS = (0, 1, 2)
 WINDOWS = 150  # of the 1,391 of WikiText-2 test
-PLAIN: dict[str, Any] = {"method": "none", "rounding": "nearest", "ranges": "minmax"}
-OS_PLUS: dict[str, Any] = {"method": "os+", "rounding": "nearest"}
+PLAIN: Options = {"method": "none", "rounding": "nearest", "ranges": "minmax"}
+OS_PLUS: Options = {"method": "os+", "rounding": "nearest"}
 
-MINILM: list[tuple[str, dict[str, Any]]] = [
+MINILM: Cases = [
     ("W8A8 min-max, nearest", {"w": 8, "a": 8, **PLAIN}),
     ("W8A8 fast", {"w": 8, "a": 8, "preset": "fast"}),
     ("W8A8", {"w": 8, "a": 8}),
@@ -54,9 +40,9 @@ MINILM: list[tuple[str, dict[str, Any]]] = [
     ("W4A16 g32 asymmetric", {"w": 4, "a": 16, "group_size": 32, "weights": "asymmetric"}),
     ("W3A16 g32 asymmetric", {"w": 3, "a": 16, "group_size": 32, "weights": "asymmetric"}),
 ]
-ROTATE: dict[str, Any] = {"w": 4, "a": 4, "method": "rotate"}
-EQUALIZE: dict[str, Any] = {"w": 4, "a": 4, "method": "equalize+rotate"}
-ABLATION: list[tuple[str, dict[str, Any]]] = [
+ROTATE: Options = {"w": 4, "a": 4, "method": "rotate"}
+EQUALIZE: Options = {"w": 4, "a": 4, "method": "equalize+rotate"}
+ABLATION: Cases = [
     ("min-max, nearest", {"w": 4, "a": 4, **PLAIN}),
     ("OS+, nearest", {"w": 4, "a": 4, **OS_PLUS}),
     ("rotate, min-max, nearest", {**ROTATE, "rounding": "nearest", "ranges": "minmax"}),
@@ -79,7 +65,7 @@ ABLATION: list[tuple[str, dict[str, Any]]] = [
     ),
 ]
 OFF = {"fit": ("_least_squares", "FIT_DAMP", 1e12), "descent": ("_coordinates", "ROUNDS", 0)}
-REVIEWS: list[tuple[str, dict[str, Any]]] = [
+REVIEWS: Cases = [
     ("W8A8", {"w": 8, "a": 8}),
     ("W4A8", {"w": 4, "a": 8}),
     ("W4A4 min-max, nearest", {"w": 4, "a": 4, **PLAIN}),
@@ -88,7 +74,7 @@ REVIEWS: list[tuple[str, dict[str, Any]]] = [
     ("W6A6", {"w": 6, "a": 6}),
     ("W4A16 g128", {"w": 4, "a": 16, "group_size": 128}),
 ]
-OPT: list[tuple[str, dict[str, Any]]] = [
+OPT: Cases = [
     ("W8A8 min-max, nearest", {"w": 8, "a": 8, **PLAIN}),
     ("W8A8 OS+, nearest", {"w": 8, "a": 8, **OS_PLUS}),
     ("W8A8", {"w": 8, "a": 8}),
@@ -98,7 +84,7 @@ OPT: list[tuple[str, dict[str, Any]]] = [
     ("W4A4 token", {"w": 4, "a": 4, "activations": "token"}),
     ("W4A16 g128", {"w": 4, "a": 16, "group_size": 128}),
 ]
-VIT: list[tuple[str, dict[str, Any]]] = [
+VIT: Cases = [
     ("W8A8 min-max, nearest", {"w": 8, "a": 8, **PLAIN}),
     ("W8A8", {"w": 8, "a": 8}),
     ("W6A6", {"w": 6, "a": 6}),
@@ -107,28 +93,12 @@ VIT: list[tuple[str, dict[str, Any]]] = [
     ("W4A4", {"w": 4, "a": 4}),
 ]
 
-Row = list[str]
-Measure = Callable[[dict[str, Any], int], list[float]]  # options of quantize and a seed -> figures
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table to be measured: a row a case, a column a figure."""
-
-    title: str
-    columns: list[str]
-    formats: list[str]
-    cases: list[tuple[str, dict[str, Any]]]
-    measure: Measure
-    notes: str
-    base: Row | None = None
-    seeds: tuple[int, ...] = SEEDS
-
 
 def minilm() -> Table:
     """Cosine of sentence embeddings to the float model's, and Spearman on STS-B test."""
     measure, base = similarity()
     return Table(
+        "fidelity_minilm",
         "MiniLM sentence embeddings, STS-B test",
         ["scheme", "cosine", "worst", "STS-B Spearman"],
         ["{:.4f}", "{:.3f}", "{:.2f}"],
@@ -145,12 +115,13 @@ def ablation() -> Table:
     """What each part of the W4A4 recipe is worth."""
     measure, _ = similarity()
 
-    def timed(options: dict[str, Any], seed: int) -> list[float]:
+    def timed(options: Options, seed: int) -> list[float]:
         start = time.perf_counter()
         figures = measure(options, seed)
         return [*figures, time.perf_counter() - start]
 
     return Table(
+        "fidelity_ablation",
         "MiniLM at W4A4: what each part is worth",
         ["method, ranges and rounding", "cosine", "worst", "STS-B Spearman", "s"],
         ["{:.4f}", "{:.3f}", "{:.2f}", "{:.0f}"],
@@ -158,7 +129,7 @@ def ablation() -> Table:
         timed,
         "as the table of MiniLM, one calibration draw; seconds with evaluation, one thread of a "
         "machine that had other work",
-        seeds=(0,),
+        seeds=one_seed,
     )
 
 
@@ -168,7 +139,7 @@ def similarity() -> tuple[Measure, float]:
     task = data.stsb_test(tokenizer)
     wanted = task.embeddings(model)
 
-    def measure(options: dict[str, Any], seed: int) -> list[float]:
+    def measure(options: Options, seed: int) -> list[float]:
         options = dict(options)
         calib = data.stsb_calibration(seed, options.pop("sentences", 256))
         with without(options.pop("without", ())):
@@ -196,13 +167,14 @@ def reviews() -> Table:
     task = data.reviews(tokenizer)
     wanted = task.embeddings(model)
 
-    def measure(options: dict[str, Any], seed: int) -> list[float]:
+    def measure(options: Options, seed: int) -> list[float]:
         calib = data.stsb_calibration(seed)
         got = task.embeddings(quantize(model, calib, options, seed, tokenizer=tokenizer))
         cosines = (got * wanted).sum(-1)
         return [float(cosines.mean()), float(cosines.min()), task.probe(got)]
 
     return Table(
+        "fidelity_reviews",
         "MiniLM sentence embeddings, film reviews",
         ["scheme", "cosine", "worst", "linear probe %"],
         ["{:.4f}", "{:.3f}", "{:.2f}"],
@@ -212,7 +184,7 @@ def reviews() -> Table:
         "sentences of STS-B train; the probe is a ridge classifier on the embeddings of every "
         "other sentence, judged on the rest",
         base=["float32", "1", "1", f"{task.probe(wanted):.2f}"],
-        seeds=(0,),
+        seeds=one_seed,
     )
 
 
@@ -222,12 +194,13 @@ def opt() -> Table:
     model = data.inject_outliers(model)
     base = data.perplexity(model, WINDOWS)
 
-    def measure(options: dict[str, Any], seed: int) -> list[float]:
+    def measure(options: Options, seed: int) -> list[float]:
         qmodel = quantize(model, data.opt_calibration(seed), options, seed)
         perplexity = data.perplexity(qmodel, WINDOWS)
         return [perplexity, 100 * (perplexity / base - 1)]
 
     return Table(
+        "fidelity_opt",
         "Small OPT with injected outlier channels, WikiText-2 test",
         ["scheme", "perplexity", "over float"],
         ["{:.2f}", "{:+.2f} %"],
@@ -246,13 +219,14 @@ def vit() -> Table:
     pixels, labels = data.cifar10("test", 10000)
     base = data.accuracy(model, pixels, labels)
 
-    def measure(options: dict[str, Any], seed: int) -> list[float]:
+    def measure(options: Options, seed: int) -> list[float]:
         images, _ = data.cifar10("train", 128, seed)
         calib = [{"pixel_values": part} for part in images.split(32)]
         accuracy = data.accuracy(quantize(model, calib, options, seed), pixels, labels)
         return [accuracy, accuracy - base]
 
     return Table(
+        "fidelity_vit",
         "Small ViT, CIFAR-10 (JPEG) test, all 10,000 images",
         ["scheme", "top-1 %", "to float"],
         ["{:.2f}", "{:+.2f}"],
@@ -263,51 +237,6 @@ def vit() -> Table:
     )
 
 
-def quantize(model: Any, calib: Any, options: dict[str, Any], seed: int, **more: Any) -> Any:
-    return qtk.quantize(model, calib=calib, seed=seed, progress=False, **options, **more)
-
-
-def rows_of(table: Table, path: Path, only: list[str]) -> Iterator[list[Row]]:
-    """The table's rows, again after each that was measured, so that stopping loses nothing."""
-    kept = {}
-    if only:
-        kept = {row[0]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
-    if table.base:
-        kept[table.base[0]] = table.base
-    order = [table.base[0], *(name for name, _ in table.cases)] if table.base else []
-    order = order or [name for name, _ in table.cases]
-    for name, options in table.cases:
-        if only and name not in only:
-            continue
-        figures = [table.measure(options, seed) for seed in table.seeds]
-        means = [mean(column) for column in zip(*figures, strict=True)]
-        kept[name] = [name, *(f.format(x) for f, x in zip(table.formats, means, strict=True))]
-        print("  ".join(kept[name]), file=sys.stderr, flush=True)
-        yield [kept[name] for name in order if name in kept]
-
-
-def document(table: Table, rows: list[Row]) -> dict[str, Any]:
-    """What is written down of a table."""
-    seeds = ", ".join(map(str, table.seeds))
-    drawn = f"Means over calibration seeds {seeds}" if len(table.seeds) > 1 else f"Seed {seeds}"
-    return result(table.title, table.columns, rows, f"{table.notes}. {drawn}.")
-
-
-def result(title: str, columns: list[str], rows: list[Row], notes: str) -> dict[str, Any]:
-    return {
-        "title": title,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "qtk": qtk.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "columns": columns,
-        "rows": rows,
-        "notes": notes,
-    }
-
-
 TABLES = {"minilm": minilm, "opt": opt, "vit": vit, "reviews": reviews, "ablation": ablation}
 
 
@@ -315,13 +244,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("name", choices=[*TABLES, "all"])
     parser.add_argument("--only", nargs="+", default=[], help="names of rows")
+    parser.add_argument("--resume", action="store_true", help="keep the figures in the file")
     options = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
     for key in TABLES if options.name == "all" else (options.name,):
-        table, path = TABLES[key](), RESULTS / f"fidelity_{key}.json"
-        for rows in rows_of(table, path, options.only):
-            text = json.dumps(document(table, rows), indent=1, ensure_ascii=False)
-            path.write_text(text + "\n", encoding="utf-8")
+        TABLES[key]().fill(options.only, options.resume)
 
 
 if __name__ == "__main__":
