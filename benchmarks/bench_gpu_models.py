@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import qtk
 from benchmarks.bench_kernels import head, this_run
 from benchmarks.gpu_tables import RESULTS
-from qtk_kernels._tune import microseconds
+from qtk_kernels.tune import microseconds
 
 DEVICE = "cuda"
 BATCHES = (1, 8, 64)

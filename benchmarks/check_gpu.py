@@ -24,13 +24,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from benchmarks import check_attention
-from qtk_kernels._int4 import pack_int4, unpack_int4
+from qtk_kernels.codes import Codes
 from qtk_kernels.fp8_linear import fp8_linear, to_fp8
-from qtk_kernels.gelu_quantize import activation_quantize
 from qtk_kernels.hadamard_quantize import hadamard_quantize
 from qtk_kernels.int4_linear import int4_linear
 from qtk_kernels.int8_linear import int8_linear
 from qtk_kernels.layer_norm_quantize import layer_norm_quantize
+from qtk_kernels.packing import pack_int4, unpack_int4
 from qtk_kernels.shift_scale_quantize import shift_scale_quantize
 from qtk_kernels.weight_only_linear import weight_only_linear
 
@@ -95,36 +95,36 @@ def quantizer(op: str, rng: random.Random, device: str) -> None:
     x = laid_out((torch.randn(M, K, device=device) * 4).to(rng.choice(DTYPES)), rng)
     a, b = torch.rand(K, device=device) * 10, torch.randn(K, device=device)
     packed = rng.random() < 0.3
-    granularity = rng.choice(["tensor", "token", 32, 128, rng.randint(1, K)])
-    options: dict[str, Any] = {
-        "bits": rng.randint(2, 4 if packed else 8), "granularity": granularity,
-        "signed": packed or rng.random() < 0.5, "packed": packed,
-    }  # fmt: skip
+    grids: list[str | int] = ["tensor", "token", 32, 128, rng.randint(1, K)]
+    bits = rng.randint(2, 4 if packed else 8)
+    offset = 2 ** (bits - 1) if not packed and rng.random() < 0.5 else 0
+    wanted = Codes(bits, rng.choice(grids), offset, packed)
+    options: dict[str, Any] = {}
     if op == "shift_scale":
-        got, want = both(shift_scale_quantize, x, a, b, **options)
+        got, want = both(shift_scale_quantize, x, a, b, wanted)
     elif op == "activation":
         options["activation"] = rng.choice(["gelu", "gelu_tanh", "relu"])
-        got, want = both(activation_quantize, x, a, b, **options)
+        got, want = both(shift_scale_quantize, x, a, b, wanted, **options)
     elif op == "hadamard":
         divisors = [d for d in range(1, K + 1) if K % d == 0]
-        got, want = both(hadamard_quantize, x, a, b, block=rng.choice(divisors), **options)
+        options["block"] = rng.choice(divisors)
+        got, want = both(hadamard_quantize, x, a, b, wanted, **options)
     else:
         emit = rng.choice([None, "sum", "norm"])
         norm = {"norm_weight": a, "norm_bias": b} if emit == "norm" else {}
-        got, want = both(
-            layer_norm_quantize, x, a, b, 1e-5, residual=x, emit=emit, **norm, **options
-        )
+        got, want = both(layer_norm_quantize, x, a, b, 1e-5, wanted, residual=x, emit=emit, **norm)
         if emit:
             eps = torch.finfo(x.dtype).eps
             near(got[2], want[2], (2 * eps + K * ULP) * want[2].abs() + (K + 8) * ULP * 40)
     codes = [unpack_int4(q, K) if packed else q for q in (got[0], want[0])]
     differ = (codes[0].int() - codes[1].int()).abs()
-    assert differ.max() <= 1, f"{op} {options}: codes differ by {differ.max()}"
+    assert differ.max() <= 1, f"{op} {wanted} {options}: codes differ by {differ.max()}"
     exact = op == "shift_scale"
     share = differ.float().mean()
-    assert not differ.any() if exact else share <= max(2e-3, 2 / differ.numel()), (op, options)
+    few = not differ.any() if exact else share <= max(2e-3, 2 / differ.numel())
+    assert few, (op, wanted, options)
     if want[1] is not None:  # a group's values may be small differences of large terms
-        top = 2 ** (options["bits"] - 1) - 1
+        top = 2 ** (bits - 1) - 1
         terms = 0 if exact else largest_term(op, x, a, b) / max(top, 1)
         near(got[1], want[1], (K + 8) * 4 * ULP * (0 if exact else 1) * (want[1] + terms))
 
@@ -153,7 +153,7 @@ def integer_linear(op: str, rng: random.Random, device: str) -> None:
         "x_zero_point": rng.choice([0, 3, -100]), "group_size": size,
     }  # fmt: skip
     if G == 1 and rng.random() < 0.3:
-        args |= {"out_step": 0.5, "out_zero_point": 3, "out_bits": rng.choice([4, 8])}
+        args |= {"out_step": 0.5, "out_zero_point": 3, "out_codes": Codes(rng.choice([4, 8]))}
     w_scale, bias = torch.rand(N, G, device=device) * 1e-2, torch.randn(N, device=device)
     x = x_q.view(torch.uint8) if unsigned else x_q
     if op == "W8A8":
@@ -238,7 +238,6 @@ CHECKS: dict[str, Callable[[random.Random, str], None]] = {
     "fp8": fp8,
     "weight_only": weight_only,
     "attention": check_attention.attention,
-    "log_softmax": check_attention.log_softmax,
 }
 
 

@@ -8,7 +8,7 @@ import torch
 import qtk
 from qtk.modules.block import FusedBlock, fused_forward
 from qtk.modules.linear import QuantLinear
-from qtk_kernels._dispatch import cpu_has_int8
+from qtk_kernels.dispatch import cpu_has_int8
 from tests.zoo import build
 
 pytestmark = pytest.mark.skipif(not cpu_has_int8(), reason="needs a CPU that multiplies bytes")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 import qtk
 from qtk.modules.block import FusedBlock
 from qtk.modules.linear import QuantLinear
-from qtk_kernels._dispatch import cpu_has_int8
+from qtk_kernels.dispatch import cpu_has_int8
 
 LOAD = """
 import json, resource, sys

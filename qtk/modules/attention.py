@@ -20,7 +20,8 @@ from transformers import AttentionInterface
 
 from qtk.models import Block
 from qtk.scheme import AttentionScheme
-from qtk_kernels._dispatch import backend_of
+from qtk_kernels.codes import Codes
+from qtk_kernels.dispatch import backend_of
 from qtk_kernels.quantized_attention import attention_weights, quantized_attention
 from qtk_kernels.shift_scale_quantize import shift_scale_quantize
 
@@ -116,17 +117,14 @@ class QuantAttention(nn.Module):
         bits = self.scheme.bits
         if bits is None or self.v_scale is None:
             return (q, k, v), {}
-        q_codes, q_scale = shift_scale_quantize(
-            q, bits=bits, granularity="token", backend=self.backend
-        )
-        k_codes, k_scale = shift_scale_quantize(
-            k, bits=bits, granularity="token", backend=self.backend
-        )
+        per_token = Codes(bits, "token")
+        q_codes, q_scale = shift_scale_quantize(q, None, None, per_token, backend=self.backend)
+        k_codes, k_scale = shift_scale_quantize(k, None, None, per_token, backend=self.backend)
         assert q_scale is not None and k_scale is not None
         B, _, T, _ = v.shape
         rows = v.transpose(1, 2).reshape(B, T, -1)
         v_codes, _ = shift_scale_quantize(
-            rows, (1 / self.v_scale).flatten(), bits=bits, backend=self.backend
+            rows, (1 / self.v_scale).flatten(), None, Codes(bits), backend=self.backend
         )
         v_codes = v_codes.view(B, T, self.heads, self.head_size).transpose(1, 2)
         return (q_codes, k_codes, v_codes), {"q_scale": q_scale[..., 0], "k_scale": k_scale[..., 0]}

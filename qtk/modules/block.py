@@ -32,9 +32,9 @@ from qtk.modules.cpu_block import Forward, cpu_forward, runs_here
 from qtk.modules.linear import QuantLinear
 from qtk.modules.parts import Norm, Parts, make_parts
 from qtk.modules.plan import multiply
-from qtk_kernels._activation import activate
-from qtk_kernels.gelu_quantize import activation_quantize
+from qtk_kernels.activation import activate
 from qtk_kernels.layer_norm_quantize import layer_norm_quantize
+from qtk_kernels.shift_scale_quantize import shift_scale_quantize
 
 # change no number here; hidden states are seen between blocks
 IGNORED = (
@@ -145,16 +145,15 @@ def fused_forward(
 def _norm_quantize(
     x: Tensor, residual: Tensor | None, norm: Norm, reader: QuantLinear, emit: str | None
 ) -> tuple[Tensor, Tensor | None, Any]:
-    plan, a = reader.plan, reader.scheme.a
-    assert a is not None
+    plan = reader.plan
+    assert plan.codes is not None
     emits_norm = emit == "norm"
     if reader.rotation:
         return _norm_rotate_quantize(x, residual, norm, reader, emit)
     return layer_norm_quantize(
-        x, norm.q_weight, norm.q_bias, norm.eps, residual=residual, emit=emit,
+        x, norm.q_weight, norm.q_bias, norm.eps, plan.codes, residual=residual, emit=emit,
         norm_weight=norm.weight if emits_norm else None,
         norm_bias=norm.bias if emits_norm else None,
-        bits=a.bits, granularity=a.granularity, signed=plan.signed, clip=plan.clip,
         backend=plan.backend,
     )  # fmt: skip
 
@@ -174,14 +173,13 @@ def _norm_rotate_quantize(
 def _activation_quantize(
     h: Tensor, activation: str, reader: QuantLinear
 ) -> tuple[Tensor, Tensor | None]:
-    plan, a = reader.plan, reader.scheme.a
-    assert a is not None
+    plan = reader.plan
+    assert plan.codes is not None
     if reader.rotation:
         return reader.quantize(activate(h, activation))
-    return activation_quantize(
-        h, plan.multiplier, plan.offset, activation=activation, bits=a.bits,
-        granularity=a.granularity, signed=plan.signed, clip=plan.clip, backend=plan.backend,
-    )  # fmt: skip
+    return shift_scale_quantize(
+        h, plan.multiplier, plan.offset, plan.codes, activation=activation, backend=plan.backend
+    )
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Any:

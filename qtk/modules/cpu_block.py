@@ -19,11 +19,11 @@ from qtk.modules.attention import attention
 from qtk.modules.linear import QuantLinear
 from qtk.modules.parts import Norm, Parts
 from qtk.modules.plan import Plan
-from qtk_kernels._codes import EPS
-from qtk_kernels._int8_cpu import onednn_linear
+from qtk_kernels.codes import EPS, Codes
+from qtk_kernels.onednn import onednn_linear
 
-Codes = tuple[Tensor, Tensor | None]
-Reader = Callable[[Tensor], Codes]
+Quantized = tuple[Tensor, Tensor | None]  # codes and their scale
+Reader = Callable[[Tensor], Quantized]
 Forward = Callable[[Tensor, Tensor | None, Any], Tensor]
 
 
@@ -86,17 +86,17 @@ def reader(linear: QuantLinear, folded: bool = False, keep: bool = False) -> Rea
         folded: a LayerNorm has done the first affine map.
         keep: the input is needed afterwards, and must not be overwritten.
     """
-    plan, a = linear.plan, linear.scheme.a
-    assert a is not None
+    plan, codes = linear.plan, linear.plan.codes
+    assert codes is not None
     last = None
     if plan.multiplier is not None and plan.offset is not None:
         last = (plan.multiplier, plan.offset)
     first, second = (plan.before, last) if linear.rotation else (last, None)
     if folded:
         first = None
-    grid = _token_grid(plan, a.bits) if a.granularity == "token" else _static_grid(a.bits)
+    grid = _static_grid(codes.bits) if codes.static else _token_grid(codes)
 
-    def read(x: Tensor) -> Codes:
+    def read(x: Tensor) -> Quantized:
         if keep and first is None:
             x = x.clone()
         elif first is not None:
@@ -113,22 +113,22 @@ def reader(linear: QuantLinear, folded: bool = False, keep: bool = False) -> Rea
 def _static_grid(bits: int) -> Reader:
     qmax = 2**bits - 1
 
-    def codes(x: Tensor) -> Codes:
+    def read(x: Tensor) -> Quantized:
         return x.round_().clamp_(0, qmax).to(torch.uint8), None
 
-    return codes
+    return read
 
 
-def _token_grid(plan: Plan, bits: int) -> Reader:
-    qmax = torch.tensor(2.0 ** (bits - 1) - 1)
+def _token_grid(codes: Codes) -> Reader:
+    qmax = torch.tensor(float(codes.qmax))
 
-    def codes(x: Tensor) -> Codes:
+    def read(x: Tensor) -> Quantized:
         limit = x.abs().amax(-1, keepdim=True).clamp_(min=EPS)
-        if plan.clip != 1:
-            limit = limit.mul_(plan.clip)
+        if codes.clip != 1:
+            limit = limit.mul_(codes.clip)
         x = x.mul_(qmax / limit).round_()
-        if plan.clip != 1:
-            x = x.clamp_(-qmax - 1, qmax)
-        return x.add_(plan.x_zero_point).to(torch.uint8), limit.div_(qmax)
+        if codes.clip != 1:
+            x = x.clamp_(codes.qmin, codes.qmax)
+        return x.add_(codes.offset).to(torch.uint8), limit.div_(qmax)
 
-    return codes
+    return read

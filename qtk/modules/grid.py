@@ -32,16 +32,16 @@ class InputGrid:
     zero_point: Tensor | None = None
     clip: float = 1.0
 
-    def affines(self, lift: int = 0) -> tuple[Affine | None, Affine | None]:
+    def affines(self, code_offset: int = 0) -> tuple[Affine | None, Affine | None]:
         """The maps before and behind the rotation; the second ends in units of codes.
 
-        Without a rotation there is only the second. `lift` is added to every code.
+        Without a rotation there is only the second. `code_offset` is added to every code.
         """
         first = second = None
         if self.shift is not None and self.channel_scale is not None:
             first = (1 / self.channel_scale, -self.shift / self.channel_scale)
         if self.scale is not None and self.zero_point is not None:
-            second = (1 / self.scale, self.zero_point.float() + lift)
+            second = (1 / self.scale, self.zero_point.float() + code_offset)
         if self.rotation or first is None:
             return first, second
         if second is None:

@@ -128,15 +128,15 @@ class QuantLinear(nn.Module):
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., K] -> codes [..., K] and their scale (None when static); floats stay floats."""
-        plan, a = self.plan, self.scheme.a
+        plan = self.plan
         if self.rotation:
-            assert a is not None
+            assert plan.codes is not None
+            multiplier, offset = plan.before or (None, None)
             return hadamard_quantize(
-                x, *(plan.before or (None, None)), out_multiplier=plan.multiplier,
-                out_offset=plan.offset, bits=a.bits, granularity=a.granularity,
-                signed=plan.signed, clip=plan.clip, backend=plan.backend,
+                x, multiplier, offset, plan.codes, out_multiplier=plan.multiplier,
+                out_offset=plan.offset, backend=plan.backend,
             )  # fmt: skip
-        if a is None:
+        if plan.codes is None:
             if plan.multiplier is not None and plan.offset is not None:
                 x = (x.float() * plan.multiplier + plan.offset).to(x.dtype)
             return x, None
@@ -144,12 +144,11 @@ class QuantLinear(nn.Module):
 
     def quantize_rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What `quantize` does behind the rotation, or all of it where there is none."""
-        plan, a = self.plan, self.scheme.a
-        assert a is not None
+        plan = self.plan
+        assert plan.codes is not None
         return shift_scale_quantize(
-            x, plan.multiplier, plan.offset, bits=a.bits, granularity=a.granularity,
-            signed=plan.signed, clip=plan.clip, backend=plan.backend,
-        )  # fmt: skip
+            x, plan.multiplier, plan.offset, plan.codes, backend=plan.backend
+        )
 
     def multiply(
         self, q: Tensor, scale: Tensor | None, out_dtype: torch.dtype = torch.float32,

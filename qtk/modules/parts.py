@@ -72,7 +72,7 @@ def _same_input(q: QuantLinear, k: QuantLinear, v: QuantLinear) -> bool:
         and q.rotation == other.rotation
         and equal(q.plan.before and q.plan.before[0], other.plan.before and other.plan.before[0])
         and equal(q.plan.before and q.plan.before[1], other.plan.before and other.plan.before[1])
-        and q.plan.clip == other.plan.clip
+        and q.plan.codes == other.plan.codes
         and equal(q.plan.multiplier, other.plan.multiplier)
         and equal(q.plan.offset, other.plan.offset)
         for other in (k, v)

@@ -8,10 +8,9 @@ from torch import Tensor
 from qtk.errors import BackendError
 from qtk.modules.grid import Affine, InputGrid
 from qtk.scheme import Format
-from qtk_kernels._dispatch import backend_of
-from qtk_kernels._int4 import pack_int4, unpack_int4
-from qtk_kernels._int4_cpu import MOST_ROWS, FewRows, few_rows_linear, prepare_few_rows
-from qtk_kernels._int8_cpu import onednn_linear
+from qtk_kernels.codes import Codes
+from qtk_kernels.dispatch import backend_of
+from qtk_kernels.few_rows import MOST_ROWS, FewRows, few_rows_linear, prepare_few_rows
 from qtk_kernels.int4_linear import (
     int4_linear,
     int4_linear_kernel_name,
@@ -25,6 +24,8 @@ from qtk_kernels.int8_linear import (
     prepare_int8,
     restore_int8,
 )
+from qtk_kernels.onednn import onednn_linear
+from qtk_kernels.packing import pack_int4, unpack_int4
 from qtk_kernels.weight_only_linear import (
     prepare_weight_only,
     weight_only_kernel_name,
@@ -43,7 +44,7 @@ class Plan:
         weight_scale: [N, G], times the input's step when that is static.
         weight_zero_point: [N, G] float32, None for symmetric weights.
         bias: [N] with the input's zero point folded in.
-        signed: codes are int8; else uint8, shifted by 2 ** (bits - 1).
+        codes: what the quantizer of the input writes, None where it stays floating point.
         x_zero_point: what a dynamic kernel subtracts from a code.
         kernel: the name of what runs, for the summary.
         onednn: whether that is oneDNN, which needs none of the kernels' checks and choices.
@@ -61,9 +62,8 @@ class Plan:
     offset: Tensor | None
     weight_scale: Tensor
     bias: Tensor | None
-    signed: bool
+    codes: Codes | None
     x_zero_point: int
-    clip: float
     kernel: str
     onednn: bool = False
     few_rows: FewRows | None = None
@@ -91,21 +91,22 @@ def make_plan(
     backend = resolve_backend(weight_scale, backend)
     if grid.fmt is None:
         return _weight_only(codes, weight_scale, weight_zero_point, bias, grid, w, backend)
-    K, signed = codes.shape[1], backend != "cpu"
-    lift = 0 if signed else 2 ** (grid.fmt.bits - 1)  # signed code + lift = unsigned code
-    before, affine = grid.affines(lift)
+    K = codes.shape[1]
+    code_offset = 2 ** (grid.fmt.bits - 1) if backend == "cpu" else 0
+    before, affine = grid.affines(code_offset)
     multiplier, offset = affine or (None, None)
-    groups, x_zero_point = weight_scale.shape[1], lift
+    groups, x_zero_point = weight_scale.shape[1], code_offset
     if grid.scale is not None and grid.zero_point is not None:
         weight_scale, x_zero_point = weight_scale * grid.scale, 0
-        zero_point = int(grid.zero_point) + lift
+        zero_point = int(grid.zero_point) + code_offset
         bias = fold_zero_point(bias, codes, weight_scale, 1.0, zero_point, w.group_size)
         assert multiplier is not None and offset is not None
         multiplier, offset = multiplier.expand(K).contiguous(), offset.expand(K).contiguous()
     operand, name = prepare_operand(codes, w, groups, backend)
+    written = Codes(grid.fmt.bits, grid.fmt.granularity, code_offset, clip=grid.clip)
     return Plan(
-        w, K, backend, operand, before, multiplier, offset, weight_scale, bias, signed,
-        x_zero_point, grid.clip, name, onednn=operand.is_mkldnn,
+        w, K, backend, operand, before, multiplier, offset, weight_scale, bias, written,
+        x_zero_point, name, onednn=operand.is_mkldnn,
     )  # fmt: skip
 
 
@@ -126,8 +127,8 @@ def _weight_only(
     before, affine = grid.affines()
     multiplier, offset = affine or (None, None)
     return Plan(
-        w, K, backend, operand, before, multiplier, offset, weight_scale, bias, signed=True,
-        x_zero_point=0, clip=1.0, kernel=name, few_rows=few_rows, weight_zero_point=zero_point,
+        w, K, backend, operand, before, multiplier, offset, weight_scale, bias, codes=None,
+        x_zero_point=0, kernel=name, few_rows=few_rows, weight_zero_point=zero_point,
     )  # fmt: skip
 
 

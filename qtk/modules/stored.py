@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qtk.pack import dense
-from qtk_kernels._int4 import pack_int4, unpack_int4
+from qtk_kernels.packing import pack_int4, unpack_int4
 
 
 def stored_shape(K: int, bits: int) -> tuple[torch.dtype, tuple[int, int]]:
