@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -44,13 +45,13 @@ EVERYTHING: list[tuple[str, dict[str, Any]]] = [
     ("W4A4, int4 products, matthew 4", whole(4)),
     ("W4A4, int4 products, code 4 steps", whole(4, "code")),
 ]
-RANGES: list[tuple[str, str, hessian.Settings]] = [
-    ("minmax", "minmax", hessian.Settings()),
-    ("mse", "mse", hessian.Settings()),
-    ("hessian, block, bottom 0.1", "hessian", hessian.Settings()),
-    ("hessian, block, bottom 0", "hessian", hessian.Settings(0.0)),
-    ("hessian, block, bottom 0.3", "hessian", hessian.Settings(0.3)),
-    ("hessian, layer, bottom 0.1", "hessian", hessian.Settings(granularity="layer")),
+RANGES: list[tuple[str, Any]] = [
+    ("minmax", "minmax"),
+    ("mse", "mse"),
+    ("hessian, block, bottom 0.1", "hessian"),
+    ("hessian, block, bottom 0", partial(hessian.find, bottom_ratio=0.0)),
+    ("hessian, block, bottom 0.3", partial(hessian.find, bottom_ratio=0.3)),
+    ("hessian, layer, bottom 0.1", partial(hessian.find, granularity="layer")),
 ]
 SOFTMAX: list[tuple[str, dict[str, Any]]] = [
     (name, {"w": 16, "a": 16, "softmax": kind, "softmax_bits": bits})
@@ -128,14 +129,6 @@ def seeds_of(options: dict[str, Any]) -> tuple[int, ...]:
     return SEEDS if drawn else SEEDS[:1]
 
 
-def apply(model: Any, calib: Any, options: dict[str, Any], seed: int, **more: Any) -> Any:
-    """The quantized model of a case; its "settings" are those of the range search."""
-    settings = options.get("settings", hessian.Settings())
-    theirs = {key: value for key, value in options.items() if key != "settings"}
-    with hessian.using(settings):
-        return quantize(model, calib, theirs, seed, **more)
-
-
 def calibration(seed: int) -> list[dict[str, Tensor]]:
     images, _ = data.cifar10("train", CALIBRATION, seed)
     return [{"pixel_values": part} for part in images.split(32)]
@@ -165,7 +158,7 @@ def vit_table(name: str, images: int, title: str, notes: str, cases: Cases, resu
 
     def measure(options: dict[str, Any], seed: int) -> list[float]:
         start = time.perf_counter()
-        qmodel = apply(model, calibration(seed), options, seed)
+        qmodel = quantize(model, calibration(seed), options, seed)
         seconds = time.perf_counter() - start
         got = logits(qmodel, pixels)
         accuracy = top1(got, labels)
@@ -192,10 +185,7 @@ def vit(resume: bool) -> None:
 
 
 def ranges(resume: bool) -> None:
-    cases = [
-        (name, {**whole(4), **PLAIN, "ranges": rule, "settings": settings})
-        for name, rule, settings in RANGES
-    ]
+    cases = [(name, {**whole(4), **PLAIN, "ranges": rule}) for name, rule in RANGES]
     vit_table(
         "ranges", IMAGES_RANGES, "ranges of static activations at W4A4",
         "Everything quantized, matthew softmax, no transform, nearest rounding: only ranges differ",
@@ -321,7 +311,7 @@ def minilm(resume: bool) -> None:
 
     def measure(options: dict[str, Any], seed: int) -> list[float]:
         sentences = data.stsb_calibration(seed)
-        got = task.embeddings(apply(model, sentences, options, seed, tokenizer=tokenizer))
+        got = task.embeddings(quantize(model, sentences, options, seed, tokenizer=tokenizer))
         cosines = (got * wanted).sum(-1)
         return [float(cosines.mean()), float(cosines.min()), task.spearman(got)]
 
@@ -343,7 +333,7 @@ def opt(resume: bool) -> None:
     base = data.perplexity(model, WINDOWS)
 
     def measure(options: dict[str, Any], seed: int) -> list[float]:
-        qmodel = apply(model, data.opt_calibration(seed, 16), options, seed)
+        qmodel = quantize(model, data.opt_calibration(seed, 16), options, seed)
         perplexity = data.perplexity(qmodel, WINDOWS)
         return [perplexity, 100 * (perplexity / base - 1)]
 
