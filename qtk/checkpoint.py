@@ -16,22 +16,48 @@ from qtk.modules.fused.block import FusedBlock, fuse
 from qtk.modules.linear import QuantLinear
 from qtk.scheme import AttentionScheme, Scheme
 
-VERSION = 2  # of the layout on disk; a newer one is refused
-# 2 brought quantized attention and patch embeddings; what has neither is written as 1
+VERSION = 3  # of the layout on disk; a newer one is refused
+# 2 brought quantized attention and patch embeddings, 3 each layer's own recipe
 POSITIVE = (
     "input_scale", "input_channel_scale", "input_clip", "softmax_step",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
+class LayerRecipe:
+    """What a layer was made with: what really ran, not what was asked for.
+
+    Attributes:
+        method: the transform, "none" where it left the layer's input as it is.
+        rounding: how its weight became codes, before any learning.
+        ranges: the rule that ended its input's grid, None where there was nothing to end.
+    """
+
+    method: str
+    rounding: str
+    ranges: str | None
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.rounding}, {self.ranges or 'no range'}"
+
+
+@dataclass(frozen=True)
 class Layer:
-    """One quantized linear: enough to build it empty and fill it from tensors."""
+    """One quantized linear: enough to build it empty and fill it from tensors.
+
+    Attributes:
+        scheme: of its weight and input.
+        bias, transform, rotation: whether it has them.
+        sqnr: dB of its output on the calibration data, when there was any.
+        recipe: None in records older than layout 3.
+    """
 
     scheme: Scheme
     bias: bool
     transform: bool
     rotation: bool = False
-    sqnr: float | None = None  # dB of its output on the calibration data, when there was any
+    sqnr: float | None = None
+    recipe: LayerRecipe | None = None
 
     def to_dict(self) -> dict[str, Any]:
         measured = self.sqnr is not None and math.isfinite(self.sqnr)  # JSON knows no infinity
@@ -40,7 +66,10 @@ class Layer:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Layer":
         try:
-            layer = cls(**{**data, "scheme": Scheme.from_dict(data["scheme"])})
+            recipe = data.get("recipe")
+            recipe = None if recipe is None else LayerRecipe(**recipe)
+            scheme = Scheme.from_dict(data["scheme"])
+            layer = cls(**{**data, "scheme": scheme, "recipe": recipe})
             if layer.scheme.w is None:
                 raise SchemeError("its weight is in floating point")
             return layer
@@ -54,7 +83,8 @@ class Record:
 
     Attributes:
         layers: by module name inside the base model (without "bert.", "model." or "vit.").
-        recipe: method, rounding, ranges, calibration size, seed: for people to read.
+        recipe: what the whole model was made with: the default layer's parts, what learned and what
+            came of it, calibration size, seed. For people to read.
         backend: what was asked for: "auto", "triton", "cpu" or "reference".
         attention: how every block's products and softmax compute, None for floating point.
     """
@@ -66,7 +96,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         data = {
-            "version": VERSION if self.attention else 1,
+            "version": VERSION,
             "backend": self.backend,
             "recipe": self.recipe,
             "layers": {name: layer.to_dict() for name, layer in self.layers.items()},

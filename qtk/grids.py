@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qtk.errors import SchemeError
-from qtk.hadamard import rotate
 from qtk.numerics import dequantize, expand_groups, fake_quantize_token
 from qtk.scheme import Format, Scheme
+from qtk_kernels.hadamard import rotate
 
 Affine = tuple[Tensor, Tensor]  # multiplier [K] and offset [K], or scalars
 
@@ -24,7 +24,7 @@ Affine = tuple[Tensor, Tensor]  # multiplier [K] and offset [K], or scalars
 class Change:
     """x' = ((x - shift) / channel_scale) R  and  W' = (W * channel_scale) R,  b' = b + W @ shift
 
-    so that x' W'^T + b' = x W^T + b, R being the orthogonal matrix of `qtk.hadamard` or none.
+    so that x' W'^T + b' = x W^T + b, R being the orthogonal matrix of `qtk_kernels.hadamard` or none.
     `Change()` changes nothing.
 
     Attributes:

@@ -92,6 +92,55 @@ SCHEMES = {
     "activations, no data": (lambda: run(activations="row", calib=None), "'static' or 'token'"),
     "preset": (lambda: run(preset="magic"), "preset='magic'"),
     "seed": (lambda: run(seed="a"), "give an integer"),
+    "seed of 70 bits": (lambda: run(seed=2**70), "at most 63 bits"),
+    "seed=True": (lambda: run(seed=True), "give an integer"),
+    "groups longer than every row": (
+        lambda: run(w=4, group_size=100_000),
+        "longest row that it is for has 64",
+    ),
+    "ranges without activations": (lambda: run(w=4, a=16, ranges="mse"), "no layer has"),
+    "activations without any": (
+        lambda: run(w=4, a=16, activations="token"),
+        "no layer has integer activations",
+    ),
+    "a method for no layer": (
+        lambda: run(w=16, a=16, softmax="log2", method="rotate"),
+        "no linear of the blocks is",
+    ),
+    "groups of no weights": (
+        lambda: run(w=16, a=16, softmax="log2", group_size=16),
+        "no layer has integer weights",
+    ),
+    "a rule that ends no token's grid": (
+        lambda: run(activations="token", ranges="tokenwise"),
+        "goes with 'auto', 'hessian', 'min",
+    ),
+    "the same without data": (
+        lambda: run(calib=None, ranges="averaged"),
+        "without calib, activations are dynamic",
+    ),
+    "gradients without data": (lambda: run(calib=None, ranges="hessian"), "needs calibration data"),
+    "a preset with nothing to fill in": (
+        lambda: run(preset="fast", method="none", rounding="gptq", ranges="mse"),
+        "all three are",
+    ),
+    "more bits where all have eight": (lambda: run(bits="auto"), "all have as many"),
+    "automatic bits without data": (lambda: run(w=4, calib=None, bits="auto"), "give calib"),
+    "an option of a pattern that is none": (
+        lambda: run(bits={"*": {"bits": 4}}),
+        r"has 'bits'; choose w, a, group_size",
+    ),
+    "an empty dict of a pattern": (lambda: run(bits={"*": {}}), "or a dict such as"),
+    "ranges of a pattern without activations": (
+        lambda: run(bits={"*dense": {"a": 16, "ranges": "mse"}}),
+        "nothing there has a grid for",
+    ),
+    "a method for the head": (
+        lambda: run(bits={"pooler.dense": {"w": 8, "method": "rotate"}}),
+        "leave out method",
+    ),
+    "learn": (lambda: run(learn="all"), "learn='all': choose 'none', 'block', 'model'"),
+    "two ways to learn": (lambda: run(rounding="tuned", learn="block"), "give one of the two"),
     "group_size=0": (lambda: run(group_size=0), "give a positive integer"),
     "group_size=-1": (lambda: run(group_size=-1), "give a positive integer"),
     "group_size=True": (lambda: run(group_size=True), "give a positive integer"),
@@ -158,8 +207,98 @@ DATA = {
     "images of another size": (
         lambda: run("ViTModel", calib=[{"pixel_values": torch.ones(1, 3, 20, 20)}]),
         "cannot read calibration batch 0.*16"),
+    "positions that are not": (
+        lambda: run(calib=[{"input_ids": ids(1, 2), "position_ids": ids(999, 999)}]),
+        "cannot read calibration batch 0"),
+    "the same where gradients come first": (
+        lambda: run(calib=[{"input_ids": ids(1)}, {"input_ids": ids(1), "token_type_ids": ids(9)}],
+                    ranges="hessian"), "cannot read calibration batch 1"),
+    "the same where bits come first": (
+        lambda: run(w=4, calib=[{"inputs_embeds": torch.ones(1, 2, 5)}], bits="auto"),
+        "cannot read calibration batch 0"),
+    "ids and embeddings": (
+        lambda: run(calib=[{"input_ids": ids(1), "inputs_embeds": torch.ones(1, 1, 32)}]),
+        "cannot read calibration batch 0"),
+    "a tensor without data": (
+        lambda: run(calib=[{"input_ids": ids(1).to("meta")}]), "on the meta device; give dense"),
+    "sparse": (
+        lambda: run(calib=[{"input_ids": ids(1).to_sparse()}]), "of layout torch.sparse_coo; give"),
     "embeddings that overflow": (lambda: run(with_embeddings(3e38)), "check the calibration data"),
 }  # fmt: skip
+
+
+def with_huge(name, value=1e38):
+    """A tiny BERT one of whose numbers is huge, but finite."""
+    model, batch = bert()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = value
+    return model, batch
+
+
+LAYER = "encoder.layer.0"
+HUGE = {
+    "a bias": (f"{LAYER}.intermediate.dense.bias", 1e38),
+    "a bias of q": (f"{LAYER}.attention.self.query.bias", 1e38),
+    "a bias of v": (f"{LAYER}.attention.self.value.bias", 3e38),
+    "a weight": (f"{LAYER}.output.dense.weight", 1e30),
+    "a norm": (f"{LAYER}.output.LayerNorm.weight", 1e35),
+}
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"preset": "fast"}, {"w": 4, "a": 4}, {"w": 4, "a": 16}, {"activations": "token"},
+    {"rounding": "adaround"}, {"rounding": "nearest", "method": "none", "ranges": "minmax"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", HUGE)
+def test_numbers_that_overflow_are_found_before_anything_is_saved(name, options, tmp_path):
+    """Either the message has the place, or the model is whole: finite, saved and read again."""
+    model, batch = with_huge(*HUGE[name])
+    try:
+        qmodel = run((model, batch), **options)
+    except (CalibrationError, ModelError) as error:
+        assert "layer." in str(error) and "overflows" in str(error)
+        return
+    qmodel.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.isfinite(qtk.load(tmp_path)(**batch)[0]).all()
+
+
+def test_a_block_that_overflows_in_floating_point_is_named():
+    model, batch = with_huge(f"{LAYER}.attention.output.dense.bias", 3.4e38)
+    with torch.no_grad():
+        model.encoder.layer[0].attention.output.LayerNorm.weight.fill_(3e38)
+    with pytest.raises(CalibrationError, match=r"encoder\.layer\.0, in floating point, gives nan"):
+        run((model, batch))
+
+
+@pytest.mark.parametrize("where", ["a site", "learning"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_model_that_was_quantized_by_half_cannot_be_saved(where, error, monkeypatch, tmp_path):
+    model, batch = bert()
+    target = {"a site": "quantize_site", "learning": "learning.learn_model"}[where]
+    real, calls = qtk.pipeline.quantize_site, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if where == "learning" or len(calls) == 3:
+            raise error
+        return real(*args, **options)
+
+    monkeypatch.setattr(f"qtk.pipeline.{target}", interrupted)
+    with pytest.raises(error):
+        run((model, batch), inplace=True, rounding="tuned")
+    assert any(isinstance(m, qtk.modules.linear.QuantLinear) for m in model.modules())
+    with pytest.raises(ModelError, match="load the floating-point model again"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ModelError, match="start from the floating-point model"):
+        run((model, batch))
+
+
+def test_a_model_that_was_quantized_in_place_can_be_saved(tmp_path):
+    model, batch = bert()
+    run((model, batch), inplace=True).save_pretrained(tmp_path)
+    assert qtk.load(tmp_path)
 
 
 def gpu():

@@ -10,7 +10,7 @@ from qtk.discover import available, load
 from qtk.grids import Change, InputGrid, LinearSpec, Steps
 from qtk.modules.linear import QuantLinear
 from qtk.scheme import Scheme
-from qtk.transform._merge import keeping_ones
+from qtk.transform._rotation import keeping_ones
 
 FAMILIES = available("models")
 SCHEMES = {

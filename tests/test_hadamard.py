@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qtk.hadamard import PALEY, orthogonal, rotate, split
+from qtk_kernels.hadamard import PALEY, orthogonal, rotate, split
 
 
 @pytest.mark.parametrize("n", [1, 2, 64, 12, 24, 20, 28, 36, 44, 60, 68, 76, 768])

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from qtk.models import describe
-from qtk.numerics import fake_quantize, scale_and_zero_point
+from qtk.numerics import fake_quantize, fake_quantize_token, scale_and_zero_point
 from qtk.observe import walk
-from qtk.observe.probe import block_gradients
-from qtk.ranges import hessian
+from qtk.observe.gradients import block_gradients
+from qtk.ranges import Question, hessian
 from qtk.scheme import Format
 from tests.zoo import build
 
@@ -78,7 +78,7 @@ def test_a_range_lies_inside_the_data_and_beats_the_whole(bits):
     x = torch.randn(400, 16)
     x[0, 0] = 25.0
     fmt = Format(bits, symmetric=False)
-    lo, hi = hessian.find([x], fmt, torch.ones(16), Plain(x))
+    lo, hi = hessian.find(Question([x], fmt, torch.ones(16), Plain(x))).ends
     assert x.min() <= lo < hi <= x.max()
 
     def error(lo, hi):
@@ -87,7 +87,29 @@ def test_a_range_lies_inside_the_data_and_beats_the_whole(bits):
     assert error(lo, hi) <= error(x.min(), x.max())
 
 
-def test_settings_hold_inside_the_with_block_only():
-    with hessian.using(hessian.Settings(0.5, "layer")):
-        assert hessian._settings.granularity == "layer"
-    assert hessian._settings == hessian.Settings()
+@pytest.mark.parametrize("bits", [4, 6])
+def test_a_clip_of_tokens_beats_the_whole_range(bits):
+    x = torch.randn(400, 16)
+    x[:, 0] *= 2  # each token's largest value mostly stands alone
+    fmt = Format(bits, granularity="token")
+    clip = hessian.find(Question([x], fmt, torch.ones(16), Plain(x)), bottom_ratio=0.0).clip
+
+    def error(clip):
+        return float((fake_quantize_token(x, bits, clip) - x).square().sum())
+
+    assert 0.4 < clip <= 1 and (clip < 1 or bits == 6)
+    assert error(clip) == min(error(c) for c in hessian.CLIPS)
+
+
+def test_settings_change_what_is_found():
+    _, found, _ = sites("BertModel")
+    site = found[-1]
+    batches = [x[mask] for x, mask in site.sequences]
+    weight = site.weight()
+    probe = site.probe.changed(lambda x: x, lambda w: w)
+    question = Question(batches, Format(4, False, "tensor"), weight.square().sum(0), probe)
+    ends = {
+        tuple(map(float, hessian.find(question, bottom_ratio=r, granularity=g).ends))
+        for r, g in ((0.1, "block"), (0.9, "block"), (0.1, "layer"))
+    }
+    assert len(ends) > 1

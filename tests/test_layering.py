@@ -1,54 +1,56 @@
 """Who may import whom. A row a package; what is not listed is forbidden."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LOW = {"qtk.hadamard", "qtk.errors", "qtk.discover", "qtk.scheme", "qtk.numerics", "qtk.grids"}
-LOW |= {"qtk.models"}
-CORE = LOW | {"qtk.observe", "qtk.transform", "qtk.ranges", "qtk.round", "qtk.modules"}
+LOW = {f"qtk.{name}" for name in (
+    "errors", "discover", "scheme", "numerics", "grids", "models",
+)}  # fmt: skip
+STAGES = {"qtk.transform", "qtk.ranges", "qtk.round"}
 ALLOWED = {
     "qtk_kernels": {"qtk_kernels"},
     "qtk.errors": set(),
     "qtk.discover": {"qtk.errors"},
     "qtk.scheme": {"qtk.errors"},
     "qtk.numerics": {"qtk.scheme"},
-    "qtk.grids": {"qtk.errors", "qtk.hadamard", "qtk.numerics", "qtk.scheme"},
-    "qtk.hadamard": {"qtk_kernels"},  # the matrix is defined beside the kernel that applies it
+    "qtk.grids": {"qtk.errors", "qtk.numerics", "qtk.scheme"},
     "qtk.models": {"qtk.discover", "qtk.errors", "qtk.models"},
     "qtk.observe": {"qtk.errors", "qtk.models", "qtk.observe"},
     "qtk.transform": LOW | {"qtk.observe", "qtk.transform"},
     "qtk.ranges": LOW | {"qtk.ranges"},
     "qtk.round": LOW | {"qtk.round"},
     "qtk.modules": LOW | {"qtk.modules", "qtk_kernels"},
-    "qtk.recipes": {"qtk.discover", "qtk.errors", "qtk.scheme"},
-    "qtk.assign": LOW | {"qtk.observe"},
-    "qtk.attend": CORE,
+    "qtk.learn": LOW | {"qtk.observe", "qtk.modules", "qtk.learn"},
     "qtk.checkpoint": LOW | {"qtk.modules"},
     "qtk.integrations": LOW | {"qtk.checkpoint"},
-    "qtk.reconstruct": CORE,
-    "qtk.layers": CORE | {"qtk.assign", "qtk.recipes"},
-    "qtk.progress": {"qtk.observe"},
-    "qtk.sensitivity": CORE | {"qtk.reconstruct"},
-    "qtk.pipeline": CORE
+    "qtk.pipeline": LOW
+    | STAGES
     | {
-        "qtk.reconstruct",
-        "qtk.layers",
-        "qtk.progress",
-        "qtk.sensitivity",
-        "qtk.assign",
-        "qtk.attend",
-        "qtk.recipes",
+        "qtk.observe",
+        "qtk.modules",
+        "qtk.learn",
         "qtk.checkpoint",
         "qtk.integrations",
-        "qtk",
+        "qtk.pipeline",
     },
-    "qtk.fidelity": CORE | {"qtk.fidelity"},
+    "qtk.fidelity": LOW | {"qtk.observe", "qtk.fidelity"},
     "qtk.report": LOW | {"qtk.checkpoint", "qtk.integrations", "qtk.fidelity", "qtk.report"},
 }
+# Inside these, a file imports only what stands before it.
+ORDER = {
+    "observe": ["probe", "site", "walk", "imagine", "gradients", "__init__", "batches"],
+    "learn": ["__init__", "descent", "objective", "resume", "trainable", "block", "model"],
+    "pipeline": [
+        "progress", "recipes", "assign", "attention", "sensitivity", "request", "site", "learning",
+        "__init__",
+    ],
+}  # fmt: skip
+PLAIN = "qtk_kernels.hadamard"  # the definition of a matrix, in PyTorch: whoever needs it
 FREE = ("qtk", "qtk.cli", "qtk.demo", "qtk.__main__")  # the face: may import everything
 
 
@@ -67,6 +69,7 @@ def package_of(module: str) -> str:
 
 
 def imports(path: Path) -> set[str]:
+    """Modules and names of ours that a file imports, by `import` or by `load("stage", ...)`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -74,9 +77,44 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                base = module_name(path).rsplit(".", node.level)[0]
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names if base == "qtk"}
+                folder = module_name(path) if path.name == "__init__.py" else parent_of(path)
+                for _ in range(node.level - 1):
+                    folder = folder.rpartition(".")[0]
+                base = f"{folder}.{base}".rstrip(".")
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and called(node) in ("load", "part", "available"):
+            first, *rest = [a.value if isinstance(a, ast.Constant) else None for a in node.args]
+            if isinstance(first, str):
+                name = rest[0] if rest and isinstance(rest[0], str) else None
+                found |= {f"qtk.{first}", f"qtk.{first}.{name}" if name else f"qtk.{first}"}
     return {name for name in found if name.split(".")[0] in ("qtk", "qtk_kernels")}
+
+
+def parent_of(path: Path) -> str:
+    return module_name(path).rpartition(".")[0]
+
+
+def called(node: ast.Call) -> str | None:
+    return getattr(node.func, "id", None) or getattr(node.func, "attr", None)
+
+
+@pytest.mark.parametrize("source, found", [
+    ("from qtk.round import gptq", {"qtk.round", "qtk.round.gptq"}),
+    ("import qtk.round.gptq", {"qtk.round.gptq"}),
+    ("from . import gptq", {"qtk.round", "qtk.round.gptq"}),
+    ("from .gptq import find", {"qtk.round.gptq", "qtk.round.gptq.find"}),
+    ("from ..ranges import mse", {"qtk.ranges", "qtk.ranges.mse"}),
+    ('load("round", "gptq")', {"qtk.round", "qtk.round.gptq"}),
+    ('discover.part("ranges", given)', {"qtk.ranges"}),
+    ("def f():\n    from qtk.round import gptq", {"qtk.round", "qtk.round.gptq"}),
+    ("import torch", set()),
+])  # fmt: skip
+def test_no_way_of_importing_is_overlooked(source, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "qtk" / "round" / "new.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert imports(path) == found
 
 
 @pytest.mark.parametrize("path", sources(), ids=module_name)
@@ -84,25 +122,45 @@ def test_imports_point_down(path: Path) -> None:
     package = package_of(module_name(path))
     if package in FREE:
         return
-    wrong = {name for name in imports(path) if package_of(name) not in ALLOWED[package] | {"qtk"}}
+    found = {name for name in imports(path) if not name.startswith(PLAIN)}
+    wrong = {name for name in found if package_of(name) not in ALLOWED[package] | {"qtk"}}
     assert not wrong, f"{module_name(path)} may not import {sorted(wrong)}"
 
 
+@pytest.mark.parametrize("folder", ORDER)
+def test_files_of_a_package_stand_in_order(folder: str) -> None:
+    order, package = ORDER[folder], f"qtk.{folder}"
+    assert sorted(order) == sorted(p.stem for p in (ROOT / "qtk" / folder).glob("*.py"))
+    for place, name in enumerate(order):
+        later = {f"{package}.{n}" for n in order[place + 1 :]}
+        if place < order.index("__init__"):
+            later |= {package}
+        found = imports(ROOT / "qtk" / folder / f"{name}.py")
+        submodules = {".".join(n.split(".")[:3]) for n in found}
+        assert not submodules & later, f"{package}.{name} imports {sorted(submodules & later)}"
+
+
 def test_parts_of_one_stage_do_not_import_each_other() -> None:
-    for stage in ("transform", "round"):
+    for stage in ("transform", "ranges", "round"):
+        files = {path.stem for path in (ROOT / "qtk" / stage).glob("*.py")}
+        parts = {f"qtk.{stage}.{name}" for name in files if not name.startswith("_")}
         for path in (ROOT / "qtk" / stage).glob("*.py"):
-            shared = f"qtk.{stage}._"  # what several parts stand on
-            same = {n for n in imports(path) if n.startswith(f"qtk.{stage}.")}
-            same = {n for n in same if not n.startswith(shared)}
+            same = imports(path) & parts  # files that start with _ are what several stand on
             assert not same, f"{path.name} imports {same}"
+
+
+def test_what_starts_with_an_underscore_stays_in_its_folder() -> None:
+    for path in (ROOT / "qtk").rglob("*.py"):
+        for name in imports(path):
+            folder, _, last = name.rpartition(".")
+            if name.startswith("qtk.") and last.startswith("_") and "__" not in last:
+                assert (ROOT / Path(*folder.split("."))) == path.parent, f"{path.name}: {name}"
 
 
 def test_only_modules_touch_kernels() -> None:
     for path in (ROOT / "qtk").rglob("*.py"):
         used = {name for name in imports(path) if name.startswith("qtk_kernels")}
-        if path.name == "hadamard.py":
-            assert used == {"qtk_kernels.hadamard"}  # plain PyTorch
-        elif used:
+        if any(not name.startswith(PLAIN) for name in used):
             assert "modules" in path.parts, path
 
 

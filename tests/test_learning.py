@@ -1,18 +1,23 @@
 """Block reconstruction and end-to-end tuning: what is learned, when it stops, how it goes on."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import qtk
 from qtk.checkpoint import quantized_layers
 from qtk.errors import CheckpointError, SchemeError
+from qtk.integrations.transformers import record_of
+from qtk.learn import descent
+from qtk.learn.block import learn_block
+from qtk.learn.descent import Learned, Rates, Task, descend, split
+from qtk.learn.model import learn_model
+from qtk.learn.objective import output_error
+from qtk.learn.trainable import TrainableLinear, trainable
 from qtk.modules.linear import QuantLinear
-from qtk.modules.trainable import TrainableLinear, trainable
-from qtk.reconstruct import output_error
-from qtk.round import _descent, block, gptq, nearest, tuned
-from qtk.round._descent import Rates, Task, descend, split
 from tests import zoo
 
 SCHEMES = [
@@ -80,18 +85,26 @@ def test_every_parameter_gets_a_gradient():
 
 
 @pytest.fixture
-def _worse_start(monkeypatch):
-    """Learning starts at nearest rounding: GPTQ leaves so small a model nothing to learn."""
-    monkeypatch.setattr(gptq, "find", nearest.find)
+def steps(monkeypatch):
+    """Sets how many steps are learned, and how long they are."""
+
+    def set_to(number, **rates):
+        path, options = "qtk.pipeline.learning", {"steps": number, **rates}
+        monkeypatch.setattr(f"{path}.learn_block", partial(learn_block, **options))
+        monkeypatch.setattr(f"{path}.learn_model", partial(learn_model, **options))
+
+    return set_to
 
 
-@pytest.mark.usefixtures("_worse_start")
-@pytest.mark.parametrize("rounding", ["block", "tuned"])
-def test_learning_lowers_the_error_and_depends_on_the_seed_alone(rounding, monkeypatch):
-    for part in (block, tuned):
-        monkeypatch.setattr(part, "STEPS", 40)
-    model, start = quantize(w=3, a=4, rounding="gptq")
-    results = [quantize(w=3, a=4, rounding=rounding)[1] for _ in range(2)]
+# GPTQ leaves so small a model nothing to learn
+FROM_NEAREST = {"w": 3, "a": 4, "rounding": "nearest"}
+
+
+@pytest.mark.parametrize("learn", ["block", "model"])
+def test_learning_lowers_the_error_and_depends_on_the_seed_alone(learn, steps):
+    steps(40)
+    model, start = quantize(**FROM_NEAREST)
+    results = [quantize(**FROM_NEAREST, learn=learn)[1] for _ in range(2)]
 
     def error(qmodel):
         return sum(
@@ -99,6 +112,10 @@ def test_learning_lowers_the_error_and_depends_on_the_seed_alone(rounding, monke
         )
 
     assert error(results[0]) < error(start)
+    learning = record_of(results[0]).recipe["learning"]
+    assert learning["of"] == learn and learning["changed"]
+    assert len(learning["held_out_loss"]) == (2 if learn == "block" else 1)
+    assert all(layer.sqnr is None for layer in record_of(results[0]).layers.values())
     first, second = (m.state_dict() for m in results)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], value) for name, value in start.state_dict().items())
@@ -107,7 +124,7 @@ def test_learning_lowers_the_error_and_depends_on_the_seed_alone(rounding, monke
 class Quadratic:
     """A stand-in layer whose loss is known."""
 
-    kept, bias, log_input_scale, input_zero_point = 1.0, None, None, None
+    kept, generator, bias, log_input_scale, input_zero_point = 1.0, None, None, None, None
 
     def __init__(self):
         self.offset, self.log_scale = torch.full((3, 4), 2.0), torch.zeros(3, 1)
@@ -120,7 +137,8 @@ def test_the_best_point_on_held_out_data_wins_even_if_it_is_the_first():
     def loss(i):  # what is learned from pulls away from what is held out
         return (layer.offset - (2.0 if i in held_out else -5.0)).square().sum()
 
-    assert descend(Task([layer], loss, 9), 30, Rates(0.1, 0.1, 0.1), checks=5) == 0
+    learned = descend(Task([layer], loss, 9), 30, Rates(0.1, 0.1, 0.1), checks=5)
+    assert learned == Learned(before=0, after=0)
     assert torch.equal(layer.offset.detach(), torch.full((3, 4), 2.0))
 
 
@@ -131,12 +149,12 @@ def test_batches_are_split_and_one_serves_for_both():
     assert split(1) == ([0], [0])
 
 
-@pytest.mark.usefixtures("_worse_start")
-def test_tuning_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuned, "STEPS", 20)
-    whole = quantize(w=3, a=4, rounding="tuned")[1].state_dict()
+def test_tuning_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, steps):
+    steps(20)
+    options = {**FROM_NEAREST, "learn": "model"}
+    whole = quantize(**options)[1].state_dict()
     file = tmp_path / "state.safetensors"
-    loss, calls = _descent._held_out_loss, []
+    loss, calls = descent._held_out_loss, []
 
     def interrupted(*args):
         calls.append(args)
@@ -144,16 +162,65 @@ def test_tuning_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return loss(*args)
 
-    monkeypatch.setattr(_descent, "_held_out_loss", interrupted)
+    monkeypatch.setattr(descent, "_held_out_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        quantize(w=3, a=4, rounding="tuned", resume=file)
+        quantize(**options, resume=file)
     assert file.exists() and not list(tmp_path.glob("*.part"))
-    monkeypatch.setattr(_descent, "_held_out_loss", loss)
+    monkeypatch.setattr(descent, "_held_out_loss", loss)
     with pytest.raises(CheckpointError, match=r"another model, data, seed or scheme"):
-        quantize(w=4, a=4, rounding="tuned", resume=file)
-    resumed = quantize(w=3, a=4, rounding="tuned", resume=file)[1].state_dict()
-    assert not file.exists()
+        quantize(**{**options, "w": 4}, resume=file)
+    resumed = quantize(**options, resume=file)[1].state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_finished_tuning_is_there_until_the_caller_deletes_it(tmp_path, monkeypatch, steps):
+    steps(20)
+    options = {**FROM_NEAREST, "learn": "model", "resume": tmp_path / "state.safetensors"}
+    first = quantize(**options)[1]
+    assert record_of(first).recipe["learning"]["changed"]
+    assert options["resume"].exists()
+
+    def computed(*args):
+        raise AssertionError("learned a second time")
+
+    monkeypatch.setattr(descent, "_held_out_loss", computed)
+    second = quantize(**options)[1]
+    assert record_of(second).recipe == record_of(first).recipe
+    first, second = first.state_dict(), second.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_end_for_want_of_patience_is_an_end_too(tmp_path, monkeypatch, steps):
+    steps(24, rates=Rates(offset=50, scale=1, zero_point=50))
+    options = {"w": 4, "a": 4, "rounding": "tuned", "resume": tmp_path / "state.safetensors"}
+    first = quantize(**options)[1].state_dict()
+    done = load_file(options["resume"])
+    assert done["done"] == 24 and done["since"] == 4
+    monkeypatch.setattr(descent, "_held_out_loss", None)
+    second = quantize(**options)[1].state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("rounding", ["tuned", "block"])
+def test_learning_that_keeps_its_start_says_so(rounding, steps, caplog):
+    steps(4, rates=Rates(offset=50, scale=1, zero_point=50))  # away from anything good
+    _, qmodel = quantize(w=4, a=4, rounding=rounding)
+    assert "nothing learned: held-out data did not confirm" in caplog.text
+    record = record_of(qmodel)
+    assert not record.recipe["learning"]["changed"]
+    assert all(layer.sqnr is not None for layer in record.layers.values())
+    assert "nothing, held-out data did not confirm" in qtk.summary(qmodel).table()
+    start = quantize(w=4, a=4, rounding="gptq")[1].state_dict()
+    assert all(torch.equal(start[name], value) for name, value in qmodel.state_dict().items())
+
+
+@pytest.mark.parametrize("start", ["adaround", "flexround"])
+def test_learning_starts_from_any_rounder(start, steps):
+    steps(2)
+    _, qmodel = quantize(w=3, a=4, rounding=start, learn="model")
+    record = record_of(qmodel)
+    assert record.recipe["rounding"] == start and record.recipe["learning"]["of"] == "model"
+    assert {layer.recipe.rounding for layer in record.layers.values()} == {start}
 
 
 def test_learning_without_data_or_resuming_nothing_is_refused(tmp_path):
@@ -162,14 +229,25 @@ def test_learning_without_data_or_resuming_nothing_is_refused(tmp_path):
         qtk.quantize(model, rounding="tuned", progress=False)
     with pytest.raises(SchemeError, match="resume goes with"):
         quantize(rounding="gptq", resume=tmp_path / "x")
+
+
+def test_a_state_that_cannot_be_kept_is_noticed_before_anything_is_computed(tmp_path, monkeypatch):
+    def computed(*args, **options):
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr("qtk.pipeline.load_float", computed)
     (tmp_path / "broken").write_bytes(b"not a state")
     with pytest.raises(CheckpointError, match="cannot be read"):
         quantize(rounding="tuned", resume=tmp_path / "broken")
+    for resume, told in ((3, "give the path"), ("", "give the path"), (tmp_path, "is a folder"),
+                         ("/nowhere/x", "'/nowhere', which is none")):  # fmt: skip
+        with pytest.raises(SchemeError, match=told):
+            quantize(rounding="tuned", resume=resume)
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
-def test_every_family_learns(name, monkeypatch):
-    monkeypatch.setattr(tuned, "STEPS", 2)
+def test_every_family_learns(name, steps):
+    steps(2)
     model, batch = zoo.build(name)
     qmodel = qtk.quantize(model, 4, 4, calib=[batch], rounding="tuned", progress=False)
     with torch.no_grad():

@@ -6,6 +6,7 @@ import torch
 import qtk
 from qtk.checkpoint import quantized_layers
 from qtk.discover import load
+from qtk.integrations.transformers import record_of
 from qtk.models import describe
 from qtk.observe import walk
 from qtk.scheme import Scheme
@@ -37,6 +38,36 @@ def test_same_seed_same_model(bert):
     assert all(torch.equal(x, b.state_dict()[k]) for k, x in a.state_dict().items())
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "block"])
+def test_the_callers_own_random_numbers_stay_as_they_were(bert, rounding):
+    model, batch = bert
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    options = {"rounding": rounding, "ranges": "hessian", "seed": 1}
+    qtk.quantize(model, 4, 4, calib=[batch], **options, **FAST)
+    qtk.quantize(model, 4, 4, **FAST)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_reading_a_model_draws_no_random_numbers(bert, tmp_path):
+    model, batch = bert
+    model.save_pretrained(tmp_path / "float")
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    qtk.quantize(tmp_path / "float", calib=[batch], **FAST).save_pretrained(tmp_path / "saved")
+    qtk.load(tmp_path / "saved")
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_a_large_seed_is_a_seed(bert):
+    model, batch = bert
+    for seed in (2**63 - 1, -(2**63)):
+        qtk.quantize(model, 4, 4, calib=[batch], seed=seed, rounding="block", **FAST)
+        qtk.quantize(model, 4, 4, seed=seed, **FAST)
+
+
 def test_no_float_copy_of_a_quantized_weight_is_kept(bert):
     model, batch = bert
     qmodel = qtk.quantize(model, 4, 4, calib=[batch], **FAST)
@@ -47,6 +78,117 @@ def test_no_float_copy_of_a_quantized_weight_is_kept(bert):
 
 def describe_linears(model):
     return [model.get_submodule(n) for b in describe(model) for g in b.groups for n in g.linears]
+
+
+MIXED = {
+    "wide": ({"w": 8, "a": 8, "bits": {"*.0.*": (4, 4)}}, None),
+    "narrow": ({"w": 4, "a": 4, "bits": {"*.1.*": (8, 8)}}, "model"),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_mixed_model_says_what_each_layer_was_made_with(bert, name, caplog):
+    options, learned = MIXED[name]
+    model, batch = bert
+    qmodel = qtk.quantize(model, calib=[batch], preset="best", **options, **FAST)
+    record = record_of(qmodel)
+    made = {"0": ("equalize+rotate", "gptq"), "1": ("rotate", "gptq")}  # by block
+    for layer, recipe in ((n, layer.recipe) for n, layer in record.layers.items()):
+        assert (recipe.method, recipe.rounding) == made[layer.split(".")[2]], layer
+        assert recipe.ranges == "weighted_mse"
+    learning = record.recipe["learning"]
+    assert (learning and learning["of"]) == learned
+    assert "learning is one choice of the whole model" in caplog.text
+    table = qtk.summary(qmodel).table()
+    for parts in ("equalize+rotate, gptq, weighted_mse", "rotate, gptq, weighted_mse"):
+        assert f"6 made with {parts}" in table
+    assert ("the model learned" in table) == (learned == "model")
+
+
+def test_a_mixed_model_rounds_each_layer_as_its_own_recipe_alone_would(bert):
+    """The first block sees no other layer's error, in a model of one scheme or of two."""
+    model, batch = bert
+    mixed = qtk.quantize(model, 8, 8, calib=[batch], bits={"*.0.*": (4, 4)}, **FAST)
+    alone = qtk.quantize(model, 4, 4, calib=[batch], **FAST)
+    first = {n: x for n, x in mixed.state_dict().items() if ".layer.0." in n}
+    assert all(torch.equal(alone.state_dict()[name], x) for name, x in first.items())
+
+
+def test_what_a_layer_was_made_with_is_what_really_ran(bert):
+    model, batch = bert
+    recipes = {
+        name: layer.recipe
+        for name, layer in record_of(qtk.quantize(model, 8, 8, **FAST)).layers.items()
+    }
+    reads_norm, does_not = (
+        recipes["encoder.layer.0.intermediate.dense"],
+        recipes["encoder.layer.0.output.dense"],
+    )
+    assert str(reads_norm) == "os+, gptq, minmax"  # on rows that the norm's parameters give
+    assert str(does_not) == "none, nearest, no range"
+    alone = record_of(qtk.quantize(model, 4, 16, calib=[batch], **FAST))
+    assert {str(layer.recipe) for layer in alone.layers.values()} == {"none, gptq, no range"}
+    assert alone.recipe["ranges"] is None
+
+
+def test_a_layer_may_have_a_recipe_of_its_own(bert):
+    model, batch = bert
+    qmodel = qtk.quantize(
+        model, 4, 8, calib=[batch],
+        bits={
+            "*.0.*": {"w": 3, "group_size": 16, "rounding": "nearest", "method": "none"},
+            "*.1.output.dense": {"a": 6, "ranges": "minmax", "activations": "token"},
+        },
+        **FAST,
+    )  # fmt: skip
+    layers = record_of(qmodel).layers
+    first, last = layers["encoder.layer.0.output.dense"], layers["encoder.layer.1.output.dense"]
+    assert first.scheme == Scheme.of(3, 8, group_size=16)
+    assert str(first.recipe) == "none, nearest, weighted_mse"
+    assert last.scheme == Scheme.of(4, 6, "token")
+    assert str(last.recipe) == "equalize+rotate, gptq, minmax"
+    assert str(layers["encoder.layer.1.intermediate.dense"].recipe) == "os+, gptq, minmax"
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "rotate", "os+rotate", "equalize+rotate"])
+@pytest.mark.parametrize("weights", ["symmetric", "asymmetric"])
+def test_a_method_helps_weights_alone(method, weights, tmp_path):
+    """Where some channels of the inputs, and others of the weights, are larger than the rest."""
+    model, _ = load("models", "bert").tiny()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.weight[::5] *= 8
+            if isinstance(module, torch.nn.Linear):
+                module.weight *= 3
+                module.weight[:, ::7] *= 6
+    batch = {"input_ids": torch.randint(3, 99, (8, 16))}
+    options = {"w": 3, "a": 16, "calib": [batch], "weights": weights, **FAST}
+    plain, changed = (qtk.quantize(model, method=m, **options) for m in ("none", method))
+    assert qtk.evaluate(model, changed, [batch]).sqnr > qtk.evaluate(model, plain, [batch]).sqnr
+    recipes = [layer.recipe for layer in record_of(changed).layers.values()]
+    assert method in {recipe.method for recipe in recipes}
+    changed.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(qtk.load(tmp_path)(**batch)[0], changed(**batch)[0])
+
+
+def test_a_rotation_of_weights_alone_is_merged_where_it_can_be():
+    model, batch = load("models", "opt").tiny()
+    qmodel = qtk.quantize(model, 4, 16, calib=[batch], method="rotate", **FAST)
+    rotated = [name for name, layer in quantized_layers(qmodel).items() if layer.rotation]
+    assert rotated and all(name.endswith("fc2") for name in rotated)
+
+
+def test_groups_longer_than_a_row_are_the_row(bert):
+    model, batch = bert
+    qmodel = qtk.quantize(model, 4, 16, calib=[batch], group_size=48, **FAST)
+    groups = {n: m.scheme.w.group_size for n, m in quantized_layers(qmodel).items()}
+    assert groups["encoder.layer.0.output.dense"] == 48  # of 64
+    assert groups["encoder.layer.0.intermediate.dense"] is None  # of 32
+    row = qtk.quantize(model, 4, 16, calib=[batch], bits={"*0.int*": {"group_size": None}},
+                       group_size=48, **FAST)  # fmt: skip
+    assert all(torch.equal(row.state_dict()[n], x) for n, x in qmodel.state_dict().items())
 
 
 def test_mixed_bits_and_skipped_layers(bert):

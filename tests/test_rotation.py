@@ -10,7 +10,7 @@ from qtk.models import describe
 from qtk.observe import walk
 from qtk.scheme import Scheme
 from qtk.transform import rotate
-from qtk.transform._merge import keeping_ones, prepare
+from qtk.transform._rotation import keeping_ones, merge
 from tests import zoo
 
 MERGED = {
@@ -35,7 +35,7 @@ def randomized(name):
 def test_merged_rotation_keeps_the_function(name):
     model, batch = randomized(name)
     rotated = copy.deepcopy(model)
-    blocks = prepare(rotated, describe(rotated))
+    blocks = merge(rotated, describe(rotated))
     with torch.no_grad():
         wanted, got = model(**batch)[0], rotated(**batch)[0]
     assert (got - wanted).abs().max() <= 1e-10 * wanted.abs().max()
@@ -88,5 +88,5 @@ def test_norms_that_cannot_be_divided_by_stay():
     with torch.no_grad():
         model.model.decoder.final_layer_norm.weight[3] = 0
     before = copy.deepcopy(model.state_dict())
-    assert not any(block.groups[0].rotated for block in prepare(model, describe(model)))
+    assert not any(block.groups[0].rotated for block in merge(model, describe(model)))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -8,6 +8,7 @@ figures that the file holds are not measured again.
 
 import argparse
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,13 +37,13 @@ EVERYTHING: Cases = [
     ("W4A4, int4 products, matthew 4", whole(4)),
     ("W4A4, int4 products, code 4 steps", whole(4, "code")),
 ]
-RANGES: list[tuple[str, str, hessian.Settings]] = [
-    ("minmax", "minmax", hessian.Settings()),
-    ("mse", "mse", hessian.Settings()),
-    ("hessian, block, bottom 0.1", "hessian", hessian.Settings()),
-    ("hessian, block, bottom 0", "hessian", hessian.Settings(0.0)),
-    ("hessian, block, bottom 0.3", "hessian", hessian.Settings(0.3)),
-    ("hessian, layer, bottom 0.1", "hessian", hessian.Settings(granularity="layer")),
+RANGES: list[tuple[str, Any]] = [
+    ("minmax", "minmax"),
+    ("mse", "mse"),
+    ("hessian, block, bottom 0.1", "hessian"),
+    ("hessian, block, bottom 0", partial(hessian.find, bottom_ratio=0.0)),
+    ("hessian, block, bottom 0.3", partial(hessian.find, bottom_ratio=0.3)),
+    ("hessian, layer, bottom 0.1", partial(hessian.find, granularity="layer")),
 ]
 SOFTMAX: Cases = [
     (name, {"w": 16, "a": 16, "softmax": kind, "softmax_bits": bits})
@@ -61,14 +62,6 @@ EVERYTHING_OPT: Cases = [
     ("W8A8, int8 products, code 4 steps", {"w": 8, "a": 8, "attention": "int8", "softmax": "code"}),
     ("W8A8, int8 products, matthew 8", {"w": 8, "a": 8, "attention": "int8", "softmax": "matthew"}),
 ]
-
-
-def apply(model: Any, calib: Any, options: Options, seed: int, **more: Any) -> Any:
-    """The quantized model of a case; its "settings" are those of the range search."""
-    settings = options.get("settings", hessian.Settings())
-    theirs = {key: value for key, value in options.items() if key != "settings"}
-    with hessian.using(settings):
-        return quantize(model, calib, theirs, seed, **more)
 
 
 def calibration(seed: int) -> list[dict[str, Tensor]]:
@@ -100,7 +93,7 @@ def vit_table(name: str, images: int, title: str, notes: str, cases: Cases) -> T
 
     def measure(options: Options, seed: int) -> list[float]:
         start = time.perf_counter()
-        qmodel = apply(model, calibration(seed), options, seed)
+        qmodel = quantize(model, calibration(seed), options, seed)
         seconds = time.perf_counter() - start
         got = logits(qmodel, pixels)
         accuracy = top1(got, labels)
@@ -129,10 +122,7 @@ def vit() -> Table:
 
 
 def ranges() -> Table:
-    cases = [
-        (name, {**whole(4), **PLAIN, "ranges": rule, "settings": settings})
-        for name, rule, settings in RANGES
-    ]
+    cases = [(name, {**whole(4), **PLAIN, "ranges": rule}) for name, rule in RANGES]
     return vit_table(
         "ranges", IMAGES_RANGES, "ranges of static activations at W4A4",
         "Everything quantized, matthew softmax, no transform, nearest rounding: only ranges differ",
@@ -154,7 +144,7 @@ def minilm() -> Table:
 
     def measure(options: Options, seed: int) -> list[float]:
         sentences = data.stsb_calibration(seed)
-        got = task.embeddings(apply(model, sentences, options, seed, tokenizer=tokenizer))
+        got = task.embeddings(quantize(model, sentences, options, seed, tokenizer=tokenizer))
         cosines = (got * wanted).sum(-1)
         return [float(cosines.mean()), float(cosines.min()), task.spearman(got)]
 
@@ -178,7 +168,7 @@ def opt() -> Table:
     base = data.perplexity(model, WINDOWS)
 
     def measure(options: Options, seed: int) -> list[float]:
-        qmodel = apply(model, data.opt_calibration(seed, 16), options, seed)
+        qmodel = quantize(model, data.opt_calibration(seed, 16), options, seed)
         perplexity = data.perplexity(qmodel, WINDOWS)
         return [perplexity, 100 * (perplexity / base - 1)]
 

@@ -10,13 +10,12 @@ named rows and keeps the others of the file; --resume measures what the file doe
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from importlib import import_module
-from unittest.mock import patch
+from functools import partial
+from typing import Any
 
 from benchmarks import data
 from benchmarks.accuracy.table import Cases, Measure, Options, Table, one_seed, quantize
+from qtk.round import gptq
 
 WINDOWS = 150  # of the 1,391 of WikiText-2 test
 PLAIN: Options = {"method": "none", "rounding": "nearest", "ranges": "minmax"}
@@ -40,6 +39,13 @@ MINILM: Cases = [
     ("W4A16 g32 asymmetric", {"w": 4, "a": 16, "group_size": 32, "weights": "asymmetric"}),
     ("W3A16 g32 asymmetric", {"w": 3, "a": 16, "group_size": 32, "weights": "asymmetric"}),
 ]
+
+
+def gptq_without(**settings: Any) -> Options:
+    """GPTQ with so much ridge that nothing is fitted, or without rounds of descent after it."""
+    return {"rounding": partial(gptq.find, **settings)}
+
+
 ROTATE: Options = {"w": 4, "a": 4, "method": "rotate"}
 EQUALIZE: Options = {"w": 4, "a": 4, "method": "equalize+rotate"}
 ABLATION: Cases = [
@@ -51,9 +57,9 @@ ABLATION: Cases = [
     ("rotate, AdaRound", {**ROTATE, "rounding": "adaround"}),
     ("rotate, FlexRound", {**ROTATE, "rounding": "flexround"}),
     ("equalize, rotate, nearest", {**EQUALIZE, "rounding": "nearest"}),
-    ("equalize, rotate, GPTQ alone", {**EQUALIZE, "without": ("fit", "descent")}),
-    ("equalize, rotate, GPTQ and descent", {**EQUALIZE, "without": ("fit",)}),
-    ("equalize, rotate, GPTQ and fit", {**EQUALIZE, "without": ("descent",)}),
+    ("equalize, rotate, GPTQ alone", {**EQUALIZE, **gptq_without(fit_damp=1e12, rounds=0)}),
+    ("equalize, rotate, GPTQ and descent", {**EQUALIZE, **gptq_without(fit_damp=1e12)}),
+    ("equalize, rotate, GPTQ and fit", {**EQUALIZE, **gptq_without(rounds=0)}),
     ("equalize, rotate, GPTQ, fit and descent (balanced)", EQUALIZE),
     ("the same, bits='auto'", {**EQUALIZE, "bits": "auto"}),
     ("the same, 2,048 sentences", {**EQUALIZE, "sentences": 2048}),
@@ -64,7 +70,6 @@ ABLATION: Cases = [
         {**EQUALIZE, "rounding": "tuned", "sentences": 2048},
     ),
 ]
-OFF = {"fit": ("_least_squares", "FIT_DAMP", 1e12), "descent": ("_coordinates", "ROUNDS", 0)}
 REVIEWS: Cases = [
     ("W8A8", {"w": 8, "a": 8}),
     ("W4A8", {"w": 4, "a": 8}),
@@ -142,23 +147,12 @@ def similarity() -> tuple[Measure, float]:
     def measure(options: Options, seed: int) -> list[float]:
         options = dict(options)
         calib = data.stsb_calibration(seed, options.pop("sentences", 256))
-        with without(options.pop("without", ())):
-            qmodel = quantize(model, calib, options, seed, tokenizer=tokenizer)
+        qmodel = quantize(model, calib, options, seed, tokenizer=tokenizer)
         got = task.embeddings(qmodel)
         cosines = (got * wanted).sum(-1)
         return [float(cosines.mean()), float(cosines.min()), task.spearman(got)]
 
     return measure, task.spearman(wanted)
-
-
-@contextmanager
-def without(parts: Sequence[str]) -> Iterator[None]:
-    """Leaves parts of GPTQ out: the fit to the float output, the descent behind it."""
-    with ExitStack() as stack:
-        for part in parts:
-            file, name, value = OFF[part]
-            stack.enter_context(patch.object(import_module(f"qtk.round.{file}"), name, value))
-        yield
 
 
 def reviews() -> Table:

@@ -101,6 +101,21 @@ class AtomicSave:
                 target.rmdir()
 
 
+class Unfinished:
+    """`save_pretrained` of a model that is being quantized, or whose quantizing ended early."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise ModelError(
+            "quantizing this model ended before it was done: some of its layers are integers, "
+            "others are not, and it cannot be saved; load the floating-point model again"
+        )
+
+
+def refuse_saving(model: Any) -> None:
+    """Marks a model as half done, until `attach` says that it is whole."""
+    model.save_pretrained = Unfinished()
+
+
 def attach(model: Any, record: checkpoint.Record) -> None:
     """Tells transformers that the model is quantized, so that saving writes it as such."""
     config = QtkConfig(**record.to_dict())

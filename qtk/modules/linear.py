@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from qtk.grids import Change, InputGrid, LinearSpec, Steps
-from qtk.hadamard import rotate
 from qtk.modules.base import Quantized, buffer, own, refuse_floats, resolve_backend
 from qtk.modules.products import Operands, Product, product_of
 from qtk.modules.reader import Read, Reader
 from qtk.modules.storage import load, store, stored_shape
 from qtk.scheme import Scheme
+from qtk_kernels.hadamard import rotate
 from qtk_kernels.int8_linear import fold_zero_point
 
 

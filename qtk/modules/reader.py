@@ -3,13 +3,13 @@
 from dataclasses import dataclass, replace
 
 import torch
-from qtk_kernels.activation import activate
-from qtk_kernels.codes import Codes
 from torch import Tensor
 
 from qtk.grids import Affine, InputGrid
-from qtk.hadamard import rotate
 from qtk.scheme import Format
+from qtk_kernels.activation import activate
+from qtk_kernels.codes import Codes
+from qtk_kernels.hadamard import rotate
 from qtk_kernels.hadamard_quantize import hadamard_quantize
 from qtk_kernels.shift_scale_quantize import shift_scale_quantize
 

@@ -162,6 +162,9 @@ def _check(model: nn.Module, batch: Batch, index: int) -> Batch:
                 f"{where}: {name!r} is a {type(value).__name__}, not a tensor; "
                 "call the tokenizer with return_tensors='pt'"
             )
+        if value.is_meta or value.layout != torch.strided:
+            kind = "on the meta device" if value.is_meta else f"of layout {value.layout}"
+            raise CalibrationError(f"{where}: {name!r} is {kind}; give dense tensors with data")
         if value.numel() == 0:
             raise CalibrationError(f"{where}: {name!r} is empty, shape {list(value.shape)}")
         if value.is_floating_point() and not torch.isfinite(value).all():

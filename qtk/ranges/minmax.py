@@ -1,14 +1,16 @@
-"""The whole range: no value of the calibration data is clipped."""
+"""The whole range: no value of the calibration data, or of a token, is clipped."""
 
 import torch
-from torch import Tensor
 
-from qtk.ranges import Range
-from qtk.scheme import Format
+from qtk.ranges import Question, Range
+
+TOKENS = True
 
 
-def find(batches: list[Tensor], fmt: Format, importance: Tensor) -> Range:
-    return (
-        torch.stack([x.min() for x in batches]).min(),
-        torch.stack([x.max() for x in batches]).max(),
+def find(question: Question) -> Range:
+    if question.per_token:
+        return Range(clip=1.0)
+    return Range(
+        torch.stack([x.min() for x in question.batches]).min(),
+        torch.stack([x.max() for x in question.batches]).max(),
     )

@@ -1,52 +1,12 @@
-"""The range with the smallest squared error, both ends searched in turn."""
+"""The range with the smallest squared error."""
 
 import torch
-from torch import Tensor
 
-from qtk.numerics import fake_quantize, fake_quantize_token, scale_and_zero_point
-from qtk.ranges import Range
-from qtk.scheme import Format
+from qtk.ranges import Question, Range
+from qtk.ranges._search import smallest_error
 
-TOGETHER = [0.9**k for k in range(30)]  # shares of the full range, both ends at once
-APART = [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5]  # then one end after the other
-CLIPS = [1.0 - 0.04 * k for k in range(14)]  # shares of a token's maximum, for dynamic grids
-ROWS = 1024  # a search over all rows finds the same range
+TOKENS = True
 
 
-def find(batches: list[Tensor], fmt: Format, importance: Tensor) -> Range:
-    return search(batches, fmt, torch.ones_like(importance))
-
-
-def search(batches: list[Tensor], fmt: Format, importance: Tensor) -> Range:
-    """argmin over (lo, hi) of sum_tj importance_j (x_tj - x_hat_tj)^2."""
-    x = torch.cat(batches)
-    full_lo, full_hi = x.min(), x.max()
-    # rows with the extremes must stay in the sample, or clipping them would look free
-    order = x.abs().amax(1).argsort(descending=True)
-    x = torch.cat([x[order[: ROWS // 8]], x[order[ROWS // 8 :: max(len(x) // ROWS, 1)]]])
-
-    def error(lo: Tensor, hi: Tensor) -> float:
-        scale, zero_point = scale_and_zero_point(lo, hi, fmt)
-        squares = (fake_quantize(x, scale, zero_point, fmt) - x).square().sum(0)
-        return float(squares @ importance)
-
-    share = min(TOGETHER, key=lambda c: error(full_lo * c, full_hi * c))
-    low, high = full_lo * share, full_hi * share
-    high = min((torch.minimum(high * c, full_hi) for c in APART), key=lambda end: error(low, end))
-    low = min((torch.maximum(low * c, full_lo) for c in APART), key=lambda end: error(end, high))
-    return low, high
-
-
-def find_clip(batches: list[Tensor], fmt: Format, importance: Tensor) -> float:
-    return search_clip(batches, fmt, torch.ones_like(importance))
-
-
-def search_clip(batches: list[Tensor], fmt: Format, importance: Tensor) -> float:
-    """For dynamic grids: the share of a token's maximum with the smallest weighted error."""
-    x = torch.cat(batches)
-    x = x[:: max(len(x) // ROWS, 1)]
-
-    def error(clip: float) -> float:
-        return float((fake_quantize_token(x, fmt.bits, clip) - x).square().sum(0) @ importance)
-
-    return min(CLIPS, key=error)
+def find(question: Question) -> Range:
+    return smallest_error(question, torch.ones_like(question.importance))

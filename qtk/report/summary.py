@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ class LayerSummary:
         fused: the layer runs inside a fused block.
         bytes, float_bytes: of the weight as stored, and as float32.
         sqnr: of the layer's output on the calibration data, dB; None where it was not measured.
+        recipe: the parts that it was made with, in words; None where that is not known.
     """
 
     name: str
@@ -33,6 +35,7 @@ class LayerSummary:
     bytes: int
     float_bytes: int
     sqnr: float | None
+    recipe: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Summary:
                               if (found := BRACKETS.match(kernel))})  # fmt: skip
         if self.attention != "float":
             totals.append(f"attention: {self.attention}, run by {self.attention_kernel}")
+        totals += _made_with(self.layers, self.recipe)
         if root:
             totals.append(f"names start with {root!r}")
         return "\n".join([*align([head, *rows]), "", *totals, "SQNR in dB, on calibration data"])
@@ -119,13 +123,15 @@ def summary(qmodel: nn.Module) -> Summary:
         is_fused = block.name in blocks and blocks[block.name].is_fused
         for name in (n for group in block.groups for n in group.linears):
             if name in quantized:
-                quality = record.layers[checkpoint.base_name(qmodel, name)].sqnr
-                layers.append(_quantized(name, quantized[name], is_fused, quality))
+                made = record.layers[checkpoint.base_name(qmodel, name)]
+                layers.append(_quantized(name, quantized[name], is_fused, made))
             else:
                 layers.append(_float(name, qmodel.get_submodule(name)))
     shown = {layer.name for layer in layers}
     others = [name for name in quantized if name not in shown]  # heads and embeddings asked for
-    layers += [_quantized(name, quantized[name], False, None) for name in others]
+    for name in others:
+        made = record.layers[checkpoint.base_name(qmodel, name.removesuffix(".linear"))]
+        layers.append(_quantized(name, quantized[name], False, made))
     parts = {t.data_ptr(): t.numel() * t.element_size() for t in qmodel.state_dict().values()}
     rest = sum(parts.values()) - sum(layer.bytes for layer in layers)  # tied weights count once
     products = next(iter(checkpoint.quantized_attentions(qmodel).values()), None)
@@ -159,12 +165,13 @@ def align(rows: list[list[str]]) -> list[str]:
     return [line(rows[0]), rule, *map(line, rows[1:])]
 
 
-def _quantized(name: str, layer: Any, fused: bool, quality: float | None) -> LayerSummary:
+def _quantized(name: str, layer: Any, fused: bool, made: checkpoint.Layer) -> LayerSummary:
     held = (layer.stored_weight(), layer.weight_scale, layer.weight_zero_point)
     size = sum(x.nbytes for x in held if x is not None)
     return LayerSummary(
         name, layer.scheme.name, layer.kernel, fused, size,
-        4 * layer.in_features * layer.out_features, quality,
+        4 * layer.in_features * layer.out_features, made.sqnr,
+        None if made.recipe is None else str(made.recipe),
     )  # fmt: skip
 
 
@@ -175,6 +182,17 @@ def _float(name: str, linear: Any) -> LayerSummary:
         name, "float", f"torch linear {dtype}", False, weight.numel() * weight.element_size(),
         4 * weight.numel(), None,
     )  # fmt: skip
+
+
+def _made_with(layers: tuple[LayerSummary, ...], recipe: dict[str, Any]) -> list[str]:
+    """How many layers were made with which parts, and what was learned after."""
+    counts = Counter(layer.recipe for layer in layers if layer.recipe is not None)
+    lines = [f"{count} made with {parts}" for parts, count in counts.items()]
+    learning = recipe.get("learning")
+    if isinstance(learning, dict):
+        came = "" if learning.get("changed") else ": nothing, held-out data did not confirm"
+        lines.append(f"then the {learning.get('of')} learned{came}")
+    return lines
 
 
 def _row(layer: LayerSummary, root: str, with_kernel: bool) -> list[str]:

@@ -1,23 +1,21 @@
 """Float weights to codes; one file a paper.
 
-A rounder is a function `find(problem) -> (codes, steps)`:
-
-    codes: [N, K] float32 holding integers in [qmin, qmax]
-    steps: the scale and zero point of each row or group
-
-Inside, it works with levels, which are codes less their zero point: w_hat = level * scale.
+A rounder is a function `find(problem) -> Rounded`, with settings as keywords. Inside, it works with
+levels, which are codes less their zero point: w_hat = level * scale.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from qtk import discover
+from qtk.errors import CalibrationError, SchemeError
 from qtk.grids import Steps
-from qtk.numerics import EPS, in_groups
+from qtk.round._steps import best_steps as best_steps
 from qtk.scheme import Format
-
-CLIPS = torch.linspace(1.0, 0.4, 31).tolist()  # shares of the whole range that are tried
 
 
 @dataclass(frozen=True)
@@ -31,53 +29,117 @@ class Problem:
             None without data.
         wanted: [T, N] float32, what the float model computes for those rows, without the bias;
             None without data.
+        name: of the linear, for messages.
     """
 
     weight: Tensor
     fmt: Format
     inputs: Tensor | None = None
     wanted: Tensor | None = None
+    name: str = "the layer"
 
 
-Rounded = tuple[Tensor, Steps]
+class Rounded(NamedTuple):
+    """What became of a weight.
 
-
-def best_steps(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Steps:
-    """Each row's (or group's) grid with the smallest weighted error of rounding to nearest.
-
-    Args:
-        weight: [N, K].
-        importance: [K], or None for all ones.
+    Attributes:
+        codes: [N, K] holding integers in [qmin, qmax].
+        steps: the scale and zero point of each row or group.
     """
-    w = in_groups(weight.float(), fmt.group_size)  # [N, G, group]
-    h = torch.ones_like(weight[:1]) if importance is None else importance[None].float()
-    h = in_groups(h, fmt.group_size)  # [1, G, group]
-    best = torch.full_like(w[..., 0], torch.inf)
-    scale, offset = torch.ones_like(best), torch.zeros_like(best)
-    for clip in CLIPS:
-        step, zero = _covering(w, clip, fmt)
-        lo, hi = ((q - zero)[..., None] for q in (fmt.qmin, fmt.qmax))
-        w_hat = (w / step[..., None]).round().clamp(lo, hi) * step[..., None]
-        error = ((w_hat - w).square() * h).sum(-1)
-        better = error < best
-        best, scale = torch.where(better, error, best), torch.where(better, step, scale)
-        offset = torch.where(better, zero, offset)
-    return Steps(fmt, scale, None if fmt.symmetric else offset)
+
+    codes: Tensor
+    steps: Steps
 
 
-def _covering(w: Tensor, clip: float, fmt: Format) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [N, G] of the grids over `clip` of the range of w [N, G, group]."""
-    lo, hi = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-    if fmt.symmetric:
-        scale = torch.maximum(-lo, hi).clamp(min=EPS) * clip / fmt.qmax
-        # -qmax - 1 lies on the longer side
-        return torch.where(hi > -lo, -scale, scale), torch.zeros_like(scale)
-    scale = (hi - lo).clamp(min=EPS) * clip / (fmt.qmax - fmt.qmin)
-    return scale, (fmt.qmin - lo * clip / scale).round().clamp(fmt.qmin, fmt.qmax)
+class Rounder(Protocol):
+    """What a file in this folder is, and a module or object of a user's.
+
+    Optional member:
+        NEEDS_DATA: whether `problem.inputs` must be there; where it is not, the weight is rounded
+            to nearest instead. False if not said.
+    """
+
+    def find(self, problem: Problem) -> Rounded: ...
+
+
+@dataclass(frozen=True)
+class CheckedRounder:
+    """A rounder whose answers are checked."""
+
+    name: str
+    rounder: Callable[[Problem], Rounded]
+    needs_data: bool
+
+    def runs(self, has_data: bool) -> str:
+        """The name of what `find` really does."""
+        return self.name if has_data or not self.needs_data else "nearest"
+
+    def find(self, problem: Problem) -> Rounded:
+        """The rounder's answer.
+
+        Raises:
+            SchemeError: it is none, codes that are no integers of the grid, or steps that do not
+                fit.
+        """
+        if problem.inputs is None and self.needs_data:
+            return to_nearest(problem.weight, problem.fmt)
+        answer = self.rounder(problem)
+        fault = _fault(answer, problem)
+        if fault:
+            raise SchemeError(f"rounding={self.name!r} gave {fault} for {problem.name}")
+        return Rounded(*answer)
+
+
+def rounder_of(given: object) -> CheckedRounder:
+    """A rounder by name, or a user's own."""
+    part = discover.part("round", given)
+    return CheckedRounder(part.name, part.find, bool(part.member("NEEDS_DATA", False)))
 
 
 def to_nearest(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Rounded:
     """Rounded to nearest, on the grids of `best_steps`. Not called as its file: importing that
     would put the module in the function's place."""
     steps = best_steps(weight, fmt, importance)
-    return steps.codes(steps.grid(weight.shape[1]).nearest(weight)), steps
+    return Rounded(steps.codes(steps.grid(weight.shape[1]).nearest(weight)), steps)
+
+
+def refuse_overflow(problem: Problem, *found: Tensor) -> None:
+    """Raises CalibrationError where sums over the calibration data are no longer finite."""
+    if problem.inputs is not None and not all(torch.isfinite(x).all() for x in found):
+        raise CalibrationError(
+            f"{problem.name}: what it reads or computes on the calibration data overflows, up to "
+            f"{float(problem.inputs.abs().max()):.1e}; look for huge weights or biases before it"
+        )
+
+
+def _fault(answer: object, problem: Problem) -> str | None:
+    """What is wrong with a rounder's answer."""
+    if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], Steps):
+        return f"a {type(answer).__name__} where it must be codes and Steps"
+    codes, steps = answer
+    fmt, (N, K) = problem.fmt, problem.weight.shape
+    if not isinstance(codes, Tensor) or codes.shape != (N, K):
+        return f"codes of shape {list(getattr(codes, 'shape', []))} and not {[N, K]}"
+    if not torch.equal(codes, codes.round()):
+        return "codes that are no integers"
+    if codes.numel() and (codes.min() < fmt.qmin or codes.max() > fmt.qmax):
+        lo, hi = int(codes.min()), int(codes.max())
+        return f"codes from {lo} to {hi}, outside {fmt.qmin} to {fmt.qmax},"
+    if steps.fmt != fmt:
+        return f"steps of another grid, {steps.fmt},"
+    G = 1 if fmt.group_size is None else -(-K // fmt.group_size)
+    if (
+        steps.scale.shape != (N, G)
+        or not torch.isfinite(steps.scale).all()
+        or not steps.scale.all()
+    ):
+        return f"scales that are not {[N, G]} finite numbers other than 0"
+    if (steps.zero_point is None) != fmt.symmetric:
+        return f"{'a' if fmt.symmetric else 'no'} zero point"
+    zero = steps.zero_point
+    if zero is not None and (
+        zero.shape != (N, G) or zero.min() < fmt.qmin or zero.max() > fmt.qmax
+        or not torch.equal(zero, zero.round())
+    ):  # fmt: skip
+        return f"zero points that are not {[N, G]} integers from {fmt.qmin} to {fmt.qmax}"
+    return None

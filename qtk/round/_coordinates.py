@@ -18,28 +18,31 @@ from qtk.numerics import EPS
 
 BLOCK = 64  # columns whose changes are carried on together
 SWEEPS = 2  # over the codes; more lower the error on the calibration data alone
-ROUNDS = 3  # of sweeps, each but the first behind a fit of the scales
+ROUNDS = 3  # of sweeps, each but the first after a fit of the scales
 
 
 def descended(
-    levels: Tensor, steps: Steps, weight: Tensor, hessian: Tensor
-) -> tuple[Tensor, Steps]:
+    levels: Tensor, steps: Steps, weight: Tensor, hessian: Tensor, rounds: int = ROUNDS,
+    sweeps: int = SWEEPS,
+) -> tuple[Tensor, Steps]:  # fmt: skip
     """Levels [N, K] and their steps after all rounds; `hessian` is [K, K]."""
     K = weight.shape[1]
-    for i in range(ROUNDS):
+    for i in range(rounds):
         if i > 0:
             steps = rescaled(levels, steps, weight, hessian)
-        levels = swept(levels, steps.grid(K), weight, hessian)
+        levels = swept(levels, steps.grid(K), weight, hessian, sweeps)
     return levels, steps
 
 
-def swept(levels: Tensor, grid: WeightGrid, weight: Tensor, hessian: Tensor) -> Tensor:
-    """Levels [N, K] after SWEEPS passes."""
+def swept(
+    levels: Tensor, grid: WeightGrid, weight: Tensor, hessian: Tensor, sweeps: int = SWEEPS
+) -> Tensor:
+    """Levels [N, K] after so many passes."""
     order = hessian.diag().argsort(descending=True)
     H, grid = hessian[order][:, order], grid.columns(order)
     q = levels[:, order]
     g = (q * grid.scale - weight[:, order]) @ H
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         for start in range(0, len(H), BLOCK):
             part = slice(start, start + BLOCK)
             change = _pass(q[:, part], g[:, part].clone(), grid.columns(part), H[part, part])

@@ -12,21 +12,25 @@ import torch
 from torch import Tensor
 
 from qtk.grids import WeightGrid
-from qtk.round import Problem, Rounded, best_steps, to_nearest
+from qtk.round import Problem, Rounded, best_steps
 from qtk.round._least_squares import better, error, target
 
-STEPS = 300  # each on the whole calibration set at once, where the paper takes 10,000 on samples
-RATE = 0.1
+NEEDS_DATA = True
 WARM_UP = 0.2  # share of the steps
 ZETA, GAMMA = 1.1, -0.1
 BETA = (20.0, 2.0)
-PULL = 0.01  # lambda, relative to what rounding to nearest costs
 
 
-def find(problem: Problem) -> Rounded:
-    """Codes and steps; nearest rounding where there is no data, or where a row is better so."""
-    if problem.inputs is None:
-        return to_nearest(problem.weight, problem.fmt)
+def find(
+    problem: Problem, *, iterations: int = 300, rate: float = 0.1, pull: float = 0.01
+) -> Rounded:
+    """Codes and steps; nearest rounding where a row is better so.
+
+    Args:
+        iterations: each on the whole calibration set at once; the paper takes 10,000 on samples.
+        rate: of Adam.
+        pull: lambda, relative to what rounding to nearest costs.
+    """
     weight, hessian = target(problem)
     steps = best_steps(weight, problem.fmt, hessian.diag())
     grid = steps.grid(weight.shape[1])
@@ -34,27 +38,28 @@ def find(problem: Problem) -> Rounded:
     cost = float(error(plain * grid.scale - weight, hessian).sum()) or 1.0
     below = (weight / grid.scale).floor()
     with torch.enable_grad():
-        V = learned(weight, grid, below, hessian, cost)
+        V = learned(weight, grid, below, hessian, cost, iterations, rate, pull)
     levels = grid.clamp(below + (V >= 0))  # h(V) >= 1/2
-    return steps.codes(better(levels, plain, grid.scale, weight, hessian)), steps
+    return Rounded(steps.codes(better(levels, plain, grid.scale, weight, hessian)), steps)
 
 
 def learned(
-    weight: Tensor, grid: WeightGrid, below: Tensor, hessian: Tensor, cost: float
-) -> Tensor:
+    weight: Tensor, grid: WeightGrid, below: Tensor, hessian: Tensor, cost: float,
+    iterations: int, rate: float, pull: float,
+) -> Tensor:  # fmt: skip
     """V [N, K] after the descent; its sign says up or down."""
     part = (weight / grid.scale - below).clamp(0.01, 0.99)
     V = -torch.log((ZETA - GAMMA) / (part - GAMMA) - 1)  # h(V) = the fraction: float weights
     V.requires_grad_(True)
-    optimizer = torch.optim.Adam([V], lr=RATE)
-    for step in range(STEPS):
+    optimizer = torch.optim.Adam([V], lr=rate)
+    for step in range(iterations):
         h = (V.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
         w_hat = grid.clamp(below + h) * grid.scale
         loss = error(w_hat - weight, hessian).sum() / cost
-        progress = (step / STEPS - WARM_UP) / (1 - WARM_UP)
+        progress = (step / iterations - WARM_UP) / (1 - WARM_UP)
         if progress > 0:
             beta = BETA[1] + (BETA[0] - BETA[1]) * (1 - progress)
-            loss = loss + PULL * (1 - (2 * h - 1).abs().pow(beta)).mean() * len(hessian)
+            loss = loss + pull * (1 - (2 * h - 1).abs().pow(beta)).mean() * len(hessian)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

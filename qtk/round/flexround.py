@@ -13,35 +13,39 @@ import torch
 from torch import Tensor
 
 from qtk.grids import Steps
-from qtk.round import Problem, Rounded, best_steps, to_nearest
+from qtk.round import Problem, Rounded, best_steps
 from qtk.round._least_squares import error, target
 
-STEPS = 300
-RATE = 3e-3
+NEEDS_DATA = True
 
 
-def find(problem: Problem) -> Rounded:
-    """The best that the descent passes; it starts at rounding to nearest."""
-    if problem.inputs is None:
-        return to_nearest(problem.weight, problem.fmt)
+def find(problem: Problem, *, iterations: int = 300, rate: float = 3e-3) -> Rounded:
+    """The best that the descent passes; it starts at rounding to nearest.
+
+    Args:
+        iterations: each on the whole calibration set at once.
+        rate: of Adam, at the first step of a cosine.
+    """
     weight, hessian = target(problem)
     steps = best_steps(weight, problem.fmt, hessian.diag())
     with torch.enable_grad():
-        levels, scale = learned(weight, steps, hessian)
-    return steps.codes(levels), replace(steps, scale=scale)
+        levels, scale = learned(weight, steps, hessian, iterations, rate)
+    return Rounded(steps.codes(levels), replace(steps, scale=scale))
 
 
-def learned(weight: Tensor, steps: Steps, hessian: Tensor) -> tuple[Tensor, Tensor]:
+def learned(
+    weight: Tensor, steps: Steps, hessian: Tensor, iterations: int, rate: float
+) -> tuple[Tensor, Tensor]:
     """The levels [N, K] and scale [N, G] with the smallest error that the descent passes."""
     sign, log_s1 = steps.scale.sign(), steps.scale.abs().log().requires_grad_()
     log_S2 = torch.zeros_like(weight, requires_grad=True)
     log_s3 = torch.zeros_like(steps.scale[:, :1], requires_grad=True)
-    optimizer = torch.optim.Adam([log_s1, log_S2, log_s3], lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    optimizer = torch.optim.Adam([log_s1, log_S2, log_s3], lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     grid = steps.grid(weight.shape[1])
     start = grid.nearest(weight)
     best = (error(start * grid.scale - weight, hessian), start, steps.scale)
-    for _ in range(STEPS):
+    for _ in range(iterations):
         s1 = log_s1.exp() * sign
         grid = replace(steps, scale=s1).grid(weight.shape[1])
         units = grid.clamp(weight / (grid.scale * (log_S2 + log_s3).exp()))

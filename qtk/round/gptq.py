@@ -13,24 +13,32 @@ import torch
 from torch import Tensor
 
 from qtk.grids import WeightGrid
-from qtk.round import Problem, Rounded, best_steps, to_nearest
-from qtk.round._coordinates import descended
-from qtk.round._least_squares import better, target
+from qtk.round import Problem, Rounded, best_steps
+from qtk.round._coordinates import ROUNDS, SWEEPS, descended
+from qtk.round._least_squares import DAMP, FIT_DAMP, better, target
 
+NEEDS_DATA = True
 BLOCK = 128  # columns whose errors are carried on together
 
 
-def find(problem: Problem) -> Rounded:
-    """Codes and steps; nearest rounding where there is no data, or where a row is better so."""
-    if problem.inputs is None:
-        return to_nearest(problem.weight, problem.fmt)
-    weight, hessian = target(problem)
+def find(
+    problem: Problem, *, damp: float = DAMP, fit_damp: float = FIT_DAMP, rounds: int = ROUNDS,
+    sweeps: int = SWEEPS,
+) -> Rounded:  # fmt: skip
+    """Codes and steps; nearest rounding where a row is better so.
+
+    Args:
+        damp: of the Hessian, a share of its mean diagonal.
+        fit_damp: ridge of the fit to the float output, likewise; 1e12 is no fit.
+        rounds, sweeps: of the coordinate descent; 0 rounds are none.
+    """
+    weight, hessian = target(problem, damp, fit_damp)
     steps = best_steps(weight, problem.fmt, hessian.diag())
     grid = steps.grid(weight.shape[1])
     levels = compensated(weight, grid, hessian)
     levels = better(levels, grid.nearest(weight), grid.scale, weight, hessian)
-    levels, steps = descended(levels, steps, weight, hessian)
-    return steps.codes(levels), steps
+    levels, steps = descended(levels, steps, weight, hessian, rounds, sweeps)
+    return Rounded(steps.codes(levels), steps)
 
 
 def compensated(weight: Tensor, grid: WeightGrid, hessian: Tensor) -> Tensor:

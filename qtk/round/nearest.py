@@ -5,9 +5,12 @@
 (h = 1 without data). At 8 bits the whole range nearly always wins; at 4 and less it does not.
 """
 
-from qtk.round import Problem, Rounded, to_nearest
+from qtk.round import Problem, Rounded, refuse_overflow, to_nearest
 
 
 def find(problem: Problem) -> Rounded:
-    importance = None if problem.inputs is None else problem.inputs.square().mean(0)
+    if problem.inputs is None:
+        return to_nearest(problem.weight, problem.fmt)
+    importance = problem.inputs.square().mean(0)
+    refuse_overflow(problem, importance)
     return to_nearest(problem.weight, problem.fmt, importance)

@@ -38,7 +38,7 @@ def channel_scales(reach: Tensor, candidates: int) -> list[Tensor]:
 def output_loss(site: Site, scheme: Scheme) -> Callable[[Change], float]:
     """The squared error of the site's output as a function of the change on `scheme`'s grids."""
     w, a = scheme.w, scheme.a
-    assert w is not None and a is not None
+    assert w is not None
     weight = site.weight()
     x, mask = _sample(site)
     anatomy = site.block.anatomy
@@ -82,8 +82,10 @@ def _attention(attention: Attention, mask: Tensor, y: Tensor) -> Tensor:
     return context.transpose(1, 2).reshape(B, T, -1)[mask]
 
 
-def _fake_quantize_input(rows: Tensor, fmt: Format) -> Tensor:
+def _fake_quantize_input(rows: Tensor, fmt: Format | None) -> Tensor:
     """x' on its grid: min-max over the sample, or a row's own maximum for dynamic formats."""
+    if fmt is None:
+        return rows
     if fmt.granularity == "token":
         return fake_quantize_token(rows, fmt.bits)
     scale, zero_point = scale_and_zero_point(rows.min(), rows.max(), fmt)
@@ -92,5 +94,6 @@ def _fake_quantize_input(rows: Tensor, fmt: Format) -> Tensor:
 
 def _fake_quantize_weight(weight: Tensor, fmt: Format) -> Tensor:
     groups = in_groups(weight, fmt.group_size)
-    scale, _ = scale_and_zero_point(groups.amin(-1), groups.amax(-1), fmt)
-    return fake_quantize(weight, expand_groups(scale, weight.shape[1], fmt.group_size), 0, fmt)
+    found = scale_and_zero_point(groups.amin(-1), groups.amax(-1), fmt)
+    scale, zero_point = (expand_groups(x, weight.shape[1], fmt.group_size) for x in found)
+    return fake_quantize(weight, scale, zero_point, fmt)

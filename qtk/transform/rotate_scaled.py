@@ -6,23 +6,28 @@ error of the site's output is taken. Nothing can precede a rotation that was mer
 such sites choose among shifts and scales alone.
 """
 
+import torch
+
 from qtk.grids import Change
 from qtk.observe import Site
 from qtk.scheme import Scheme
-from qtk.transform._merge import prepare as prepare
 from qtk.transform._output_loss import channel_scales, output_loss
+from qtk.transform._rotation import merge as merge
 
-CANDIDATES = 6  # channel scales tried with each shift, none at all among them
 
+def find(site: Site, scheme: Scheme, *, candidates: int = 6) -> Change:
+    """The best of the candidates; plain rotation without data.
 
-def find(site: Site, scheme: Scheme) -> Change:
-    """The best of the candidates; plain rotation without data."""
-    rotation = scheme.a is not None and not site.group.rotated
-    if not site.has_data or scheme.a is None or scheme.w is None:
+    Args:
+        candidates: channel scales tried with each shift, none at all among them.
+    """
+    rotation = not site.group.rotated
+    if not site.has_data:
         return Change(rotation=rotation)
     lo, hi = site.lo.amin(0), site.hi.amax(0)
     middle, reach = (hi + lo) / 2, (hi - lo) / 2
-    scales = channel_scales(reach, CANDIDATES)
-    shifts = (site.rows.mean(0), middle)
+    scales = channel_scales(reach, candidates)
+    # inputs that stay in floating point need no shift
+    shifts = (site.rows.mean(0), middle) if scheme.a is not None else (torch.zeros_like(middle),)
     changes = [Change(shift, scale, rotation) for shift in shifts for scale in scales]
     return min(changes, key=output_loss(site, scheme))

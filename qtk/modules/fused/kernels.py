@@ -5,13 +5,13 @@ activation and its quantizer another.
 """
 
 import torch
-from qtk_kernels.activation import activate
 from torch import Tensor
 from torch.nn import functional as F
 
-from qtk.hadamard import rotate
 from qtk.modules.fused.parts import Norm, Parts, Seams
 from qtk.modules.reader import Read, Reader
+from qtk_kernels.activation import activate
+from qtk_kernels.hadamard import rotate
 from qtk_kernels.layer_norm_quantize import layer_norm_quantize
 
 

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from qtk_kernels.activation import activate
-from qtk_kernels.codes import EPS, Codes
 from torch import Tensor
 from torch.nn import functional as F
 
-from qtk.hadamard import rotate
 from qtk.modules.fused.parts import Norm, Parts, Seams
 from qtk.modules.products.onednn import OneDnn
 from qtk.modules.reader import Read, Reader
+from qtk_kernels.activation import activate
+from qtk_kernels.codes import EPS, Codes
+from qtk_kernels.hadamard import rotate
 
 Rounding = Callable[[Tensor], Read]
 

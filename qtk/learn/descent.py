@@ -11,11 +11,17 @@ from torch import Tensor
 HELD_OUT = 8  # one batch in so many is not learned from, and decides when to stop
 PATIENCE = 4  # checks in a row without a lower held-out loss that end the descent
 
+Report = Callable[[int, int, float], None]  # steps done, steps in all, loss on held-out batches
+
 
 class Trainable(Protocol):
-    """What can be learned of one linear layer (`qtk.modules.trainable.TrainableLinear`)."""
+    """What can be learned of one linear layer (`qtk.learn.trainable.TrainableLinear`).
+
+    `kept` is the share of its input that is quantized, drawn from `generator`.
+    """
 
     kept: float
+    generator: torch.Generator | None
 
     @property
     def offset(self) -> Tensor: ...
@@ -52,7 +58,7 @@ class Task:
         loss: of batch i, a scalar with gradients.
         batches: how many there are.
         seed: of the order of the batches.
-        report: called with (steps done, steps in all, loss on held-out batches).
+        report: called at every check.
         keep: called now and then with a state to keep, which `state` may bring back later.
     """
 
@@ -60,20 +66,31 @@ class Task:
     loss: Callable[[int], Tensor]
     batches: int
     seed: int = 0
-    report: Callable[[int, int, float], None] = lambda done, total, loss: None
+    report: Report = lambda done, total, loss: None
     keep: Callable[[dict[str, Tensor]], None] | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
-def descend(task: Task, steps: int, rates: Rates, checks: int) -> float:
+@dataclass(frozen=True)
+class Learned:
+    """The loss on held-out batches before and after; the same where nothing held."""
+
+    before: float
+    after: float
+
+
+def descend(
+    task: Task, steps: int, rates: Rates, checks: int, *, patience: int = PATIENCE
+) -> Learned:
     """Adam on straight-through gradients; leaves the best parameters that the held-out batches saw.
 
-    Those include the first, so that the held-out loss never rises. Returns it. Ends early when it
-    has not fallen for PATIENCE checks.
+    Those include the first, so that the held-out loss never rises. The last state that is kept
+    counts as all steps done, and gives the same parameters again at once.
 
     Args:
         steps: batches that are learned from.
         checks: how often the held-out loss is taken, and the state kept.
+        patience: checks in a row without a lower held-out loss that end it early.
     """
     groups = _groups(task.linears, rates)
     parameters = [p for group in groups for p in group["params"]]
@@ -81,18 +98,19 @@ def descend(task: Task, steps: int, rates: Rates, checks: int) -> float:
     learned_from, held_out = split(task.batches)
     done, since, best = 0, 0, [p.detach().clone() for p in parameters]
     if task.state:
-        done, since, best_loss = _restore(task.state, optimizer, parameters, best)
+        done, since, first, best_loss = _restore(task.state, optimizer, parameters, best)
     else:
-        best_loss = _held_out_loss(task, held_out)
+        first = best_loss = _held_out_loss(task, held_out)
     task.report(done, steps, best_loss)
     every = max(steps // checks, 1)
     for step in range(done, steps):
-        if since >= PATIENCE:
+        if since >= patience:
             break
         for group in optimizer.param_groups:
             group["lr"] = group["first"] * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
-        with _seeded(task.seed * 1_000_003 + step), torch.enable_grad():
+        _draw_from(task, step)
+        with torch.enable_grad():
             loss = task.loss(_batch(learned_from, step, task.seed))
             loss.backward()
         optimizer.step()
@@ -102,12 +120,14 @@ def descend(task: Task, steps: int, rates: Rates, checks: int) -> float:
             if now < best_loss:
                 best_loss, best, since = now, [p.detach().clone() for p in parameters], 0
             task.report(step + 1, steps, best_loss)
-            if task.keep is not None and step + 1 < steps:
-                task.keep(_state(optimizer, parameters, best, step + 1, since, best_loss))
+            ends = since >= patience or step + 1 == steps
+            if task.keep is not None:
+                reached = steps if ends else step + 1
+                task.keep(_state(optimizer, parameters, best, reached, since, first, best_loss))
     with torch.no_grad():
         for p, value in zip(parameters, best, strict=True):
             p.copy_(value)
-    return best_loss
+    return Learned(first, best_loss)
 
 
 def split(batches: int) -> tuple[list[int], list[int]]:
@@ -139,22 +159,20 @@ def _groups(linears: Sequence[Trainable], rates: Rates) -> list[dict[str, Any]]:
 def _batch(indices: list[int], step: int, seed: int) -> int:
     """Every epoch all batches in another order, known from the step alone, as resuming needs."""
     epoch, place = divmod(step, len(indices))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(_seed(seed, epoch))
     return indices[int(torch.randperm(len(indices), generator=generator)[place])]
 
 
-class _seeded:
-    """What is drawn inside depends on the seed alone, and the generator outside stays as it was."""
+def _draw_from(task: Task, step: int) -> None:
+    """What is dropped in a step depends on the seed and the step alone, as resuming needs."""
+    device = task.linears[0].offset.device if task.linears else "cpu"
+    generator = torch.Generator(device).manual_seed(_seed(task.seed, step))
+    for linear in task.linears:
+        linear.generator = generator
 
-    def __init__(self, seed: int) -> None:
-        self.fork, self.seed = torch.random.fork_rng(devices=[]), seed
 
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self.fork.__exit__(*error)
+def _seed(seed: int, count: int) -> int:
+    return (seed * 1_000_003 + count) % 2**63
 
 
 @torch.no_grad()
@@ -171,10 +189,11 @@ def _held_out_loss(task: Task, held_out: list[int]) -> float:
 
 def _state(
     optimizer: torch.optim.Adam, parameters: list[Tensor], best: list[Tensor], done: int,
-    since: int, loss: float,
+    since: int, first: float, loss: float,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Everything that the descent goes on from."""
     state = {"done": torch.tensor(done), "since": torch.tensor(since)}
+    state["first"] = torch.tensor(first, dtype=torch.float64)
     state["loss"] = torch.tensor(loss, dtype=torch.float64)
     for i, (p, value) in enumerate(zip(parameters, best, strict=True)):
         kept = optimizer.state[p]
@@ -192,7 +211,8 @@ def _state(
 def _restore(
     state: dict[str, Tensor], optimizer: torch.optim.Adam, parameters: list[Tensor],
     best: list[Tensor],
-) -> tuple[int, int, float]:  # fmt: skip
+) -> tuple[int, int, float, float]:  # fmt: skip
+    """Sets what the state says; returns steps done, checks since the best, and both losses."""
     for i, p in enumerate(parameters):
         p.copy_(state[f"now.{i}"])
         best[i] = state[f"best.{i}"].clone()
@@ -200,4 +220,5 @@ def _restore(
             "step": state["done"].float(), "exp_avg": state[f"mean.{i}"].clone(),
             "exp_avg_sq": state[f"square.{i}"].clone(),
         }  # fmt: skip
-    return int(state["done"]), int(state["since"]), float(state["loss"])
+    first, loss = float(state["first"]), float(state["loss"])
+    return int(state["done"]), int(state["since"]), first, loss

@@ -1,23 +1,40 @@
-"""Rotations merged into a model's weights: they cost nothing when it runs.
+"""The rotation that several transforms use, of a site's input or merged into the model's weights.
 
-The residual stream of a pre-norm model rotates as a whole: what writes into it, and what reads it
-behind a norm, whose gain and offset go into those readers first. The values of every attention
-head rotate too. QuaRot (https://arxiv.org/abs/2404.00456) turns LayerNorm into RMSNorm for this,
-because a rotation does not keep the mean that LayerNorm takes off. Here the rotation is one that
-leaves the vector of ones where it is, so that it keeps the mean, and LayerNorm stays LayerNorm.
+Merged, it costs nothing when the model runs. The residual stream of a pre-norm model rotates as a
+whole: what writes into it, and what reads it after a norm, whose gain and offset go into those
+readers first. The values of every attention head rotate too. QuaRot
+(https://arxiv.org/abs/2404.00456) turns LayerNorm into RMSNorm for this, because a rotation does
+not keep the mean that LayerNorm takes off. Here the rotation is one that leaves the vector of ones
+where it is, so that it keeps the mean, and LayerNorm stays LayerNorm.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from qtk.hadamard import rotate
+from qtk.grids import Change
 from qtk.models import QKV, Block, Stream, stream_of
+from qtk.observe import Site
+from qtk.scheme import Scheme
+from qtk_kernels.hadamard import rotate
+
+
+def plain(site: Site, scheme: Scheme) -> Change:
+    """shift = the channels' means, channel_scale = 1, and a rotation unless the input has one.
+
+    Inputs that stay in floating point need no shift.
+    """
+    change = Change(rotation=not site.group.rotated)
+    if scheme.a is None or not site.has_data:
+        return change
+    shift = site.rows.mean(0)
+    return replace(change, shift=shift, channel_scale=torch.ones_like(shift))
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, blocks: Sequence[Block]) -> tuple[Block, ...]:
+def merge(model: nn.Module, blocks: Sequence[Block]) -> tuple[Block, ...]:
     """Rotates the residual stream and the values of a pre-norm model, in place, its function kept.
 
     Returns:

@@ -32,10 +32,11 @@ class TrainableLinear(nn.Module):
 
     Attributes:
         kept: share of the input elements that are quantized; the rest pass in floating point
-            (QDrop, Wei et al. 2022, https://arxiv.org/abs/2203.05740).
+            (QDrop, Wei et al. 2022, https://arxiv.org/abs/2203.05740), drawn from `generator`.
     """
 
     bias: Tensor | None
+    generator: torch.Generator | None
     log_input_scale: Tensor | None
     input_zero_point: Tensor | None
 
@@ -43,7 +44,7 @@ class TrainableLinear(nn.Module):
         super().__init__()
         self.layer = (layer,)  # in a tuple, so that it is no submodule
         self.grid: InputGrid = layer.grid
-        self.kept = kept
+        self.kept, self.generator = kept, None
         self.codes, self.scale = layer.codes().float(), layer.weight_scale.clone()
         self.zero_point: Tensor | None = layer.weight_zero_point
         self.fmt = layer.w
@@ -82,7 +83,8 @@ class TrainableLinear(nn.Module):
             step = reach * self.log_input_scale.exp() / fmt.qmax
             y_hat = _Rounded.apply(y / step, fmt.qmin, fmt.qmax) * step
         if self.kept < 1:
-            y_hat = torch.where(torch.rand_like(y) < self.kept, y_hat, y)
+            drawn = torch.empty_like(y).uniform_(generator=self.generator)
+            y_hat = torch.where(drawn < self.kept, y_hat, y)
         return y_hat
 
     @torch.no_grad()
@@ -120,7 +122,7 @@ def _put(model: nn.Module, modules: Any) -> None:
         model.set_submodule(name, module)
     for block in model.modules():
         if isinstance(block, FusedBlock):
-            block.unprepare()  # made of the linears that were there before
+            block.prepare()  # its parts were made of the linears that were there before
 
 
 class _Rounded(torch.autograd.Function):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from qtk.errors import SchemeError
+from qtk.learn.objective import output_error
 from qtk.models import Block
-from qtk.observe import Batch, Site, walk
-from qtk.reconstruct import output_error
+from qtk.observe import Batch, Site, forward, walk
 
 SHARE = 0.1  # of the weights in the blocks that bits="auto" keeps at eight bits, at most
 KEPT_BITS = 8
@@ -47,8 +47,9 @@ def sensitive(
         share: of the weights in the blocks, at most.
     """
     student = copy.deepcopy(model).eval()
-    probes = batches[:: max(len(batches) // PROBES, 1)][:PROBES]
-    wanted = [model(**batch) for batch in probes]
+    chosen_batches = range(0, len(batches), max(len(batches) // PROBES, 1))[:PROBES]
+    probes = [batches[i] for i in chosen_batches]
+    wanted = [forward(model, batches[i], i) for i in chosen_batches]
     found: list[tuple[float, int, tuple[str, ...]]] = []  # error a weight, weights, names
     for site in walk(student, blocks, batches):
         for name, layer in quantized(site):

@@ -1,0 +1,144 @@
+"""One site at a time: transform, input grid, codes, bias, and the integer linear made of them."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtk.checkpoint import Layer, LayerRecipe
+from qtk.errors import ModelError
+from qtk.grids import Change, InputGrid, LinearSpec
+from qtk.modules.embedding import QuantEmbedding
+from qtk.modules.linear import QuantLinear
+from qtk.modules.patch import QuantPatchConv
+from qtk.numerics import scale_and_zero_point, sqnr
+from qtk.observe import Site
+from qtk.pipeline.assign import Assignment
+from qtk.pipeline.recipes import Choice
+from qtk.ranges import CheckedRule, Question
+from qtk.round import Problem, rounder_of
+from qtk.scheme import Format
+
+BY_NEAREST = LayerRecipe("none", "nearest", None)
+
+
+def quantize_site(
+    site: Site, choice: Choice, backend: str
+) -> Iterator[tuple[str, QuantLinear, Layer]]:
+    """The linears of one site by name, quantized, and what was done to each."""
+    change = choice.recipe.transform.find(site, choice.scheme)
+    grid, rule = input_grid(site, change, choice)
+    inputs = grid.fake_quantize(site.rows) if site.has_data else None  # [T, K]
+    changed = change.rotation or change.shift is not None or site.group.rotated
+    recipe = LayerRecipe(
+        choice.recipe.method if changed else "none",
+        choice.recipe.rounder.runs(inputs is not None), None if rule is None else rule.name,
+    )  # fmt: skip
+    for name, linear in site.linears.items():
+        wanted = site.float_rows @ linear.weight.float().T if len(site.float_rows) else None
+        spec, quality = quantize_linear(name, linear, change, grid, inputs, wanted, choice)
+        layer = QuantLinear.from_spec(spec, backend)
+        made = Layer(
+            choice.scheme, spec.bias is not None, change.shift is not None, change.rotation,
+            quality, recipe,
+        )  # fmt: skip
+        yield name, layer, made
+
+
+def quantize_linear(
+    name: str, linear: nn.Linear, change: Change, grid: InputGrid, inputs: Tensor | None,
+    wanted: Tensor | None, choice: Choice,
+) -> tuple[LinearSpec, float | None]:  # fmt: skip
+    """Rounds one weight and corrects its bias; with the SQNR (dB) of what the layer computes.
+
+    Args:
+        inputs: [T, K], what the layer will read, on its grid.
+        wanted: [T, N], what the float model computes there, without the bias.
+    """
+    assert choice.scheme.w is not None
+    weight = linear.weight.float()
+    problem = Problem(change.weight(weight), choice.scheme.w, inputs, wanted, name)
+    codes, steps = choice.recipe.rounder.find(problem)
+    bias: Tensor | None = None if linear.bias is None else linear.bias.float()
+    quality = None
+    if inputs is not None and wanted is not None:
+        got = inputs @ steps.dequantize(codes).T
+        correction = (wanted - got).mean(0)  # makes the mean output what the float model's is
+        quality = sqnr(wanted, got + correction)
+        bias = correction if bias is None else bias + correction
+    else:
+        bias = grid.change.bias(weight, bias)
+    spec = LinearSpec(codes.to(torch.int8), steps, grid, bias)
+    _check_finite(name, spec)
+    return spec, quality
+
+
+def input_grid(site: Site, change: Change, choice: Choice) -> tuple[InputGrid, CheckedRule | None]:
+    """How the site's input is quantized, and the rule that ended the grid, if one did."""
+    fmt = choice.scheme.a
+    grid = InputGrid(fmt, change)
+    if fmt is None or not site.has_data:
+        return grid, None
+    rule = choice.recipe.rule_for(
+        site.group.norm is not None, change.rotation or site.group.rotated
+    )
+    question = Question(
+        batches=[change.inputs(x[mask]) for x, mask in site.sequences],
+        fmt=fmt,
+        importance=change.weight(site.weight()).square().sum(0),  # [K]
+        probe=site.probe and site.probe.changed(change.inputs, change.weight),
+    )
+    found = rule.find(question)
+    if question.per_token:
+        return replace(grid, clip=found.clip), rule
+    scale, zero_point = scale_and_zero_point(*found.ends, fmt)
+    return replace(grid, scale=scale, zero_point=zero_point), rule
+
+
+def quantize_outside(
+    name: str, module: nn.Module, choice: Choice, backend: str
+) -> tuple[nn.Module, Layer]:
+    """A head, an embedding or a patch embedding; inputs are dynamic per token, not calibrated."""
+    scheme = choice.scheme
+    assert scheme.w is not None and isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d))
+    problem = Problem(module.weight.float().flatten(1), scheme.w, name=name)
+    codes, steps = rounder_of("nearest").find(problem)
+    codes = codes.to(torch.int8)
+    if isinstance(module, nn.Embedding):
+        table = QuantEmbedding.from_codes(codes, steps, module.weight.dtype)
+        return table, Layer(replace(scheme, a=None), bias=False, transform=False, recipe=BY_NEAREST)
+    a = scheme.a and Format(scheme.a.bits, granularity="token")
+    if isinstance(module, nn.Conv2d) and not QuantPatchConv.fits(module):
+        raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
+    spec = LinearSpec(codes, steps, InputGrid(a), module.bias)
+    _check_finite(name, spec)
+    linear = QuantLinear.from_spec(spec, backend)
+    made = Layer(spec.scheme, spec.bias is not None, transform=False, recipe=BY_NEAREST)
+    if isinstance(module, nn.Conv2d):
+        return QuantPatchConv(linear, module.kernel_size, module.weight.dtype), made
+    return linear, made
+
+
+def rounded_to_nearest(
+    site: Site, found: Assignment, backend: str
+) -> Iterator[tuple[str, QuantLinear]]:
+    """The linears of one site as they would be, rounded to nearest: a first look."""
+    for choice, part in found.parts(site):
+        quick = replace(choice, recipe=choice.recipe.quick())
+        for name, linear, _ in quantize_site(part, quick, backend):
+            yield name, linear
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """Raises ModelError where a number of the layer overflowed."""
+    for field in fields(value):
+        part = getattr(value, field.name)
+        if is_dataclass(part):
+            _check_finite(f"{name}, {field.name}", part)
+        elif isinstance(part, Tensor) and not torch.isfinite(part).all():
+            raise ModelError(
+                f"{name}: its {field.name} overflows once quantized; look for huge weights or "
+                "biases"
+            )
