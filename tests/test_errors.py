@@ -202,7 +202,7 @@ def test_nothing_is_changed_when_a_mistake_is_found():
     (lambda f: f.write_text("\n \n"), "holds no text lines"),
     (lambda f: f.write_bytes(b"\xff\xfe\xff"), "not a UTF-8 text file"),
     (lambda f: f.mkdir(), "holds no text lines and no images"),
-    (lambda f: (f.mkdir(), (f / "a.png").write_text("no")), r"a\.png is not an image"),
+    (lambda f: (f.mkdir(), (f / "a.png").write_text("no")), "calib holds images"),
 ])  # fmt: skip
 def test_calibration_files_that_cannot_be_read(tmp_path, write, told):
     write(tmp_path / "calib")

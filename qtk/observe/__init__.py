@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtk.errors import CalibrationError, QtkError
+from qtk.errors import CalibrationError
 from qtk.models import Block, Group
+from qtk.observe.guard import reading
 from qtk.observe.probe import Gradients, Probe, parts_of
 
 Batch = dict[str, Any]
@@ -126,6 +127,8 @@ def _first_calls(model: nn.Module, block: Block, batches: Sequence[Batch]) -> li
                 "check the calibration data and the model's embeddings"
             )
         mask = batches[len(calls)].get("attention_mask")
+        if mask is not None and mask.dim() == 3:  # of [B, choices, T], which the model flattens
+            mask = mask.flatten(0, 1)
         if mask is None or tuple(mask.shape) != tuple(hidden.shape[:2]):
             mask = torch.ones(hidden.shape[:2])
         mask = mask.bool().to(hidden.device)
@@ -137,15 +140,10 @@ def _first_calls(model: nn.Module, block: Block, batches: Sequence[Batch]) -> li
         for batch in batches:
             try:
                 extra = {"use_cache": False} if block.causal else {}
-                model(**batch, **extra)
+                with reading(f"calibration batch {len(calls)}"):
+                    model(**batch, **extra)
             except _Stop:
                 continue
-            except (ValueError, TypeError, IndexError, RuntimeError) as error:
-                if isinstance(error, (QtkError, torch.OutOfMemoryError)):
-                    raise
-                raise CalibrationError(
-                    f"the model cannot read calibration batch {len(calls)}: {error}"
-                ) from error
             raise CalibrationError(f"the model never reached {block.name} on a calibration batch")
     finally:
         handle.remove()
@@ -174,9 +172,10 @@ def _run_float(
 
         linear = module.get_submodule(group.linears[0].removeprefix(f"{block.name}."))
         handles.append(linear.register_forward_pre_hook(keep))
-    for call in calls:
+    for index, call in enumerate(calls):
         current[:] = [call]
-        call.float_hidden = run(module, call.float_hidden, call)
+        with reading(f"calibration batch {index}"):  # a mask of another shape shows only here
+            call.float_hidden = run(module, call.float_hidden, call)
     for handle in handles:
         handle.remove()
     return {name: torch.cat(parts) for name, parts in rows.items()}

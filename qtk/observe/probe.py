@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qtk.models import Block
+from qtk.observe.guard import reading
 
 Batch = dict[str, Any]
 Gradients = dict[str, list[Tensor]]
@@ -155,7 +156,7 @@ def block_gradients(
     generator = torch.Generator().manual_seed(seed)
     names = [n for b in blocks for n in (b.name, *(n for g in b.groups for n in g.linears))]
     found: Gradients = {name: [] for name in names}
-    for batch in batches:
+    for index, batch in enumerate(batches):
         outputs: dict[str, Tensor] = {}
         handles = [model.get_submodule(blocks[0].name).register_forward_pre_hook(
             _leaf, with_kwargs=True
@@ -163,7 +164,8 @@ def block_gradients(
         for name in names:
             handles.append(model.get_submodule(name).register_forward_hook(_keeper(outputs, name)))
         try:
-            score = _score(model(**batch), batch, generator)
+            with reading(f"calibration batch {index}"):
+                score = _score(model(**batch), batch, generator)
         finally:
             for handle in handles:
                 handle.remove()
