@@ -43,7 +43,10 @@ ALLOWED = {
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
-    "observe": ["probe", "site", "walk", "imagine", "gradients", "__init__", "batches"],
+    "observe": [
+        "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "beside", "files",
+        "images", "items", "tokens", "check", "batches",
+    ],
     "learn": ["__init__", "descent", "objective", "resume", "trainable", "block", "model"],
     "pipeline": [
         "progress", "recipes", "assign", "attention", "sensitivity", "request", "site", "learning",
