@@ -8,8 +8,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
+import qtk
 from qtk.demo.sentences import sentences
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,19 +24,63 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+def words(text: str) -> list[str]:
+    """The lines without their figures and their indentation."""
+    return [re.sub(r"\d[\d.]*", "#", " ".join(line.split())) for line in text.splitlines()]
+
+
+@pytest.mark.usefixtures("minilm_path")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result: Any = load(path).main()
-    if isinstance(result, torch.Tensor):
-        assert result.diagonal() == pytest.approx(torch.ones(len(result)), abs=1e-4)
-    else:
-        assert result.cosine > 0.8
-    assert capsys.readouterr().out.strip()
+def test_example_prints_what_its_docstring_shows(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = load(path)
+    example.main()
+    printed = words(capsys.readouterr().out)
+    shown = words(example.__doc__ or "")
+    assert printed and printed == shown[-len(printed) :]
 
 
-def test_example_takes_a_path(tiny_bert: Path) -> None:
-    cosines = load(ROOT / "examples" / "bert_embeddings.py").main(str(tiny_bert))
-    assert cosines.shape == (4, 4)
+def test_embeddings_of_a_model_that_is_named(tiny_bert: Path) -> None:
+    vectors = load(ROOT / "examples" / "embeddings.py").main(str(tiny_bert))
+    assert set(vectors) == {"float32", "W8A8", "W4A4"}
+    assert float((vectors["float32"] * vectors["W8A8"]).sum(-1).min()) > 0.99
+
+
+@pytest.mark.usefixtures("minilm_path")
+def test_classifier_learns_the_texts_of_a_file(tmp_path: Path) -> None:
+    classifier = load(ROOT / "examples" / "classifier.py")
+    lines = [f"{word}\ta {word} thing number {i}" for i in range(12) for word in ("red", "wet")]
+    (tmp_path / "texts.tsv").write_text("\n".join(lines))
+    result = classifier.main(str(tmp_path / "texts.tsv"))
+    assert result.samples == 6 and result.metric_quantized == 1.0
+
+
+def test_vision_on_a_model_and_images_that_are_named(tmp_path: Path, shared: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for i in range(8):
+        image.new("RGB", (32, 32), (30 * i, 100, 255 - 30 * i)).save(tmp_path / f"{i}.png")
+    vision = load(ROOT / "examples" / "vision.py")
+    result = vision.main(str(shared / "models" / "vit-cifar10"), str(tmp_path))
+    assert result.samples == 8 and result.cosine > 0.99
+
+
+def test_generation_by_a_model_that_is_named(
+    shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generation = load(ROOT / "examples" / "opt_generation.py")
+    said, quantized = generation.main(str(shared / "models" / "opt-small-text"), "The war")
+    assert len(said) == generation.TOKENS and said[0] == quantized[0]
+    assert "The" in capsys.readouterr().out
+
+
+def test_examples_are_short_and_use_public_names() -> None:
+    for path in EXAMPLES:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) < 60, path.name
+        assert not re.search(r"qtk\.[a-z_]+\.|(from|import) qtk\.|qtk_kernels", text), path.name
+        used = set(re.findall(r"\bqtk\.(\w+)", text))
+        assert used and used <= set(qtk.__all__), path.name
 
 
 def test_readme_code_runs(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +135,3 @@ def test_what_a_gpu_measured_gets_its_tables_and_what_none_did_is_said(tmp_path:
         made = page(text, tmp_path)
         assert "not measured" not in made and "**gpu_models**" in made and "**gpu_kernels**" in made
     assert "**gpu_slower**" in tables.insert_all(text, tmp_path)
-
-
-def test_examples_are_short() -> None:
-    for path in EXAMPLES:
-        body = path.read_text(encoding="utf-8").split("def main", 1)[1]
-        assert len(body.splitlines()) <= 26, path.name
