@@ -14,13 +14,15 @@ import copy
 from typing import Any
 
 import torch
+from qtk_kernels.codes import Codes
+from qtk_kernels.dispatch import backend_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from qtk.models import Block
+from qtk.models import Attention
+from qtk.modules.base import Float32Buffers
 from qtk.scheme import AttentionScheme
-from qtk_kernels._dispatch import backend_of
 from qtk_kernels.quantized_attention import attention_weights, quantized_attention
 from qtk_kernels.shift_scale_quantize import shift_scale_quantize
 
@@ -28,7 +30,7 @@ CHILD = "qtk_attention"  # its name inside the attention module of a model
 KINDS = {"log-sqrt2": "log2"}  # kinds that the kernel calls otherwise
 
 
-class QuantAttention(nn.Module):
+class QuantAttention(Float32Buffers):
     """softmax(q k^T) v, quantized. H heads, D head size.
 
     Buffers (`state_dict`):
@@ -116,17 +118,14 @@ class QuantAttention(nn.Module):
         bits = self.scheme.bits
         if bits is None or self.v_scale is None:
             return (q, k, v), {}
-        q_codes, q_scale = shift_scale_quantize(
-            q, bits=bits, granularity="token", backend=self.backend
-        )
-        k_codes, k_scale = shift_scale_quantize(
-            k, bits=bits, granularity="token", backend=self.backend
-        )
+        per_token = Codes(bits, "token")
+        q_codes, q_scale = shift_scale_quantize(q, None, None, per_token, backend=self.backend)
+        k_codes, k_scale = shift_scale_quantize(k, None, None, per_token, backend=self.backend)
         assert q_scale is not None and k_scale is not None
         B, _, T, _ = v.shape
         rows = v.transpose(1, 2).reshape(B, T, -1)
         v_codes, _ = shift_scale_quantize(
-            rows, (1 / self.v_scale).flatten(), bits=bits, backend=self.backend
+            rows, (1 / self.v_scale).flatten(), None, Codes(bits), backend=self.backend
         )
         v_codes = v_codes.view(B, T, self.heads, self.head_size).transpose(1, 2)
         return (q_codes, k_codes, v_codes), {"q_scale": q_scale[..., 0], "k_scale": k_scale[..., 0]}
@@ -140,30 +139,33 @@ class QuantAttention(nn.Module):
             return "triton quantized_attention"
         return "torch quantized_attention (float32)"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantAttention":
-        for name, value in self._buffers.items():
-            if value is not None:  # scales stay float32 under .half() and .to(dtype)
-                moved = fn(value)
-                self._buffers[name] = (
-                    moved if moved.dtype == value.dtype else value.to(moved.device)
-                )
-        return self
+    def blank(self) -> "QuantAttention":
+        return QuantAttention(self.heads, self.head_size, self.scheme, device="meta")
 
     def extra_repr(self) -> str:
         return f"{self.heads} heads of {self.head_size}, {self.scheme.name}"
 
 
-def attention(
-    qkv: Tensor, block: Block, mask: Tensor | None, cache: Any = None,
+def attend(
+    qkv: Tensor, anatomy: Attention, layer: int, mask: Tensor | None, cache: Any = None,
     products: QuantAttention | None = None,
 ) -> Tensor:  # fmt: skip
-    """softmax(q k^T / sqrt(D)) v, quantized or in floating point: [B, T, 3 * H] -> [B, T, H]."""
+    """softmax(q k^T / sqrt(D) + mask) v, quantized or in floating point.
+
+    Args:
+        qkv: [B, T, 3 * H].
+        layer: the block's place, by which a cache knows it.
+        mask: bool, or float that is added, broadcast against [B, heads, T, Tk].
+
+    Returns:
+        [B, T, H].
+    """
     B, T, width = qkv.shape
-    D = width // (3 * block.heads)
-    q, k, v = qkv.view(B, T, 3, block.heads, D).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
+    heads, D = anatomy.heads, width // (3 * anatomy.heads)
+    q, k, v = qkv.view(B, T, 3, heads, D).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
     if cache is not None:
-        k, v = cache.update(k, v, int(block.name.rpartition(".")[2]))
-    causal = block.causal and mask is None and T > 1
+        k, v = cache.update(k, v, layer)
+    causal = anatomy.causal and mask is None and T > 1
     if products is not None:
         return products(q, k, v, mask=mask, causal=causal)
     if mask is not None and mask.dtype == torch.bool and not mask.is_cuda:
@@ -171,7 +173,7 @@ def attention(
         blocked = torch.finfo(q.dtype).min
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, blocked)
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    return context.transpose(1, 2).reshape(B, T, block.heads * D)
+    return context.transpose(1, 2).reshape(B, T, heads * D)
 
 
 class _StraightThrough(torch.autograd.Function):
