@@ -30,7 +30,7 @@ bench: $(VENV)/dev        ## speed, into benchmarks/results/ and the README
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks.speed.quantize
 	$(BIN)/python -m benchmarks.speed.cpu_profile
-	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python -m benchmarks.readme_tables
 
 clean:            ## removes the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info demo-out

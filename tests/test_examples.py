@@ -98,7 +98,7 @@ def test_readme_code_runs(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_readme_tables_are_those_of_the_result_files() -> None:
     tables = load(ROOT / "benchmarks" / "readme_tables.py")
-    assert tables.main(check=True) == 0, "run python benchmarks/readme_tables.py"
+    assert tables.main(check=True) == 0, "run python -m benchmarks.readme_tables"
 
 
 def test_tables_are_made_of_result_files(tmp_path: Path) -> None:
