@@ -14,9 +14,10 @@ from benchmarks.result import RESULTS, read
 SIZE = "16x128"  # sentences and tokens each
 SAME = 1e-6  # an error that is none: float32 in other words
 INK, OURS, OTHERS = "#111827", "#b91c1c", "#475569"
-OFFSETS = [  # of a label from its point, in points, with the side of the text that is there
-    (7, 0, "left"), (-7, 0, "right"), (0, 10, "center"), (0, -10, "center"), (6, 9, "left"),
-    (6, -9, "left"), (-6, 9, "right"), (-6, -9, "right"), (0, 20, "center"), (0, -20, "center"),
+OFFSETS = [  # of a label from its point, in points, and the side of the text that is there
+    (7, 0, "left"), (-7, 0, "right"),
+    *((x, y * far, side) for far in (10, 20, 30, 40) for x, side in ((0, "center"), (6, "left"),
+      (-6, "right")) for y in (1, -1)),
 ]  # fmt: skip
 
 
@@ -60,6 +61,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def label(figure: Any, axes: Any, places: dict[str, tuple[float, float]]) -> None:
     """Names beside the points, each where it covers nothing and stays inside the frame."""
+    from matplotlib.text import Text
+
     figure.canvas.draw()  # fixes where everything is
     frame = axes.get_window_extent()
     dots = [axes.transData.transform(place) for place in places.values()]
@@ -71,8 +74,9 @@ def label(figure: Any, axes: Any, places: dict[str, tuple[float, float]]) -> Non
                 name, place, (x, y), textcoords="offset points", ha=side, va="center",
                 fontsize=8, color=color,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+                arrowprops={"arrowstyle": "-", "color": OTHERS, "linewidth": 0.5},
             )  # fmt: skip
-            box = text.get_window_extent().padded(2)
+            box = Text.get_window_extent(text).padded(2)  # without the line to its point
             inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
             if inside and not covers(box, dots, taken):
                 taken.append(box)
