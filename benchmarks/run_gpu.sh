@@ -26,7 +26,7 @@ step() { # name, command
 check() { # every op beside the others: most of the time goes into compiling, on one core each
     local jobs=() status=0
     for op in shift_scale activation layer_norm hadamard W8A8 W4A8 W4A4 fp8 weight_only \
-        attention log_softmax; do
+        attention; do
         "$PYTHON" -m tests.gpu.check "${1:-200}" --only "$op" --minutes 8 &
         jobs+=($!)
     done

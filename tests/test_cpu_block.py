@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from qtk_kernels.dispatch import cpu_has_int8
 
 import qtk
 from qtk.modules.fused.block import FusedBlock
 from qtk.modules.linear import QuantLinear
+from qtk_kernels.dispatch import cpu_has_int8
 from tests.zoo import build
 
 pytestmark = pytest.mark.skipif(not cpu_has_int8(), reason="needs a CPU that multiplies bytes")

@@ -185,7 +185,7 @@ def test_a_mistake_is_told_with_its_remedy(kind, act, told):
 def test_triton_without_a_gpu(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    monkeypatch.setattr("qtk_kernels._dispatch.INTERPRETED", False)
+    monkeypatch.setattr("qtk_kernels.dispatch.INTERPRETED", False)
     with pytest.raises(BackendError, match="backend='auto' chooses by device"):
         run(backend="triton")
 

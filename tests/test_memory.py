@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from qtk_kernels.dispatch import cpu_has_int8
 from safetensors import safe_open
 
 import qtk
 from qtk.modules.fused.block import FusedBlock
 from qtk.modules.linear import QuantLinear
+from qtk_kernels.dispatch import cpu_has_int8
 
 LOAD = """
 import json, resource, sys

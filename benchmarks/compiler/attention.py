@@ -50,7 +50,7 @@ class Row(compiler.Row):
 
 def variant(
     name: str, T: int, kind: str, qk: str, v: str, *, steps: int = 1, per_head: bool = True,
-    masked: bool = False, codes_out: bool = False,
+    masked: bool = False,
 ) -> compiler.Variant:  # fmt: skip
     """One kernel variant at head size 64.
 
@@ -70,18 +70,15 @@ def variant(
         types["v_ptr"] = "*bf16"
     if qk != "bf16":
         types |= {k: t for k, t in SCALES.items() if k != "k_scale_ptr" or not per_head}
-    types["out_ptr"] = "*i8" if codes_out else "*bf16"
+    types["out_ptr"] = "*bf16"
     if masked:
         types["mask_ptr"] = "*u8"
-    if codes_out:
-        types |= {"multiplier_ptr": "*fp32", "offset_ptr": "*fp32"}
     width = HEAD // 2 if packed else HEAD
     params = {
         "KIND": kind, "STEPS": steps, "TOP": 255, "OFFSET": OFFSET.get(steps, 0.0),
         "RENORMALIZE": False, "ONE_TILE": tile["BLOCK_N"] >= T, "GRID": grid, "CAUSAL": False,
         "TAIL": masked or T % tile["BLOCK_N"] > 0, "KEY_MASK": masked, "PACKED": packed,
-        "V_FP8": v == "fp8",
-        "QMIN": -128 if codes_out else 0, "QMAX": 127 if codes_out else 0, "EXACT": False,
+        "V_FP8": v == "fp8", "EXACT": False,
         "BLOCK_W": max(width, 32), "BLOCK_D": HEAD, "D": HEAD, "width": width, "Tq": T, "Tk": T,
         "stride_vt": 3 * HEAD * 12 if v == "bf16" else 1,
         "stride_vd": 1 if v == "bf16" else T, **tile,
@@ -111,8 +108,7 @@ def variants() -> list[compiler.Variant]:
         variant("code4 int4 fp8 T=4096", 4096, "code", "u8", "fp8", steps=4),
         variant("code4 i8 fp8 token scales T=4096", 4096, "code", "i8", "fp8", steps=4,
                 per_head=False),
-        variant("code4 i8 fp8 codes out T=197", 197, "code", "i8", "fp8", steps=4, masked=True,
-                codes_out=True),
+        variant("code4 i8 fp8 masked T=197", 197, "code", "i8", "fp8", steps=4, masked=True),
         variant("log2 i8 fp8 T=4096", 4096, "log2", "i8", "fp8"),
         variant("code4 i8 fp8 T=512", 512, "code", "i8", "fp8", steps=4),
         variant("uniform i8 i8 T=4096", 4096, "uniform", "i8", "i8"),

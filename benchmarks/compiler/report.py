@@ -51,9 +51,9 @@ from qtk_kernels import (
     shift_scale_quantize,
 )
 from qtk_kernels import weight_only_linear as weight_only
-from qtk_kernels._codes import Codes, channels_of
-from qtk_kernels._hadamard import split
 from qtk_kernels._launch import gemm_launch
+from qtk_kernels.codes import Codes, channels_of
+from qtk_kernels.hadamard import split
 
 ARCHS = (80, 90, 100)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -176,7 +176,7 @@ def gemm_variants() -> list[Variant]:
         types |= {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32"} if parts == "*i32" else {}
         out.append(Variant(
             f"add_parts {parts[1:]}", _split_k._add_parts_kernel, types,
-            {"SPLIT_K": 8, "SHIFT": 4 if parts == "*i32" else 0, "ACTIVATION": "", "QMIN": 0,
+            {"SPLIT_K": 8, "RIGHT_SHIFT": 4 if parts == "*i32" else 0, "ACTIVATION": "", "QMIN": 0,
              "QMAX": 0, "BLOCK_N": _split_k.BLOCK, "num_warps": 2},
         ))  # fmt: skip
     return out

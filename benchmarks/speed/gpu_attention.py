@@ -23,11 +23,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.result import RESULTS, Row, result, write
 from benchmarks.speed.gpu_device import head, this_run
-from qtk_kernels._tune import microseconds
-from qtk_kernels.quantized_attention import Epilogue, quantized_attention
+from qtk_kernels.quantized_attention import quantized_attention
+from qtk_kernels.tune import microseconds
 
 DEVICE = "cuda"
-CODES_STEP = 32.0  # codes of an output in units of 1 / 32
 HEADS, HEAD = 12, 64
 LENGTHS = (128, 197, 512, 1024, 2048, 4096)
 TOKENS = 32768  # of a call, all sequences together
@@ -41,24 +40,17 @@ def codes(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale[..., None]).round().to(torch.int8), scale
 
 
-def quantized(qkv: list[Tensor], causal: bool, fp8: bool, out: bool) -> Callable[[], Tensor]:
-    """Code softmax of four steps, int8 first product, and v in float8 or int8 stored transposed.
-
-    Args:
-        out: write int8 codes for the next linear, not bfloat16.
-    """
+def quantized(qkv: list[Tensor], causal: bool, fp8: bool) -> Callable[[], Tensor]:
+    """Code softmax of four steps, int8 first product, and v in float8 or int8 stored transposed."""
     (q, q_scale), (k, k_scale) = codes(qkv[0]), codes(qkv[1])
     v, v_scale = qkv[2].to(torch.float8_e4m3fn), None
     if not fp8:
         v_scale = qkv[2].float().abs().amax(2) / 127
         v = (qkv[2] / v_scale[:, :, None]).round().to(torch.int8)
     v = v.transpose(2, 3).contiguous().transpose(2, 3)
-    width = q.shape[1] * q.shape[3]
-    one = torch.ones(width, device=DEVICE)
-    epilogue = Epilogue(one * CODES_STEP, one * 0) if out else None
     return lambda: quantized_attention(
         q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, softmax="code", steps=4,
-        causal=causal, out_dtype=torch.bfloat16, epilogue=epilogue,
+        causal=causal, out_dtype=torch.bfloat16,
     )  # fmt: skip
 
 
@@ -78,7 +70,6 @@ def error_of(y: Tensor, qkv: list[Tensor], causal: bool) -> float:
     want = scaled_dot_product_attention(q, k, v, is_causal=causal)
     want = want.transpose(1, 2).flatten(2)
     got = (y.transpose(1, 2).flatten(2) if y.dim() == 4 else y)[:1].double()
-    got = got / CODES_STEP if y.dtype == torch.int8 else got
     return float((got - want).norm() / want.norm())
 
 
@@ -92,9 +83,9 @@ def measured(T: int, causal: bool) -> list[Row]:
     contenders: dict[str, list[Callable[[], Tensor]]] = {
         name: [library(qkv, causal, name) for qkv in buffers] for name in BACKENDS
     }
-    for fp8, out in product((False, True), (False, True)):
-        name = f"qtk code {'fp8' if fp8 else 'int8'}{', codes out' if out else ''}"
-        contenders[name] = [quantized(qkv, causal, fp8, out) for qkv in buffers]
+    for fp8 in (False, True):
+        name = f"qtk code {'fp8' if fp8 else 'int8'}"
+        contenders[name] = [quantized(qkv, causal, fp8) for qkv in buffers]
     found = {}
     for name, calls in contenders.items():
         try:

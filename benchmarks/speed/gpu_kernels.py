@@ -30,7 +30,12 @@ from benchmarks.result import COMMIT, RESULTS
 from benchmarks.speed.gpu_device import PACKAGES, head, this_run
 from benchmarks.speed.gpu_peers import library, package
 from benchmarks.speed.gpu_tables import Row, read_csv, write_csv, write_tables
-from qtk_kernels._tune import (
+from qtk_kernels.codes import Codes
+from qtk_kernels.hadamard_quantize import hadamard_quantize
+from qtk_kernels.int8_linear import int8_linear
+from qtk_kernels.layer_norm_quantize import layer_norm_quantize
+from qtk_kernels.shift_scale_quantize import shift_scale_quantize
+from qtk_kernels.tune import (
     KERNELS,
     MODELS,
     ROWS,
@@ -42,11 +47,6 @@ from qtk_kernels._tune import (
     rounds_of,
     widths,
 )
-from qtk_kernels.gelu_quantize import activation_quantize
-from qtk_kernels.hadamard_quantize import hadamard_quantize
-from qtk_kernels.int8_linear import int8_linear
-from qtk_kernels.layer_norm_quantize import layer_norm_quantize
-from qtk_kernels.shift_scale_quantize import shift_scale_quantize
 
 DEVICE = "cuda"
 QUANTIZERS = ("shift_scale_quantize", "gelu_quantize", "layer_norm_quantize", "hadamard_quantize")
@@ -186,7 +186,7 @@ def from_float_calls(M: int, N: int, K: int) -> Calls:
 
     def call(x: Tensor, w: Tensor) -> Callable[[], Any]:
         def run() -> Tensor:
-            q, scale = shift_scale_quantize(x, bits=8, granularity="token", backend="triton")
+            q, scale = shift_scale_quantize(x, None, None, Codes(8, "token"), backend="triton")
             return int8_linear(q, w, w_scale, x_scale=scale, **out)
 
         return run
@@ -196,13 +196,13 @@ def from_float_calls(M: int, N: int, K: int) -> Calls:
 
 def quantizer(name: str, x: Tensor, a: Tensor, b: Tensor, how: str) -> Any:
     """A row kernel with a scale a token."""
-    options: dict[str, Any] = {"bits": 8, "granularity": "token", "backend": how}
+    codes = Codes(8, "token")
     if name == "gelu_quantize":
-        return activation_quantize(x, a, b, activation="gelu", **options)
+        return shift_scale_quantize(x, a, b, codes, activation="gelu", backend=how)
     if name == "layer_norm_quantize":
-        return layer_norm_quantize(x, a, b, 1e-5, **options)
+        return layer_norm_quantize(x, a, b, 1e-5, codes, backend=how)
     run = shift_scale_quantize if name == "shift_scale_quantize" else hadamard_quantize
-    return run(x, a, b, **options)
+    return run(x, a, b, codes, backend=how)
 
 
 def quantizer_calls(name: str, M: int, K: int, how: str) -> Calls:

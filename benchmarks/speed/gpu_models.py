@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import qtk
 from benchmarks.result import RESULTS, Row, read, result, write
 from benchmarks.speed.gpu_device import head, this_run
-from qtk_kernels._tune import microseconds
+from qtk_kernels.tune import microseconds
 
 DEVICE = "cuda"
 BATCHES = (1, 8, 64)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtk_kernels._tune import Calls, copies, random_codes, rounds_of
 from qtk_kernels.fp8_linear import to_fp8
+from qtk_kernels.tune import Calls, copies, random_codes, rounds_of
 
 GROUP = 128
 

@@ -23,18 +23,17 @@ from benchmarks.result import result, versions_of, write
 from qtk_kernels import (
     _split_k,
     fp8_linear,
-    gelu_quantize,
     hadamard_quantize,
     int4_linear,
     int8_linear,
     layer_norm_quantize,
-    log_softmax_quantize,
     quantized_attention,
     shift_scale_quantize,
     weight_only_linear,
 )
-from qtk_kernels._int4 import pack_int4
 from qtk_kernels._plan import forget
+from qtk_kernels.codes import Codes
+from qtk_kernels.packing import pack_int4
 
 
 class Nothing:
@@ -56,17 +55,20 @@ def calls() -> dict[str, Callable[[], Any]]:
     heads = torch.randint(-8, 8, (1, 12, M, 64), dtype=torch.int8)
     head_scale, values = torch.rand(1, 12, M), torch.randn(1, 12, M, 64)
     mask = torch.ones(1, 1, 1, M, dtype=torch.bool)
-    token: dict[str, Any] = {"bits": 8, "granularity": "token", "backend": "triton"}
+    token = Codes(8, "token")
+    triton: dict[str, Any] = {"backend": "triton"}
     scaled: dict[str, Any] = {"x_scale": x_scale, "backend": "triton"}
     return {
-        "shift_scale_quantize": lambda: shift_scale_quantize.shift_scale_quantize(x, v, v, **token),
-        "activation_quantize": lambda: gelu_quantize.activation_quantize(
-            x, v, v, activation="gelu", **token
+        "shift_scale_quantize": lambda: shift_scale_quantize.shift_scale_quantize(
+            x, v, v, token, **triton
+        ),
+        "gelu, shift_scale_quantize": lambda: shift_scale_quantize.shift_scale_quantize(
+            x, v, v, token, activation="gelu", **triton
         ),
         "layer_norm_quantize": lambda: layer_norm_quantize.layer_norm_quantize(
-            x, v, v, 1e-5, residual=x, emit="sum", **token
+            x, v, v, 1e-5, token, residual=x, emit="sum", **triton
         ),
-        "hadamard_quantize": lambda: hadamard_quantize.hadamard_quantize(x, v, v, **token),
+        "hadamard_quantize": lambda: hadamard_quantize.hadamard_quantize(x, v, v, token, **triton),
         "int8_linear": lambda: int8_linear.int8_linear(x_q, w_q, w_scale, bias, **scaled),
         "int8_linear, split": lambda: int8_linear.int8_linear(
             wide, wide, w_scale[:2], x_scale=x_scale[:2], backend="triton"
@@ -89,9 +91,6 @@ def calls() -> dict[str, Callable[[], Any]]:
             mask=mask,
             backend="triton",
         ),
-        "log_softmax_quantize": lambda: log_softmax_quantize.log_softmax_quantize(
-            x, backend="triton"
-        ),
     }
 
 
@@ -101,7 +100,7 @@ def stub() -> None:
     shift_scale_quantize._shift_scale_quantize_kernel = Nothing()
     quantized_attention.quantized_attention_kernel = Nothing()  # type: ignore[assignment]
     for module in (layer_norm_quantize, hadamard_quantize, int8_linear, int4_linear,
-                   weight_only_linear, fp8_linear, log_softmax_quantize):  # fmt: skip
+                   weight_only_linear, fp8_linear):  # fmt: skip
         setattr(module, f"_{module.__name__.split('.')[-1]}_kernel", Nothing())
 
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.speed import cpu_models, gpu_kernels
 from benchmarks.speed.cpu_contenders import CONTENDERS, MODELS, Size, build, inputs_of
-from qtk_kernels._tune import KERNELS, microseconds
+from qtk_kernels.tune import KERNELS, microseconds
 
 
 @pytest.mark.parametrize("model", MODELS)

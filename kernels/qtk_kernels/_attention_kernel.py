@@ -84,11 +84,11 @@ def _product(p, v, KIND: tl.constexpr, TOP: tl.constexpr, V_FP8: tl.constexpr):
         return tl.dot(p, v.to(tl.float8e4nv, bitcast=True))
     elif v.dtype == tl.int8:
         if KIND == "uniform":  # codes of 8 bits as signed bytes
-            LIFT: tl.constexpr = 128 if TOP == 255 else 0
-            lifted = tl.dot((p - LIFT).to(tl.int8), v, out_dtype=tl.int32)
-            if LIFT:
-                lifted += LIFT * tl.sum(v.to(tl.int32), axis=0)[None, :]
-            return lifted
+            OFFSET: tl.constexpr = 128 if TOP == 255 else 0
+            product = tl.dot((p - OFFSET).to(tl.int8), v, out_dtype=tl.int32)
+            if OFFSET:
+                product += OFFSET * tl.sum(v.to(tl.int32), axis=0)[None, :]
+            return product
         else:
             return tl.dot(p.to(tl.float16), v.to(tl.float16))
     else:
@@ -120,27 +120,9 @@ def _power_of_two(n):
 
 
 @jit
-def _store(
-    y, out_ptr, multiplier_ptr, offset_ptr, b, h, offs_m, H, Tq, D,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Writes [BLOCK_M, BLOCK_D] to out [B, Tq, H * D], as floats or as codes."""
-    offs_d = tl.arange(0, BLOCK_D)
-    inside = (offs_m < Tq)[:, None] & (offs_d < D)[None, :]
-    at = ((b * Tq + offs_m).to(tl.int64) * H + h)[:, None] * D + offs_d[None, :]
-    if QMAX > QMIN:
-        multiplier = tl.load(multiplier_ptr + h * D + offs_d, mask=offs_d < D, other=0.0)
-        offset = tl.load(offset_ptr + h * D + offs_d, mask=offs_d < D, other=0.0)
-        codes = round_codes(y * multiplier[None, :] + offset[None, :], QMIN * 1.0, QMAX * 1.0)
-        tl.store(out_ptr + at, codes.to(tl.int8), mask=inside)
-    else:
-        tl.store(out_ptr + at, y, mask=inside)
-
-
-@jit
 def quantized_attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, step_ptr,
-    multiplier_ptr, offset_ptr, out_ptr,
+    out_ptr,
     H, Tq, Tk, D, width,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_mb, stride_mh, stride_mq, stride_mk,
@@ -149,9 +131,8 @@ def quantized_attention_kernel(
     KIND: tl.constexpr, STEPS: tl.constexpr, TOP: tl.constexpr, OFFSET: tl.constexpr,
     RENORMALIZE: tl.constexpr, ONE_TILE: tl.constexpr, GRID: tl.constexpr,
     CAUSAL: tl.constexpr, TAIL: tl.constexpr, KEY_MASK: tl.constexpr,
-    PACKED: tl.constexpr, V_FP8: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PACKED: tl.constexpr, V_FP8: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(Tq, BLOCK_M)
     tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -271,10 +252,9 @@ def quantized_attention_kernel(
             total = total * 32768.0
     total = tl.where(total > 0, total, 1.0)
     y = acc.to(tl.float32) * tl.div_rn(total * 0.0 + 1.0, total)[:, None]
+    offs_d = tl.arange(0, BLOCK_D)
     if v_scale_ptr is not None:
-        offs_d = tl.arange(0, BLOCK_D)
         vs_at = b * stride_vsb + h * stride_vsh + offs_d * stride_vsd
         y = y * tl.load(v_scale_ptr + vs_at, mask=offs_d < D, other=0.0)[None, :]
-    _store(
-        y, out_ptr, multiplier_ptr, offset_ptr, b, h, offs_m, H, Tq, D, QMIN, QMAX, BLOCK_D
-    )  # fmt: skip
+    at = ((b * Tq + offs_m).to(tl.int64) * H + h)[:, None] * D + offs_d[None, :]
+    tl.store(out_ptr + at, y, mask=(offs_m < Tq)[:, None] & (offs_d < D)[None, :])

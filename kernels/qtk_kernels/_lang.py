@@ -1,7 +1,8 @@
 """Triton if there is one, and the pieces that kernels share.
 
-Without Triton (it is only published for Linux) the kernels below become plain functions that nobody
-calls, so that the cpu and reference backends work everywhere.
+Without Triton (it is only published for Linux, and an import may fail where a driver is missing)
+the kernels below become plain functions that nobody calls, so that the cpu and reference backends
+work everywhere.
 
 The arithmetic is float32 and avoids libdevice, inline assembly and bfloat16 arithmetic, which the
 interpreter does not run, or runs wrongly.
@@ -9,16 +10,15 @@ interpreter does not run, or runs wrongly.
 
 import os
 from importlib import import_module
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
-if find_spec("triton"):
+try:
     triton: Any = import_module("triton")
     tl: Any = import_module("triton.language")
     jit: Any = triton.jit
     constexpr_function: Any = triton.constexpr_function
-else:
+except Exception:  # a broken installation raises what it likes
     triton, tl = None, SimpleNamespace(constexpr=int)
     jit = constexpr_function = lambda kernel: kernel
 

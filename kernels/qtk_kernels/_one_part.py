@@ -51,7 +51,7 @@ def store_scale(
 @jit
 def store_codes(
     q_ptr, y, offs_m, start, M, width,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, SHIFT: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, OFFSET: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr,
     GROUP: tl.constexpr = 0, SPAN: tl.constexpr = 0,
 ):  # fmt: skip
@@ -64,6 +64,6 @@ def store_codes(
         codes = tl.reshape(two_nibbles(low, high, QMIN, QMAX), (ROWS, BLOCK_K // 2))
     else:
         offs, mask_k = lanes(start, width, GROUP, SPAN, BLOCK_K)
-        codes = to_bytes(y, QMIN, QMAX, SHIFT)
+        codes = to_bytes(y, QMIN, QMAX, OFFSET)
     mask = (offs_m < M)[:, None] & mask_k[None, :]
     tl.store(q_ptr + offs_m[:, None] * width + offs[None, :], codes, mask=mask)

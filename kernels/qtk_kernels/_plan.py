@@ -4,11 +4,13 @@ A signature is shapes, strides, dtypes and options: one hash of a tuple stands f
 tiles, grids and compile-time parameters of a call whose like was seen before. Errors are not kept.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from math import prod
-from typing import Any
+from types import NoneType
+from typing import Any, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -93,6 +95,16 @@ def broadcast_strides(
 _OPS = torch.library.Library("qtk", "FRAGMENT")
 
 
+class Numbers(Protocol):
+    """A value that an operator takes as a list of numbers, because a schema has no type for it."""
+
+    @property
+    def numbers(self) -> list[float]: ...
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Self: ...
+
+
 def opaque(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a launcher one node of a compiled graph, `torch.ops.qtk.<name>`.
 
@@ -105,15 +117,47 @@ def opaque(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
 
     def wrap(launch: Callable[..., Any]) -> Callable[..., Any]:
         name = launch.__name__.removeprefix("_").removeprefix("launch_")
-        _OPS.define(name + torch.library.infer_schema(launch, mutates_args=()))
-        _OPS.impl(name, launch, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"qtk::{name}", shapes, lib=_OPS)
+        plain, values = _plain(launch)
+
+        def restored(function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
+                pairs = zip(args, values, strict=True)
+                return function(*(a if a is None or v is None else v.of(a) for a, v in pairs))
+
+            return run
+
+        _OPS.define(name + torch.library.infer_schema(plain, mutates_args=()))
+        _OPS.impl(name, restored(launch), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"qtk::{name}", restored(shapes), lib=_OPS)
         op = getattr(torch.ops.qtk, name).default
 
         @wraps(launch)
         def call(*args: Any) -> Any:
-            return op(*args) if torch.compiler.is_compiling() else launch(*args)
+            if not torch.compiler.is_compiling():
+                return launch(*args)
+            pairs = zip(args, values, strict=True)
+            return op(*(a if a is None or v is None else a.numbers for a, v in pairs))
 
         return call
 
     return wrap
+
+
+def _plain(launch: Callable[..., Any]) -> tuple[Callable[..., Any], list[type[Numbers] | None]]:
+    """A prototype with lists in the place of `Numbers`, and where those stood."""
+    signature = inspect.signature(launch)
+    values: list[type[Numbers] | None] = []
+    parameters = []
+    for parameter in signature.parameters.values():
+        kinds = get_args(parameter.annotation) or (parameter.annotation,)
+        value = next((kind for kind in kinds if hasattr(kind, "numbers")), None)
+        values.append(value)
+        if value is not None:
+            plain = Sequence[float] | None if NoneType in kinds else Sequence[float]
+            parameter = parameter.replace(annotation=plain)
+        parameters.append(parameter)
+
+    def prototype() -> None: ...
+
+    prototype.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return prototype, values

@@ -8,11 +8,11 @@ GROUP channels share a scale and take SPAN lanes; GROUP is 0 for static codes, a
 scale serves a token. FULL: no lane of the tile is idle, no mask is needed.
 """
 
-from . import _codes
+from . import codes
 from ._code_bytes import to_bytes, two_nibbles
 from ._lang import PTX, jit, tl
 
-TOKEN = tl.constexpr(_codes.TOKEN)
+TOKEN = tl.constexpr(codes.TOKEN)
 
 
 @jit
@@ -156,7 +156,7 @@ def divided(
 def store_rows(
     q_ptr, ys, offs_m, start, K, width,
     GROUP: tl.constexpr, SPAN: tl.constexpr, PACKED: tl.constexpr, FULL: tl.constexpr,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, SHIFT: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, OFFSET: tl.constexpr,
     PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Rounds ys and writes bytes, or half-split nibbles, to q [M, width]."""
@@ -172,7 +172,7 @@ def store_rows(
     else:
         for P in tl.static_range(PARTS):
             offs_k, mask = channels_of_part(start, K, P, GROUP, SPAN, PACKED, PART)
-            codes = to_bytes(ys[P], QMIN, QMAX, SHIFT)
+            codes = to_bytes(ys[P], QMIN, QMAX, OFFSET)
             if FULL:
                 tl.store(row + offs_k[None, :], codes)
             else:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import on_device
 from ._lang import jit, scaled, store_linear, tl
 from ._launch import cdiv
 from ._plan import Plan, row_step
+from .dispatch import on_device
 
 BLOCK = 256  # output channels of a program
 
@@ -25,7 +25,7 @@ BLOCK = 256  # output channels of a program
 @jit
 def _add_parts_kernel(
     parts_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, M, N, out_step, out_zero_point,
-    SPLIT_K: tl.constexpr, SHIFT: tl.constexpr, ACTIVATION: tl.constexpr,
+    SPLIT_K: tl.constexpr, RIGHT_SHIFT: tl.constexpr, ACTIVATION: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(1).to(tl.int64) + tl.arange(0, 1)
@@ -35,8 +35,8 @@ def _add_parts_kernel(
     p = tl.load(parts_ptr + at, mask=mask, other=0)
     for s in tl.static_range(1, SPLIT_K):
         p += tl.load(parts_ptr + s * M.to(tl.int64) * N + at, mask=mask, other=0)
-    if SHIFT:
-        p = p >> SHIFT
+    if RIGHT_SHIFT:
+        p = p >> RIGHT_SHIFT
     y = scaled(p, x_scale_ptr, w_scale_ptr, offs_m, offs_n, M, N, offs_m, offs_n, False)
     store_linear(
         out_ptr, y, bias_ptr, offs_m, offs_n, M, N, out_step, out_zero_point,
@@ -68,7 +68,7 @@ def plan_linear(
     *,
     integers: bool,
     scaled: bool,
-    shift: int = 0,
+    right_shift: int = 0,
     out: tuple[float, int] = (1.0, 0),
     epilogue: dict[str, Any],
 ) -> LinearPlan:
@@ -78,7 +78,7 @@ def plan_linear(
         tile: from `gemm_launch`.
         numbers, options: of the product's kernel, without the tile.
         integers: what the parts are, scaled: whether the scales are in them already.
-        shift: power of two that integer parts are too large by.
+        right_shift: bits that integer parts are too large by.
         out: step and zero point of codes.
         epilogue: ACTIVATION, QMIN and QMAX of `store_linear`.
     """
@@ -87,8 +87,10 @@ def plan_linear(
     second = None
     if split > 1:
         results.append(((split, M, N), torch.int32 if integers else torch.float32))
-        fixed = {"SPLIT_K": split, "SHIFT": shift, **epilogue, "BLOCK_N": BLOCK, "num_warps": 2,
-                 "enable_fp_fusion": False}  # as the epilogue of one program  # fmt: skip
+        fixed = {
+            "SPLIT_K": split, "RIGHT_SHIFT": right_shift, **epilogue, "BLOCK_N": BLOCK,
+            "num_warps": 2, "enable_fp_fusion": False,  # as the epilogue of one program
+        }  # fmt: skip
         second = Plan(False, (), (cdiv(N, BLOCK), M), (M, N, *out), fixed)
     grid = (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), split)
     copy = row_step(shape, stride) is None

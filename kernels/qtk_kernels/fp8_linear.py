@@ -16,9 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._activation import activate, check_activation
-from ._codes import EPS, scale_strides
-from ._dispatch import backend_of
 from ._lang import (
     along_m,
     along_n,
@@ -31,9 +28,12 @@ from ._lang import (
     tl,
 )
 from ._launch import cdiv, gemm_launch
+from ._linear import check_scales
 from ._plan import opaque, planned, row_step, shape_of
 from ._split_k import LinearPlan, launch_linear, plan_linear
-from .int8_linear import check_scales
+from .activation import activate, check_activation
+from .codes import EPS, scale_strides
+from .dispatch import backend_of
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3

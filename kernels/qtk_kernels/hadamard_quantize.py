@@ -1,8 +1,8 @@
 """Shift, scale, rotate by a block-diagonal Hadamard matrix, scale again and quantize in one pass.
 
     u        = x * multiplier + offset                          per channel
-    y        = blockdiag(R) u                                   R of size block, see `_hadamard.py`
-    q, scale = codes of y * out_multiplier + out_offset         see `_codes.py`
+    y        = blockdiag(R) u                                   R of size block, see `hadamard.py`
+    q, scale = codes of y * out_multiplier + out_offset         see `codes.py`
 
 A static grid has its step D and its zero point p in out_multiplier = 1 / D and out_offset = p.
 
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref
-from ._dispatch import backend_of, on_device
-from ._hadamard import rotate, signs_on, split
 from ._lang import jit, tl
 from ._launch import cdiv, next_power_of_2
 from ._one_part import dynamic_divide, dynamic_limit, lanes, store_codes, store_scale
 from ._plan import Plan, opaque, planned, row_step, shape_of
+from .codes import Codes, channels_of, check_channels, quantize_ref
+from .dispatch import backend_of, on_device
+from .hadamard import rotate, signs_on, split
 from .shift_scale_quantize import launch_shift_scale_quantize
 
 
@@ -143,7 +143,7 @@ def _hadamard_quantize_kernel(
     M, K, G, f, p, width, stride_xm, clip, norm,
     STAGES: tl.constexpr, BLOCKS: tl.constexpr, F: tl.constexpr, P: tl.constexpr,
     GROUP: tl.constexpr, SPAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    SHIFT: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    OFFSET: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     start = tl.program_id(1) * BLOCK_K  # 0 where the products need a whole token
@@ -165,7 +165,7 @@ def _hadamard_quantize_kernel(
         store_scale(scale_ptr, limit, offs_m, M, G, first, BLOCK_K // SPAN, QMAX)
         y = dynamic_divide(y, limit, ROWS, BLOCK_K, SPAN, QMAX)
     store_codes(
-        q_ptr, y, offs_m, start, M, width, QMIN, QMAX, SHIFT, ROWS, BLOCK_K, PACKED, GROUP, SPAN
+        q_ptr, y, offs_m, start, M, width, QMIN, QMAX, OFFSET, ROWS, BLOCK_K, PACKED, GROUP, SPAN
     )
 
 
@@ -198,11 +198,10 @@ def hadamard_launch(M: int, K: int, block: int, codes: Codes) -> dict | None:
 @planned
 def _plan(
     shape: torch.Size, stride: tuple[int, ...], block: int,
-    vectors: tuple[torch.Size | None, ...], *spelled: Any,
+    vectors: tuple[torch.Size | None, ...], codes: Codes,
 ) -> Plan | None:  # fmt: skip
     """None where the kernel would have to move channels."""
     _check(shape, block, *vectors)
-    codes = Codes.of(*spelled)
     K, M = shape[-1], prod(shape[:-1])
     step, results = row_step(shape, stride), codes.results(shape)
     _, f, p = split(block)
@@ -221,28 +220,22 @@ def _plan(
 
 
 def _empty(
-    x: Tensor, _m: Any, _o: Any, _block: int, _om: Any, _oo: Any, *spelled: Any
+    x: Tensor, _m: Any, _o: Any, codes: Codes, _block: int, _om: Any, _oo: Any
 ) -> list[Tensor]:
-    return Codes.of(*spelled).empty(x)
+    return codes.empty(x)
 
 
 @opaque(_empty)
 def _launch_hadamard_quantize(
-    x: Tensor, multiplier: Tensor | None, offset: Tensor | None, block: int,
+    x: Tensor, multiplier: Tensor | None, offset: Tensor | None, codes: Codes, block: int,
     out_multiplier: Tensor | None, out_offset: Tensor | None,
-    bits: int, granularity: str, signed: bool, packed: bool, clip: float,
 ) -> list[Tensor]:  # fmt: skip
     vectors = multiplier, offset, out_multiplier, out_offset
-    plan = _plan(
-        x.shape, x.stride(), block, tuple(map(shape_of, vectors)),
-        bits, granularity, signed, packed, clip,
-    )  # fmt: skip
+    plan = _plan(x.shape, x.stride(), block, tuple(map(shape_of, vectors)), codes)
     if plan is None:  # the rotation by PyTorch, and all that follows in one pass
         u = x.float() if multiplier is None else x.float() * multiplier.float()
         y = hadamard(u if offset is None else u + offset.float(), block)
-        return launch_shift_scale_quantize(
-            y, out_multiplier, out_offset, "", bits, granularity, signed, packed, clip
-        )
+        return launch_shift_scale_quantize(y, out_multiplier, out_offset, codes, None)
     results = plan.empty(x.device)
     matrices: tuple[Tensor | None, ...] = (None, None)
     if plan.options["BLOCKS"]:
@@ -258,43 +251,36 @@ def _launch_hadamard_quantize(
 
 def hadamard_quantize(
     x: Tensor,
-    multiplier: Tensor | None = None,
-    offset: Tensor | None = None,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    codes: Codes,
     *,
     block: int | None = None,
     out_multiplier: Tensor | None = None,
     out_offset: Tensor | None = None,
-    bits: int,
-    granularity: Granularity = "tensor",
-    signed: bool = True,
-    packed: bool = False,
-    clip: float = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Quantizes the rotated x * multiplier + offset.
 
     Args:
         x: [..., K], float32, float16 or bfloat16.
-        multiplier, out_multiplier: [K], or None for 1, before and behind the rotation.
-        offset, out_offset: [K], or None for 0, before and behind the rotation.
+        multiplier, out_multiplier: [K], or None for 1, before and after the rotation.
+        offset, out_offset: [K], or None for 0, before and after the rotation.
+        codes: what to write.
         block: channels that are rotated together, a divisor of K; K if None.
-        bits: 2 to 8.
-        granularity: "tensor" (static), "token", or the size of a group of channels.
-        signed: int8 codes, else uint8.
-        packed: two 4-bit codes a byte, in the layout of `pack_int4`.
-        clip: the part of the dynamic range to keep, in (0, 1].
 
     Returns:
         q: [..., K], int8 or uint8, or [..., ceil(K / 128) * 64], uint8, if packed.
         scale: None (static), or [..., 1] or [..., G], float32.
+
+    Raises:
+        ValueError: a block that does not divide K, or a vector that is not [K].
     """
     block = x.shape[-1] if block is None else block
     if backend_of(x, backend) == "triton" and x.numel():
         q, *scale = _launch_hadamard_quantize(
-            x, multiplier, offset, block, out_multiplier, out_offset,
-            bits, str(granularity), signed, packed, clip,
-        )  # fmt: skip
+            x, multiplier, offset, codes, block, out_multiplier, out_offset
+        )
         return q, scale[0] if scale else None
     _check(x.shape, block, *map(shape_of, (multiplier, offset, out_multiplier, out_offset)))
-    codes = Codes(bits, granularity, signed, packed, clip)
     return hadamard_quantize_ref(x, multiplier, offset, block, out_multiplier, out_offset, codes)

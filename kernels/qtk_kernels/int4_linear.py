@@ -1,7 +1,7 @@
 """Linear layer on integer codes with packed int4 weights: W4A8 and W4A4.
 
 The same formula as `int8_linear.py`; the weights, and for W4A4 the activations, come in the layout
-of `_int4.py` and are unpacked in registers.
+of `packing.py` and are unpacked in registers.
 
 M tokens, K input channels, N output channels, G groups of group_size channels (1 unless given).
 """
@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._codes import group_size_of, scale_strides
-from ._dispatch import backend_of
-from ._int4 import pack_int4, packed_width, unpack_int4
 from ._lang import (
     add_group,
     along_m,
@@ -35,19 +32,19 @@ from ._lang import (
     tl,
 )
 from ._launch import gemm_launch, packed_steps
+from ._linear import Output, check_scales, empty_output
 from ._plan import contiguous_strides, opaque, planned, row_step, shape_of
 from ._split_k import LinearPlan, launch_linear, plan_linear
+from .codes import BYTE_OFFSET, Codes, as_int8, group_size_of, scale_strides
+from .dispatch import backend_of
 from .int8_linear import (
-    Output,
-    check_scales,
-    empty_output,
-    flipped,
     float32_name,
     int8_linear,
     int8_linear_ref,
     prepare_int8,
     restore_int8,
 )
+from .packing import pack_int4, packed_width, unpack_int4
 
 
 def prepare_int4(w_packed: Tensor, K: int, backend: str | None = None) -> Tensor:
@@ -257,9 +254,9 @@ def _check(
 def _plan(
     x: torch.Size, stride: tuple[int, ...], x_dtype: torch.dtype, device: torch.device,
     w: torch.Size, w_scale: torch.Size, x_scale: torch.Size | None, bias: torch.Size | None,
-    K: int, x_packed: bool, x_zero_point: int, group_size: int | None, *spelled: Any,
+    K: int, x_packed: bool, x_zero_point: int, group_size: int | None, *output: Any,
 ) -> LinearPlan:  # fmt: skip
-    out = Output(*spelled)
+    out = Output(*output)
     size = _check(x, w_scale, x_scale, bias, K, x_packed, group_size)
     M, (N, width) = prod(x[:-1]), w
     if w != (w_scale[0], packed_width(K)):
@@ -267,8 +264,8 @@ def _plan(
         raise ValueError(f"operand must be {want} for {K} channels, got {list(w)}")
     grouped = size < K
     bytes_, steps = packed_steps(K, size, width)
-    if x_dtype == torch.uint8 and not x_packed:  # its sign bit is flipped, in a copy
-        stride, x_zero_point = contiguous_strides(x), x_zero_point - 128
+    if x_dtype == torch.uint8 and not x_packed:  # `as_int8` copies
+        stride, x_zero_point = contiguous_strides(x), x_zero_point - BYTE_OFFSET
     tile = gemm_launch(
         "int4_linear W4A4" if x_packed else "int4_linear W4A8", M, N, K, device=device,
         grouped=grouped, weight_bits=4, computed_weights=True, computed_tokens=x_packed,
@@ -283,34 +280,34 @@ def _plan(
          "X_PACKED": x_packed, "EVEN": K % 128 == 0, "HAS_ZERO_POINT": x_zero_point != 0,
          **out.epilogue, "BYTES": bytes_,
          "enable_fp_fusion": False},  # the epilogue then rounds as the reference does
-        integers=not grouped, scaled=grouped, shift=0 if grouped else 8 if x_packed else 4,
+        integers=not grouped, scaled=grouped, right_shift=0 if grouped else 8 if x_packed else 4,
         out=(out.step, out.zero_point), epilogue=out.epilogue,
     )  # fmt: skip
 
 
 def _empty(
     x_q: Tensor, w: Tensor, _ws: Any, _b: Any, _k: Any, _p: Any, _xs: Any, _z: Any, _g: Any,
-    *spelled: Any,
+    *output: Any,
 ) -> Tensor:  # fmt: skip
-    return empty_output(x_q, w.shape[0], spelled)
+    return empty_output(x_q, w.shape[0], *output)
 
 
 @opaque(_empty)
 def _launch_int4_linear(
     x_q: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, K: int, x_packed: bool,
     x_scale: Tensor | None, x_zero_point: int, group_size: int | None,
-    activation: str | None, out_dtype: torch.dtype, out_step: float | None, out_zero_point: int,
-    out_signed: bool, out_bits: int,
+    activation: str | None, out_dtype: torch.dtype, out_codes: Codes | None, out_step: float,
+    out_zero_point: int,
 ) -> Tensor:  # fmt: skip
     plan = _plan(
         x_q.shape, x_q.stride(), x_q.dtype, x_q.device, w.shape, w_scale.shape, shape_of(x_scale),
         shape_of(bias), K, x_packed, x_zero_point, group_size,
-        activation, out_dtype, out_step, out_zero_point, out_signed, out_bits,
+        activation, out_dtype, out_codes, out_step, out_zero_point,
     )  # fmt: skip
     x_scale = None if x_scale is None else x_scale.contiguous()
     w_scale = w_scale.contiguous()
     return launch_linear(
-        _int4_linear_kernel, plan, x_q if x_packed else flipped(x_q),
+        _int4_linear_kernel, plan, x_q if x_packed else as_int8(x_q),
         (w.contiguous(), x_scale, w_scale), bias, x_scale, w_scale,
     )  # fmt: skip
 
@@ -328,10 +325,9 @@ def int4_linear(
     group_size: int | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype = torch.float32,
-    out_step: float | None = None,
+    out_codes: Codes | None = None,
+    out_step: float = 1.0,
     out_zero_point: int = 0,
-    out_signed: bool = True,
-    out_bits: int = 8,
     backend: str | None = None,
 ) -> Tensor:
     """Multiplies codes by packed int4 codes and scales the integers once per group.
@@ -347,9 +343,8 @@ def int4_linear(
         x_zero_point: subtracted from the codes of x.
         group_size: channels in a group, if there is more than one.
         activation: None, "gelu", "gelu_tanh" or "relu".
-        out_dtype: of the result, unless out_step is given.
-        out_step: with it the result is codes: clamp(round(y / out_step) + out_zero_point).
-        out_signed, out_bits: the grid of those codes.
+        out_dtype: of the result, unless out_codes are given.
+        out_codes: with them the result is clamp(round(y / out_step) + out_zero_point).
 
     Returns:
         y: [..., N], out_dtype, or int8 or uint8 codes.
@@ -358,9 +353,9 @@ def int4_linear(
     if name == "triton" and x_q.numel() and w_scale.shape[0]:
         return _launch_int4_linear(
             x_q, restore_int4(operand, K), w_scale, bias, K, x_packed, x_scale, x_zero_point,
-            group_size, activation, out_dtype, out_step, out_zero_point, out_signed, out_bits,
+            group_size, activation, out_dtype, out_codes, out_step, out_zero_point,
         )  # fmt: skip
-    out = Output(activation, out_dtype, out_step, out_zero_point, out_signed, out_bits)
+    out = Output(activation, out_dtype, out_codes, out_step, out_zero_point)
     _check(x_q.shape, w_scale.shape, shape_of(x_scale), shape_of(bias), K, x_packed, group_size)
     if x_packed:
         x_q = unpack_int4(x_q, K)
@@ -368,8 +363,8 @@ def int4_linear(
         w = prepare_int4(operand, K, "cpu") if operand.dtype == torch.uint8 else operand
         return int8_linear(
             x_q, w, w_scale, bias, x_scale=x_scale, x_zero_point=x_zero_point,
-            group_size=group_size, activation=activation, out_dtype=out_dtype, out_step=out_step,
-            out_zero_point=out_zero_point, out_signed=out_signed, out_bits=out_bits, backend="cpu",
+            group_size=group_size, activation=activation, out_dtype=out_dtype,
+            out_codes=out_codes, out_step=out_step, out_zero_point=out_zero_point, backend="cpu",
         )  # fmt: skip
     w_q = unpack_int4(restore_int4(operand, K), K)
     y = int8_linear_ref(

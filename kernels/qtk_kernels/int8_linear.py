@@ -10,18 +10,12 @@ point into bias by `fold_zero_point`.
 M tokens, K input channels, N output channels, G groups of group_size channels (1 unless given).
 """
 
-from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._activation import activate, check_activation
-from ._codes import group_size_of, scale_strides
-from ._dispatch import backend_of, cpu_has_int8
-from ._int8_cpu import float32_chunks, is_onednn, onednn_linear
 from ._lang import (
     add_group,
     along_m,
@@ -39,8 +33,12 @@ from ._lang import (
     tl,
 )
 from ._launch import dot_width, gemm_launch, steps_of
+from ._linear import Output, check_scales, empty_output
 from ._plan import contiguous_strides, opaque, planned, row_step, shape_of
 from ._split_k import LinearPlan, launch_linear, plan_linear
+from .codes import BYTE_OFFSET, Codes, as_int8, group_size_of, scale_strides
+from .dispatch import backend_of, cpu_has_int8
+from .onednn import float32_chunks, is_onednn, onednn_linear
 
 
 def fold_zero_point(
@@ -70,58 +68,6 @@ def fold_zero_point(
     sums = torch.stack([group.sum(1, dtype=torch.int32) for group in w_q.split(size, 1)], 1)
     folded = -x_step * zero_point * (sums.double() * w_scale.double()).sum(1)
     return (folded if bias is None else bias.double() + folded).float()
-
-
-@dataclass(frozen=True)
-class Output:
-    """What an integer linear layer writes: activated floats, or codes of them; checks itself.
-
-    Attributes:
-        float_dtype: of the result without a step.
-        out_step: None, or with it the result is clamp(round(y / out_step) + zero_point).
-        signed, bits: the grid of those codes.
-    """
-
-    activation: str | None = None
-    float_dtype: torch.dtype = torch.float32
-    out_step: float | None = None
-    zero_point: int = 0
-    signed: bool = True
-    bits: int = 8
-
-    def __post_init__(self) -> None:
-        check_activation(self.activation)
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"out_bits must be 2 to 8, got {self.bits}")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        if self.out_step is None:
-            return self.float_dtype
-        return torch.int8 if self.signed else torch.uint8
-
-    @property
-    def step(self) -> float:
-        return 1.0 if self.out_step is None else self.out_step
-
-    @property
-    def qmin(self) -> int:
-        return -(2 ** (self.bits - 1)) if self.signed else 0
-
-    @cached_property
-    def epilogue(self) -> dict[str, Any]:
-        """Compile-time parameters of `store_linear`."""
-        codes = self.out_step is not None
-        qmin, qmax = (self.qmin, self.qmin + 2**self.bits - 1) if codes else (0, 0)
-        return {"ACTIVATION": self.activation or "", "QMIN": qmin, "QMAX": qmax}
-
-    def of(self, y: Tensor) -> Tensor:
-        """The definition, from y in float32."""
-        y = activate(y, self.activation)
-        if self.out_step is None:
-            return y.to(self.float_dtype)
-        q = torch.round(y / self.out_step) + self.zero_point
-        return q.clamp_(self.qmin, self.qmin + 2**self.bits - 1).to(self.dtype)
 
 
 def int8_linear_ref(
@@ -255,16 +201,6 @@ def _int8_linear_kernel(
         )  # fmt: skip
 
 
-def check_scales(
-    x: torch.Size, N: int, x_scale: torch.Size | None, bias: torch.Size | None
-) -> None:
-    """Raises unless there is one scale a token and group, and one bias an output channel."""
-    if x_scale is not None and x_scale[:-1] != x[:-1]:
-        raise ValueError(f"x_scale must be {[*x[:-1], 'G']}, got {list(x_scale)}")
-    if bias is not None and bias != (N,):
-        raise ValueError(f"bias must be [{N}], got {list(bias)}")
-
-
 def _check(
     x: torch.Size, x_dtype: torch.dtype, w: torch.Size, w_scale: torch.Size,
     x_scale: torch.Size | None, bias: torch.Size | None, group_size: int | None, blocked: bool,
@@ -289,15 +225,15 @@ def _check(
 def _plan(
     x: torch.Size, stride: tuple[int, ...], x_dtype: torch.dtype, device: torch.device,
     w: torch.Size, w_scale: torch.Size, x_scale: torch.Size | None, bias: torch.Size | None,
-    x_zero_point: int, group_size: int | None, *spelled: Any,
+    x_zero_point: int, group_size: int | None, *output: Any,
 ) -> LinearPlan:  # fmt: skip
-    out = Output(*spelled)
+    out = Output(*output)
     size = _check(x, x_dtype, w, w_scale, x_scale, bias, group_size, blocked=False)
     M, (N, K) = prod(x[:-1]), w
     grouped = size < K
     group, block_k = (size, dot_width(size)) if grouped else (0, 128)
-    if x_dtype == torch.uint8:  # its sign bit is flipped, in a copy
-        stride, x_zero_point = contiguous_strides(x), x_zero_point - 128
+    if x_dtype == torch.uint8:  # tensor cores multiply int8 by int8 only: `as_int8` copies
+        stride, x_zero_point = contiguous_strides(x), x_zero_point - BYTE_OFFSET
     tile = gemm_launch(
         "int8_linear", M, N, K, device=device, grouped=grouped, computed_weights=False
     )
@@ -315,39 +251,27 @@ def _plan(
     )  # fmt: skip
 
 
-def flipped(x_q: Tensor) -> Tensor:
-    """Tensor cores multiply int8 by int8 only: unsigned codes, less 128, contiguous."""
-    if x_q.dtype == torch.uint8:
-        return (x_q ^ 0x80).view(torch.int8).contiguous()
-    return x_q
-
-
-def empty_output(x: Tensor, N: int, spelled: tuple[Any, ...]) -> Tensor:
-    """Uninitialized [..., N] of an `Output`."""
-    return x.new_empty((*x.shape[:-1], N), dtype=Output(*spelled).dtype)
-
-
 def _empty(
-    x_q: Tensor, w: Tensor, _ws: Any, _b: Any, _xs: Any, _z: Any, _g: Any, *spelled: Any
+    x_q: Tensor, w: Tensor, _ws: Any, _b: Any, _xs: Any, _z: Any, _g: Any, *output: Any
 ) -> Tensor:
-    return empty_output(x_q, w.shape[0], spelled)
+    return empty_output(x_q, w.shape[0], *output)
 
 
 @opaque(_empty)
 def _launch_int8_linear(
     x_q: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, x_scale: Tensor | None,
     x_zero_point: int, group_size: int | None, activation: str | None, out_dtype: torch.dtype,
-    out_step: float | None, out_zero_point: int, out_signed: bool, out_bits: int,
+    out_codes: Codes | None, out_step: float, out_zero_point: int,
 ) -> Tensor:  # fmt: skip
     plan = _plan(
         x_q.shape, x_q.stride(), x_q.dtype, x_q.device, w.shape, w_scale.shape, shape_of(x_scale),
         shape_of(bias), x_zero_point, group_size,
-        activation, out_dtype, out_step, out_zero_point, out_signed, out_bits,
+        activation, out_dtype, out_codes, out_step, out_zero_point,
     )  # fmt: skip
     x_scale = None if x_scale is None else x_scale.contiguous()
     w_scale = w_scale.contiguous()
     return launch_linear(
-        _int8_linear_kernel, plan, flipped(x_q), (w.contiguous(), x_scale, w_scale), bias,
+        _int8_linear_kernel, plan, as_int8(x_q), (w.contiguous(), x_scale, w_scale), bias,
         x_scale, w_scale,
     )  # fmt: skip
 
@@ -363,10 +287,9 @@ def int8_linear(
     group_size: int | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype = torch.float32,
-    out_step: float | None = None,
+    out_codes: Codes | None = None,
+    out_step: float = 1.0,
     out_zero_point: int = 0,
-    out_signed: bool = True,
-    out_bits: int = 8,
     backend: str | None = None,
 ) -> Tensor:
     """Multiplies codes by codes and scales the integers once per group.
@@ -380,9 +303,8 @@ def int8_linear(
         x_zero_point: subtracted from x_q.
         group_size: channels in a group, if there is more than one.
         activation: None, "gelu", "gelu_tanh" or "relu".
-        out_dtype: of the result, unless out_step is given.
-        out_step: with it the result is codes: clamp(round(y / out_step) + out_zero_point).
-        out_signed, out_bits: the grid of those codes.
+        out_dtype: of the result, unless out_codes are given.
+        out_codes: with them the result is clamp(round(y / out_step) + out_zero_point).
 
     Returns:
         y: [..., N], out_dtype, or int8 or uint8 codes.
@@ -391,9 +313,9 @@ def int8_linear(
     if name == "triton" and x_q.numel() and w_scale.shape[0]:
         return _launch_int8_linear(
             x_q, restore_int8(operand), w_scale, bias, x_scale, x_zero_point, group_size,
-            activation, out_dtype, out_step, out_zero_point, out_signed, out_bits,
+            activation, out_dtype, out_codes, out_step, out_zero_point,
         )  # fmt: skip
-    out = Output(activation, out_dtype, out_step, out_zero_point, out_signed, out_bits)
+    out = Output(activation, out_dtype, out_codes, out_step, out_zero_point)
     G = max(w_scale.shape[1], 1 if x_scale is None else x_scale.shape[-1])
     onednn = name == "cpu" and is_onednn(operand, w_scale.shape[1])
     size = _check(
@@ -406,8 +328,8 @@ def int8_linear(
             x_q, operand, w_scale, bias, x_zero_point, activation=activation,
             out_dtype=out.dtype, out_step=out.step, out_zero_point=out_zero_point,
         )  # fmt: skip
-        full = out_step is None or out_bits == 8  # oneDNN saturates at 8 bits
-        return y if full else y.clamp_(out.qmin, out.qmin + 2**out_bits - 1)
+        full = out_codes is None or out_codes.bits == 8  # oneDNN saturates at 8 bits
+        return y if full or out_codes is None else y.clamp_(out_codes.qmin, out_codes.qmax)
     if onednn and G == 1:
         y = onednn_linear(x_q, operand, w_scale, bias, x_zero_point, x_scale=x_scale)
     elif name == "cpu":

@@ -3,7 +3,7 @@
     h        = x + residual
     xhat     = (h - mean(h)) / sqrt(var(h) + eps)        per token
     y        = xhat * weight + bias                      per channel
-    q, scale = codes of y                                see `_codes.py`
+    q, scale = codes of y                                see `codes.py`
     emitted  = xhat * norm_weight + norm_bias  ("norm")  or  h  ("sum")
 
 `weight` and `bias` already hold the layer's gamma and beta, the shift, the channel scale, the step
@@ -20,9 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref
-from ._dispatch import backend_of, on_device
-from ._int4 import pack_int4
 from ._lang import jit, rsqrt, tl
 from ._launch import cdiv
 from ._plan import Plan, opaque, planned, row_step, shape_of
@@ -37,6 +34,9 @@ from ._rows import (
     store_rows,
     store_scales,
 )
+from .codes import Codes, channels_of, check_channels, quantize_ref
+from .dispatch import backend_of, on_device
+from .packing import pack_int4
 
 EMIT = ("norm", "sum")
 
@@ -154,7 +154,7 @@ def _finish(
     weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
     offs_m, start, K, G, width, clip,
     GROUP: tl.constexpr, SPAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    SHIFT: tl.constexpr, PACKED: tl.constexpr, FULL: tl.constexpr, KNOWN: tl.constexpr,
+    OFFSET: tl.constexpr, PACKED: tl.constexpr, FULL: tl.constexpr, KNOWN: tl.constexpr,
     ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Writes everything there is to write about one tile; KNOWN: the limits are."""
@@ -175,7 +175,7 @@ def _finish(
         ys = divided(ys, limits, GROUP, SPAN, PACKED, QMAX, ROWS, PART, PARTS)
     store_rows(
         q_ptr, ys, offs_m, start, K, width,
-        GROUP, SPAN, PACKED, FULL, QMIN, QMAX, SHIFT, PART, PARTS,
+        GROUP, SPAN, PACKED, FULL, QMIN, QMAX, OFFSET, PART, PARTS,
     )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def _layer_norm_quantize_kernel(
     q_ptr, scale_ptr, emitted_ptr,
     M, K, G, width, stride_xm, stride_rm, eps, clip,
     GROUP: tl.constexpr, SPAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    SHIFT: tl.constexpr, PACKED: tl.constexpr, WALK: tl.constexpr, FULL: tl.constexpr,
+    OFFSET: tl.constexpr, PACKED: tl.constexpr, WALK: tl.constexpr, FULL: tl.constexpr,
     ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     CHANNELS: tl.constexpr = PART * PARTS // SPAN * GROUP if GROUP > 0 else PART * PARTS
@@ -239,14 +239,14 @@ def _layer_norm_quantize_kernel(
                 hs, mean, rstd, limit,
                 weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
                 offs_m, start, K, G, width, clip,
-                GROUP, SPAN, QMIN, QMAX, SHIFT, PACKED, FULL, GROUP == TOKEN, ROWS, PART, PARTS,
+                GROUP, SPAN, QMIN, QMAX, OFFSET, PACKED, FULL, GROUP == TOKEN, ROWS, PART, PARTS,
             )  # fmt: skip
     else:
         _finish(
             hs, mean, rstd, limit,
             weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, emitted_ptr,
             offs_m, 0, K, G, width, clip,
-            GROUP, SPAN, QMIN, QMAX, SHIFT, PACKED, FULL, False, ROWS, PART, PARTS,
+            GROUP, SPAN, QMIN, QMAX, OFFSET, PACKED, FULL, False, ROWS, PART, PARTS,
         )  # fmt: skip
 
 
@@ -266,11 +266,10 @@ def _check(
 @planned
 def _plan(
     shape: torch.Size, stride: tuple[int, ...], residual_stride: tuple[int, ...] | None,
-    dtype: torch.dtype, eps: float, vectors: tuple[Any, ...], *spelled: Any,
+    dtype: torch.dtype, eps: float, vectors: tuple[Any, ...], wanted: Codes,
 ) -> Plan:  # fmt: skip
     _check(shape, *vectors)
     K, M = shape[-1], prod(shape[:-1])
-    wanted = Codes.of(*spelled)
     codes = wanted.written(K)
     step = row_step(shape, stride)
     r_step = 0 if residual_stride is None else row_step(shape, residual_stride)
@@ -292,25 +291,24 @@ def _plan(
 
 
 def _empty(
-    x: Tensor, _w: Any, _b: Any, _eps: Any, _r: Any, emit: str | None, _nw: Any, _nb: Any,
-    *spelled: Any,
+    x: Tensor, _w: Any, _b: Any, _eps: Any, codes: Codes, _r: Any, emit: str | None, _nw: Any,
+    _nb: Any,
 ) -> list[Tensor]:  # fmt: skip
-    found = Codes.of(*spelled).empty(x)
+    found = codes.empty(x)
     return found if emit is None else [*found, x.new_empty(x.shape)]
 
 
 @opaque(_empty)
 def _launch_layer_norm_quantize(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, codes: Codes, residual: Tensor | None,
     emit: str | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    bits: int, granularity: str, signed: bool, packed: bool, clip: float,
 ) -> list[Tensor]:  # fmt: skip
     """q, then the scale unless it is static, then what is emitted, if anything is."""
     vectors = (weight.shape, bias.shape, shape_of(residual), emit, shape_of(norm_weight),
                shape_of(norm_bias))  # fmt: skip
     plan = _plan(
         x.shape, x.stride(), None if residual is None else residual.stride(), x.dtype, eps,
-        vectors, bits, granularity, signed, packed, clip,
+        vectors, codes,
     )  # fmt: skip
     results = plan.empty(x.device)
     if plan.copy:
@@ -322,7 +320,7 @@ def _launch_layer_norm_quantize(
         _layer_norm_quantize_kernel[plan.grid](
             x, residual, weight.contiguous(), bias.contiguous(),
             *norm,
-            results[0], None if granularity == "tensor" else results[1],
+            results[0], None if codes.static else results[1],
             None if emit is None else results[-1],
             *plan.numbers, **plan.options,
         )  # fmt: skip
@@ -334,16 +332,12 @@ def layer_norm_quantize(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    codes: Codes,
     *,
     residual: Tensor | None = None,
     emit: str | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
-    bits: int,
-    granularity: Granularity = "tensor",
-    signed: bool = True,
-    packed: bool = False,
-    clip: float = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Normalizes x + residual and quantizes the result.
@@ -352,29 +346,26 @@ def layer_norm_quantize(
         x: [..., K], float32, float16 or bfloat16.
         weight, bias: [K], the affine map from the normalized value to the grid.
         eps: added to the variance.
+        codes: what to write.
         residual: [..., K], as x.
         emit: None, "norm" or "sum", what to return for the residual stream.
         norm_weight, norm_bias: [K], the affine map of "norm".
-        bits: 2 to 8.
-        granularity: "tensor" (static), "token", or the size of a group of channels.
-        signed: int8 codes, else uint8.
-        packed: two 4-bit codes a byte, in the layout of `pack_int4`.
-        clip: the part of the dynamic range to keep, in (0, 1].
 
     Returns:
         q: [..., K], int8 or uint8, or [..., ceil(K / 128) * 64], uint8, if packed.
         scale: None (static), or [..., 1] or [..., G], float32.
         emitted: None, or [..., K] in x's dtype.
+
+    Raises:
+        ValueError: a shape that is not as above, or an unknown `emit`.
     """
     if backend_of(x, backend) == "triton" and x.numel():
         q, *rest = _launch_layer_norm_quantize(
-            x, weight, bias, eps, residual, emit, norm_weight, norm_bias,
-            bits, str(granularity), signed, packed, clip,
-        )  # fmt: skip
-        return q, None if granularity == "tensor" else rest[0], None if emit is None else rest[-1]
+            x, weight, bias, eps, codes, residual, emit, norm_weight, norm_bias
+        )
+        return q, None if codes.static else rest[0], None if emit is None else rest[-1]
     vectors = map(shape_of, (norm_weight, norm_bias))
     _check(x.shape, weight.shape, bias.shape, shape_of(residual), emit, *vectors)
-    codes = Codes(bits, granularity, signed, packed, clip)
     return layer_norm_quantize_ref(
         x, weight, bias, eps, residual, emit, norm_weight, norm_bias, codes
     )

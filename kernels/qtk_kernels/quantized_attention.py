@@ -5,7 +5,6 @@
     t_ij     = u_ij * a_i,   a_i = q_scale_i * (scale * log2(e))
     P_ij, L_i = values and their divisor                  see `_softmax.py`; 0 where hidden
     out_id   = v_scale_d * (sum_j P_ij v_jd) * (1 / L_i)  0 for a row that sees nothing
-    codes    = clamp(round(out * multiplier + offset))    where an epilogue is asked for
 
 operands of the first product: floats, int8 codes, or packed int4 codes (`pack_heads`); q_scale and
 k_scale are per token, per group of tokens, or per head.
@@ -26,7 +25,6 @@ B batch, H heads, T tokens, D head size. Source of the idea: FQ-ViT, arXiv 2111.
 in the logarithm; that their bytes are fp8 operands, and need no exponential, is this project's.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -35,26 +33,12 @@ from torch import Tensor
 
 from ._attention_kernel import quantized_attention_kernel
 from ._attention_ref import WHOLE, expanded, group, quantized_attention_ref, weights_ref
-from ._dispatch import INTERPRETED, backend_of, on_device
 from ._launch import cdiv, next_power_of_2
 from ._plan import Plan, broadcast_strides, contiguous_strides, opaque, planned
 from ._softmax import LOG2_E, OFFSET, Softmax
+from .dispatch import INTERPRETED, backend_of, on_device
 
 ONE_TILE = 256  # keys of a row that a program holds: 128 scores a thread
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """How the output becomes the codes that the next linear reads.
-
-    Attributes:
-        multiplier, offset: [H * D], float32.
-        bits: 2 to 8; signed codes on a static grid.
-    """
-
-    multiplier: Tensor
-    offset: Tensor
-    bits: int = 8
 
 
 def pack_heads(q: Tensor) -> Tensor:
@@ -148,17 +132,15 @@ def _check(
 
 @planned
 def _plan(
-    tensors: tuple[Any, ...], out_bits: int, kind: tuple[Any, ...], multiplier: float,
-    causal: bool, grid: bool, out_dtype: torch.dtype, block_n: int,
+    tensors: tuple[Any, ...], kind: tuple[Any, ...], multiplier: float, causal: bool, grid: bool,
+    out_dtype: torch.dtype, block_n: int,
 ) -> Plan:  # fmt: skip
     known = [None if x is None else Signature(*x) for x in tensors]
-    q, k, v, mask, q_scale, k_scale, v_scale, step, epilogue = known
+    q, k, v, mask, q_scale, k_scale, v_scale, step = known
     assert q is not None and k is not None and v is not None
     softmax = Softmax(*kind)
     _check(q, k, v, softmax, q_scale, k_scale, v_scale, step, mask)
     (B, H, Tq, width), (Tk, D) = q.shape, v.shape[2:]
-    if epilogue is not None and epilogue.shape != (H * D,):
-        raise ValueError(f"the epilogue must be [{H * D}], got {list(epilogue.shape)}")
     copy = q.stride[3] != 1 or k.stride[3] != 1
     strides = [contiguous_strides(x.shape) if copy else x.stride for x in (q, k)]
     scales = [
@@ -174,10 +156,9 @@ def _plan(
     one_pass = grid or softmax.kind == "float"
     tile = attention_tile(Tq, Tk, one_pass, fp8, D * v.dtype.itemsize)
     tile["BLOCK_N"] = block_n or tile["BLOCK_N"]
-    top = 2 ** (out_bits - 1) if epilogue else 0
     return Plan(
         copy,
-        [((B, Tq, H * D), torch.int8 if epilogue else out_dtype)],
+        [((B, Tq, H * D), out_dtype)],
         (cdiv(Tq, tile["BLOCK_M"]) * B * H,),
         (H, Tq, Tk, D, width, *strides[0][:3], *strides[1][:3], *v.stride, *seen,
          *scales[0], *scales[1], *scales[2], *groups, multiplier),
@@ -187,7 +168,7 @@ def _plan(
          "GRID": grid, "CAUSAL": causal,
          "TAIL": causal or mask is not None or Tk % tile["BLOCK_N"] > 0,
          "KEY_MASK": mask is not None and seen[2] == 0, "PACKED": q.dtype == torch.uint8,
-         "V_FP8": fp8, "QMIN": -top, "QMAX": max(top - 1, 0), "EXACT": INTERPRETED,
+         "V_FP8": fp8, "EXACT": INTERPRETED,
          "BLOCK_W": max(next_power_of_2(width), 32), "BLOCK_D": max(next_power_of_2(D), 16),
          **tile,
          "enable_fp_fusion": False},  # the definition says where a product and a sum are one
@@ -195,26 +176,23 @@ def _plan(
 
 
 def _empty(
-    q: Tensor, _k: Any, v: Tensor, _m: Any, _qs: Any, _ks: Any, _vs: Any, _st: Any,
-    epilogue: Tensor | None, *rest: Any,
-) -> Tensor:  # fmt: skip
+    q: Tensor, _k: Any, v: Tensor, _m: Any, _qs: Any, _ks: Any, _vs: Any, _st: Any, *rest: Any
+) -> Tensor:
     B, H, Tq, _ = q.shape
-    dtype = rest[-2] if epilogue is None else torch.int8
-    return q.new_empty((B, Tq, H * v.shape[3]), dtype=dtype)
+    return q.new_empty((B, Tq, H * v.shape[3]), dtype=rest[-2])
 
 
 @opaque(_empty)
 def _launch_quantized_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_scale: Tensor | None,
     k_scale: Tensor | None, v_scale: Tensor | None, step: Tensor | None,
-    out_multiplier: Tensor | None, out_offset: Tensor | None, out_bits: int,
     softmax: str, bits: int, steps: int, renormalize: bool, multiplier: float, causal: bool,
     grid: bool, out_dtype: torch.dtype, block_n: int,
 ) -> Tensor:  # fmt: skip
-    tensors = q, k, v, mask, q_scale, k_scale, v_scale, step, out_multiplier
+    tensors = q, k, v, mask, q_scale, k_scale, v_scale, step
     plan = _plan(
-        tuple(map(_signature, tensors)), out_bits, (softmax, bits, steps, renormalize),
-        multiplier, causal, grid, out_dtype, block_n,
+        tuple(map(_signature, tensors)), (softmax, bits, steps, renormalize), multiplier, causal,
+        grid, out_dtype, block_n,
     )  # fmt: skip
     if plan.copy:
         q, k = q.contiguous(), k.contiguous()
@@ -223,9 +201,7 @@ def _launch_quantized_attention(
         quantized_attention_kernel[plan.grid](
             q, k, v.view(torch.int8) if plan.options["V_FP8"] else v,
             None if mask is None else mask.view(torch.uint8), q_scale, k_scale, v_scale, step,
-            None if out_multiplier is None else out_multiplier.contiguous(),
-            None if out_offset is None else out_offset.contiguous(), out,
-            *plan.numbers, **plan.options,
+            out, *plan.numbers, **plan.options,
         )  # fmt: skip
     return out
 
@@ -235,8 +211,8 @@ def quantized_attention(
     renormalize: bool = False, step: Tensor | None = None, q_scale: Tensor | None = None,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None, scale: float | None = None,
     mask: Tensor | None = None, causal: bool = False, grid: bool | None = None,
-    epilogue: Epilogue | None = None, out_dtype: torch.dtype = torch.float32,
-    block_n: int | None = None, backend: str | None = None,
+    out_dtype: torch.dtype = torch.float32, block_n: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(q k^T * scale) v, with each of the three quantized as asked.
 
@@ -256,12 +232,11 @@ def quantized_attention(
         mask: bool, broadcast against [B, H, Tq, Tk], True where a key may be seen.
         causal: hide keys behind the query, the last query seeing the last key.
         grid: anchor "code" at the maximum's ceiling; None: only beyond WHOLE keys.
-        epilogue: shift, scale and quantize the output.
-        out_dtype: of floats out.
+        out_dtype: of the result.
         block_n: keys of a tile, for tests.
 
     Returns:
-        [B, Tq, H * D] in out_dtype, or int8.
+        [B, Tq, H * D] in out_dtype.
 
     Raises:
         ValueError: shapes, scales or kinds that do not fit.
@@ -274,19 +249,14 @@ def quantized_attention(
     if backend_of(q, backend) == "triton" and q.numel() and Tk:
         return _launch_quantized_attention(
             q, k, v, mask, q_scale, k_scale, v_scale, step,
-            None if epilogue is None else epilogue.multiplier,
-            None if epilogue is None else epilogue.offset,
-            0 if epilogue is None else epilogue.bits,
             softmax, bits, steps, renormalize, multiplier, causal, grid, out_dtype, block_n or 0,
         )  # fmt: skip
     kind = Softmax(softmax, bits, steps, renormalize)
     _check(q, k, v, kind, q_scale, k_scale, v_scale, step, mask)
     a, k_scale, mask = expanded(q, k, multiplier, q_scale, k_scale, mask, causal)
-    y = quantized_attention_ref(q, k, v, kind, a, k_scale, v_scale, mask, step, grid)
-    if epilogue is None:
-        return y.to(out_dtype)
-    top = 2 ** (epilogue.bits - 1)
-    return (y * epilogue.multiplier + epilogue.offset).round().clamp(-top, top - 1).to(torch.int8)
+    return quantized_attention_ref(q, k, v, kind, a, k_scale, v_scale, mask, step, grid).to(
+        out_dtype
+    )
 
 
 def attention_weights(

@@ -1,7 +1,7 @@
-"""Shift, scale and quantize activations in one pass.
+"""Shift, scale and quantize activations in one pass, after an activation function if asked for.
 
-    y        = x * multiplier + offset       per channel: SmoothQuant, Outlier Suppression+
-    q, scale = codes of y                    see `_codes.py`
+    y        = activation(x) * multiplier + offset    per channel: SmoothQuant, Outlier Suppression+
+    q, scale = codes of y                             see `codes.py`
 
 Reads x once and writes a byte (or half of one) per element; eager PyTorch makes eight passes.
 
@@ -15,20 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._codes import Codes, Granularity, channels_of, check_channels, quantize_ref
-from ._dispatch import backend_of, on_device
-from ._int4 import pack_int4
 from ._lang import activate_tile, jit, tl
 from ._launch import cdiv
 from ._plan import Plan, opaque, planned, row_step, shape_of
 from ._rows import append, divided, largest, load_rows, none, store_rows, store_scales
+from .activation import activate, check_activation
+from .codes import Codes, channels_of, check_channels, quantize_ref
+from .dispatch import backend_of, on_device
+from .packing import pack_int4
 
 
 def shift_scale_quantize_ref(
-    x: Tensor, multiplier: Tensor | None, offset: Tensor | None, codes: Codes
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, multiplier: Tensor | None, offset: Tensor | None, codes: Codes,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The definition, in float32: a multiplication, then an addition, each rounded."""
-    y = x.float().clone() if multiplier is None else x.float() * multiplier.float()  # [..., K]
+    if activation is None:  # x may be float32 already, and is not overwritten
+        y = x.float().clone() if multiplier is None else x.float() * multiplier.float()  # [..., K]
+    else:
+        y = activate(x.float(), activation)
+        if multiplier is not None:
+            y *= multiplier.float()
     if offset is not None:
         y += offset.float()
     return quantize_ref(y, codes)
@@ -68,7 +75,7 @@ def _shift_scale_quantize_kernel(
     x_ptr, multiplier_ptr, offset_ptr, q_ptr, scale_ptr,
     M, K, G, width, stride_xm, clip,
     GROUP: tl.constexpr, SPAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    SHIFT: tl.constexpr, PACKED: tl.constexpr, WALK: tl.constexpr, ACTIVATION: tl.constexpr,
+    OFFSET: tl.constexpr, PACKED: tl.constexpr, WALK: tl.constexpr, ACTIVATION: tl.constexpr,
     FULL: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -92,7 +99,7 @@ def _shift_scale_quantize_kernel(
             codes = divided(ys, limit, GROUP, SPAN, PACKED, QMAX, ROWS, PART, PARTS)
             store_rows(
                 q_ptr, codes, offs_m, at, K, width,
-                GROUP, SPAN, PACKED, FULL, QMIN, QMAX, SHIFT, PART, PARTS,
+                GROUP, SPAN, PACKED, FULL, QMIN, QMAX, OFFSET, PART, PARTS,
             )  # fmt: skip
     else:
         ys = _load_y(
@@ -107,22 +114,18 @@ def _shift_scale_quantize_kernel(
             ys = divided(ys, limits, GROUP, SPAN, PACKED, QMAX, ROWS, PART, PARTS)
         store_rows(
             q_ptr, ys, offs_m, start, K, width,
-            GROUP, SPAN, PACKED, FULL, QMIN, QMAX, SHIFT, PART, PARTS,
+            GROUP, SPAN, PACKED, FULL, QMIN, QMAX, OFFSET, PART, PARTS,
         )  # fmt: skip
 
 
 @planned
 def _plan(
-    shape: torch.Size,
-    stride: tuple[int, ...],
-    multiplier: torch.Size | None,
-    offset: torch.Size | None,
-    activation: str,
-    *spelled: Any,
-) -> Plan:
+    shape: torch.Size, stride: tuple[int, ...], multiplier: torch.Size | None,
+    offset: torch.Size | None, wanted: Codes, activation: str | None,
+) -> Plan:  # fmt: skip
+    check_activation(activation)
     check_channels(shape, multiplier=multiplier, offset=offset)
     K, M = shape[-1], prod(shape[:-1])
-    wanted = Codes.of(*spelled)
     codes = wanted.written(K)
     step, results = row_step(shape, stride), codes.results(shape)
     tile = codes.launch(M, K)
@@ -134,27 +137,24 @@ def _plan(
         grid=(cdiv(M, tile["ROWS"]), 1 if walk else cdiv(K, channels_of(tile))),
         numbers=(M, K, G, results[0][0][-1], K if step is None else step, codes.clip),
         options={
-            "WALK": walk, "ACTIVATION": activation, **tile,
+            "WALK": walk, "ACTIVATION": activation or "", **tile,
             "enable_fp_fusion": False,  # an fma before the rounding differs from the reference
         },
         pack=wanted.packed and not codes.packed,
     )  # fmt: skip
 
 
-def _empty(x: Tensor, _m: Any, _o: Any, _activation: str, *spelled: Any) -> list[Tensor]:
-    return Codes.of(*spelled).empty(x)
+def _empty(x: Tensor, _m: Any, _o: Any, codes: Codes, _activation: Any) -> list[Tensor]:
+    return codes.empty(x)
 
 
 @opaque(_empty)
 def launch_shift_scale_quantize(
-    x: Tensor, multiplier: Tensor | None, offset: Tensor | None, activation: str,
-    bits: int, granularity: str, signed: bool, packed: bool, clip: float,
+    x: Tensor, multiplier: Tensor | None, offset: Tensor | None, codes: Codes,
+    activation: str | None,
 ) -> list[Tensor]:  # fmt: skip
-    """Runs the kernel, with an activation function ("" for none) in front."""
-    plan = _plan(
-        x.shape, x.stride(), shape_of(multiplier), shape_of(offset), activation,
-        bits, granularity, signed, packed, clip,
-    )  # fmt: skip
+    """Runs the kernel."""
+    plan = _plan(x.shape, x.stride(), shape_of(multiplier), shape_of(offset), codes, activation)
     results = plan.empty(x.device)
     with on_device(x):
         _shift_scale_quantize_kernel[plan.grid](
@@ -169,37 +169,32 @@ def launch_shift_scale_quantize(
 
 def shift_scale_quantize(
     x: Tensor,
-    multiplier: Tensor | None = None,
-    offset: Tensor | None = None,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    codes: Codes,
     *,
-    bits: int,
-    granularity: Granularity = "tensor",
-    signed: bool = True,
-    packed: bool = False,
-    clip: float = 1.0,
+    activation: str | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Quantizes x * multiplier + offset.
+    """Quantizes activation(x) * multiplier + offset.
 
     Args:
         x: [..., K], float32, float16 or bfloat16.
         multiplier: [K], or None for 1.
         offset: [K], or None for 0.
-        bits: 2 to 8.
-        granularity: "tensor" (static), "token", or the size of a group of channels.
-        signed: int8 codes, else uint8.
-        packed: two 4-bit codes a byte, in the layout of `pack_int4`.
-        clip: the part of the dynamic range to keep, in (0, 1].
+        codes: what to write.
+        activation: None, "gelu" (error function), "gelu_tanh" or "relu".
 
     Returns:
         q: [..., K], int8 or uint8, or [..., ceil(K / 128) * 64], uint8, if packed.
         scale: None (static), or [..., 1] or [..., G], float32.
+
+    Raises:
+        ValueError: an unknown activation, or a vector that is not [K].
     """
     if backend_of(x, backend) == "triton" and x.numel():
-        q, *scale = launch_shift_scale_quantize(
-            x, multiplier, offset, "", bits, str(granularity), signed, packed, clip
-        )
+        q, *scale = launch_shift_scale_quantize(x, multiplier, offset, codes, activation)
         return q, scale[0] if scale else None
+    check_activation(activation)
     check_channels(x.shape, multiplier=shape_of(multiplier), offset=shape_of(offset))
-    codes = Codes(bits, granularity, signed, packed, clip)
-    return shift_scale_quantize_ref(x, multiplier, offset, codes)
+    return shift_scale_quantize_ref(x, multiplier, offset, codes, activation)

@@ -4,7 +4,7 @@
     y[m, n]     = sum_k x[m, k] * w_hat[n, k] + bias[n]
 
 M tokens, K input channels, N output channels, G groups of group_size channels (1 unless given).
-Weights of up to 4 bits are packed in the layout of `_int4.py`, wider ones are int8.
+Weights of up to 4 bits are packed in the layout of `packing.py`, wider ones are int8.
 """
 
 from math import prod
@@ -14,9 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._codes import group_size_of, scale_strides
-from ._dispatch import INTERPRETED, backend_of
-from ._int4 import pack_int4, packed_width, unpack_int4
 from ._lang import (
     PTX,
     along_m,
@@ -33,9 +30,12 @@ from ._lang import (
     tl,
 )
 from ._launch import dot_width, gemm_launch, packed_steps, steps_of
+from ._linear import check_scales
 from ._plan import opaque, planned, row_step, shape_of
 from ._split_k import LinearPlan, launch_linear, plan_linear
-from .int8_linear import check_scales
+from .codes import group_size_of, scale_strides
+from .dispatch import INTERPRETED, backend_of
+from .packing import pack_int4, packed_width, unpack_int4
 
 
 def dequantize_ref(

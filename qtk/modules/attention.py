@@ -14,8 +14,6 @@ import copy
 from typing import Any
 
 import torch
-from qtk_kernels.codes import Codes
-from qtk_kernels.dispatch import backend_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
@@ -23,6 +21,8 @@ from transformers import AttentionInterface
 from qtk.models import Attention
 from qtk.modules.base import Float32Buffers
 from qtk.scheme import AttentionScheme
+from qtk_kernels.codes import Codes
+from qtk_kernels.dispatch import backend_of
 from qtk_kernels.quantized_attention import attention_weights, quantized_attention
 from qtk_kernels.shift_scale_quantize import shift_scale_quantize
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qtk.errors import BackendError
+from qtk_kernels.dispatch import has_triton
 
 
 def tune(
@@ -19,10 +20,8 @@ def tune(
     """
     if not torch.cuda.is_available():
         raise BackendError("tune measures kernels on a GPU, and there is none on this machine")
-    from qtk_kernels._lang import triton
+    if not has_triton():
+        raise BackendError("tune needs the package triton, which cannot be imported here")
+    from qtk_kernels.tune import tune as tune_kernels
 
-    if triton is None:
-        raise BackendError("tune needs the package triton, which is not installed")
-    from qtk_kernels import _tune
-
-    return _tune.tune(folder, minutes, log)
+    return tune_kernels(folder, minutes, log)

@@ -1,4 +1,4 @@
-"""Attention and the coded softmax at random shapes: the cases that `check` draws of them."""
+"""Attention at random shapes: the cases that `check` draws of it."""
 
 import random
 from typing import Any
@@ -6,11 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtk_kernels._int4 import unpack_int4
 from qtk_kernels._softmax import OFFSET
-from qtk_kernels.log_softmax_quantize import log_dequantize, log_softmax_quantize
 from qtk_kernels.quantized_attention import attention_weights, pack_heads, quantized_attention
-from tests.gpu.cases import DTYPES, FEW, WIDTHS, laid_out
 from tests.gpu.compare import ULP, both, near
 
 OPERANDS = ("float", "int8", "int4", "fp8")
@@ -117,17 +114,3 @@ def attention(rng: random.Random, device: str) -> None:
 def takes_fp8(kind: dict[str, Any]) -> bool:
     """Whether v may be float8 beside such a softmax."""
     return kind["softmax"] == "code" or (kind["softmax"] == "log2" and kind["bits"] == 4)
-
-
-def log_softmax(rng: random.Random, device: str) -> None:
-    """Codes of logarithms differ next to a rounding boundary only, and read back exactly."""
-    M, K, steps = rng.choice(FEW), rng.choice(WIDTHS), rng.choice([1, 2])
-    x = laid_out((torch.randn(M, K, device=device) * 4).to(rng.choice(DTYPES)), rng)
-    got, want = both(log_softmax_quantize, x, steps=steps)
-    differ = unpack_int4(got, K) != unpack_int4(want, K)
-    exact = -steps * x.double().log_softmax(-1) / torch.log(torch.tensor(2.0).double())
-    boundary = (exact - exact.floor() - 0.5).abs()
-    allowed = (x.double().abs() * 1.5 + 8) * steps * 16 * 2.0**-23
-    assert (boundary <= allowed)[differ].all(), "codes differ away from a boundary"
-    back, want = both(log_dequantize, got, K, steps=steps)
-    near(back, want, 2 * ULP * want)

@@ -28,7 +28,6 @@ CHECKS: dict[str, Callable[[random.Random, str], None]] = {
     "fp8": linears.fp8,
     "weight_only": linears.weight_only,
     "attention": attention.attention,
-    "log_softmax": attention.log_softmax,
 }
 
 

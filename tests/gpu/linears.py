@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from qtk_kernels._int4 import pack_int4
+from qtk_kernels.codes import Codes
 from qtk_kernels.fp8_linear import fp8_linear, to_fp8
 from qtk_kernels.int4_linear import int4_linear
 from qtk_kernels.int8_linear import int8_linear
+from qtk_kernels.packing import pack_int4
 from qtk_kernels.weight_only_linear import weight_only_linear
 from tests.gpu.cases import DTYPES, laid_out, sizes
 from tests.gpu.compare import ULP, both, near
@@ -29,7 +30,7 @@ def integer_linear(op: str, rng: random.Random, device: str) -> None:
         "x_zero_point": rng.choice([0, 3, -100]), "group_size": size,
     }  # fmt: skip
     if G == 1 and rng.random() < 0.3:
-        args |= {"out_step": 0.5, "out_zero_point": 3, "out_bits": rng.choice([4, 8])}
+        args |= {"out_step": 0.5, "out_zero_point": 3, "out_codes": Codes(rng.choice([4, 8]))}
     w_scale, bias = torch.rand(N, G, device=device) * 1e-2, torch.randn(N, device=device)
     x = x_q.view(torch.uint8) if unsigned else x_q
     if op == "W8A8":

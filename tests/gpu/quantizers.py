@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtk_kernels._int4 import unpack_int4
-from qtk_kernels.gelu_quantize import activation_quantize
+from qtk_kernels.codes import Codes
 from qtk_kernels.hadamard_quantize import hadamard_quantize
 from qtk_kernels.layer_norm_quantize import layer_norm_quantize
+from qtk_kernels.packing import unpack_int4
 from qtk_kernels.shift_scale_quantize import shift_scale_quantize
 from tests.gpu.cases import DTYPES, FEW, WIDTHS, laid_out
 from tests.gpu.compare import ULP, both, near
@@ -23,36 +23,36 @@ def quantizer(op: str, rng: random.Random, device: str) -> None:
     x = laid_out((torch.randn(M, K, device=device) * 4).to(rng.choice(DTYPES)), rng)
     a, b = torch.rand(K, device=device) * 10, torch.randn(K, device=device)
     packed = rng.random() < 0.3
-    granularity = rng.choice(["tensor", "token", 32, 128, rng.randint(1, K)])
-    options: dict[str, Any] = {
-        "bits": rng.randint(2, 4 if packed else 8), "granularity": granularity,
-        "signed": packed or rng.random() < 0.5, "packed": packed,
-    }  # fmt: skip
+    grids: list[str | int] = ["tensor", "token", 32, 128, rng.randint(1, K)]
+    bits = rng.randint(2, 4 if packed else 8)
+    offset = 2 ** (bits - 1) if not packed and rng.random() < 0.5 else 0
+    wanted = Codes(bits, rng.choice(grids), offset, packed)
+    options: dict[str, Any] = {}
     if op == "shift_scale":
-        got, want = both(shift_scale_quantize, x, a, b, **options)
+        got, want = both(shift_scale_quantize, x, a, b, wanted)
     elif op == "activation":
         options["activation"] = rng.choice(["gelu", "gelu_tanh", "relu"])
-        got, want = both(activation_quantize, x, a, b, **options)
+        got, want = both(shift_scale_quantize, x, a, b, wanted, **options)
     elif op == "hadamard":
         divisors = [d for d in range(1, K + 1) if K % d == 0]
-        got, want = both(hadamard_quantize, x, a, b, block=rng.choice(divisors), **options)
+        options["block"] = rng.choice(divisors)
+        got, want = both(hadamard_quantize, x, a, b, wanted, **options)
     else:
         emit = rng.choice([None, "sum", "norm"])
         norm = {"norm_weight": a, "norm_bias": b} if emit == "norm" else {}
-        got, want = both(
-            layer_norm_quantize, x, a, b, 1e-5, residual=x, emit=emit, **norm, **options
-        )
+        got, want = both(layer_norm_quantize, x, a, b, 1e-5, wanted, residual=x, emit=emit, **norm)
         if emit:
             eps = torch.finfo(x.dtype).eps
             near(got[2], want[2], (2 * eps + K * ULP) * want[2].abs() + (K + 8) * ULP * 40)
     codes = [unpack_int4(q, K) if packed else q for q in (got[0], want[0])]
     differ = (codes[0].int() - codes[1].int()).abs()
-    assert differ.max() <= 1, f"{op} {options}: codes differ by {differ.max()}"
+    assert differ.max() <= 1, f"{op} {wanted} {options}: codes differ by {differ.max()}"
     exact = op == "shift_scale"
     share = differ.float().mean()
-    assert not differ.any() if exact else share <= max(2e-3, 2 / differ.numel()), (op, options)
+    few = not differ.any() if exact else share <= max(2e-3, 2 / differ.numel())
+    assert few, (op, wanted, options)
     if want[1] is not None:  # a group's values may be small differences of large terms
-        top = 2 ** (options["bits"] - 1) - 1
+        top = 2 ** (bits - 1) - 1
         terms = 0 if exact else largest_term(op, x, a, b) / max(top, 1)
         near(got[1], want[1], (K + 8) * 4 * ULP * (0 if exact else 1) * (want[1] + terms))
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from qtk_kernels import _dispatch
-from qtk_kernels._dispatch import backend_of, cpu_has_int8, use_backend
+from qtk_kernels import dispatch
+from qtk_kernels.dispatch import backend_of, cpu_has_int8, use_backend
 
 
 def test_explicit_backend_wins_over_the_forced_one():
@@ -27,17 +27,28 @@ def test_unknown_backend_lists_what_there_is():
 
 
 def test_triton_on_a_cpu_tensor_raises_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     with pytest.raises(ValueError, match="needs a CUDA tensor, got one on cpu"):
         backend_of(torch.zeros(1), "triton")
 
 
 def test_missing_triton_is_named(monkeypatch):
-    monkeypatch.setattr(_dispatch, "triton", None)
-    with pytest.raises(ValueError, match="not installed"):
+    monkeypatch.setattr(dispatch, "triton", None)
+    with pytest.raises(ValueError, match="cannot be imported"):
         backend_of(torch.zeros(1), "triton")
 
 
-def test_int8_instructions_can_be_denied(monkeypatch):
-    monkeypatch.setenv("QTK_CPU_INT8", "0")
-    assert not cpu_has_int8()
+@pytest.mark.parametrize("has, said, want", [
+    (True, None, True), (True, "0", False), (True, "1", True), (False, "1", False),
+])  # fmt: skip
+def test_int8_needs_the_instructions_and_nobody_to_deny_them(monkeypatch, has, said, want):
+    """The same in a compiled graph, which must not break where a layer asks."""
+    monkeypatch.setattr(dispatch, "HAS_INT8", has)
+    monkeypatch.delenv("QTK_CPU_INT8", raising=False)
+    if said is not None:
+        monkeypatch.setenv("QTK_CPU_INT8", said)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x: x + 1 if cpu_has_int8() else x - 1, fullgraph=True, backend="eager"
+    )
+    assert cpu_has_int8() == want and compiled(torch.zeros(1)).item() == (1 if want else -1)

@@ -2,18 +2,18 @@ import pytest
 import torch
 
 from qtk_kernels import _launch
-from qtk_kernels._codes import Codes
-from qtk_kernels._hadamard import orthogonal, split
-from qtk_kernels._int4 import unpack_int4
+from qtk_kernels.codes import Codes
+from qtk_kernels.hadamard import orthogonal, split
 from qtk_kernels.hadamard_quantize import hadamard, hadamard_launch, hadamard_quantize
+from qtk_kernels.packing import unpack_int4
 
 ULP = 2.0**-24
 OUTPUTS = [
-    {"bits": 8},
-    {"bits": 4, "packed": True},
-    {"bits": 4, "granularity": "token", "clip": 0.9, "signed": False},
-    {"bits": 4, "granularity": 32, "packed": True},
-    {"bits": 4, "granularity": 20, "packed": True},
+    Codes(8),
+    Codes(4, packed=True),
+    Codes(4, "token", offset=8, clip=0.9),
+    Codes(4, 32, packed=True),
+    Codes(4, 20, packed=True),
 ]
 
 
@@ -50,35 +50,33 @@ def test_codes_round_the_exact_value(K, block, output, backend, assert_codes_agr
     x, multiplier, offset = torch.randn(3, K) * 4, torch.rand(K), torch.randn(K)
     out_multiplier, out_offset = torch.rand(K) * 3, torch.randn(K)
     q, scale = hadamard_quantize(
-        x, multiplier, offset, block=block, out_multiplier=out_multiplier, out_offset=out_offset,
-        **output, backend=backend,
+        x, multiplier, offset, output, block=block, out_multiplier=out_multiplier,
+        out_offset=out_offset, backend=backend,
     )  # fmt: skip
     u = x.double() * multiplier + offset
     R = matrix(block)
     y = (u.unflatten(-1, (-1, block)) @ R).flatten(-2) * out_multiplier + out_offset
     size = (u.abs().unflatten(-1, (-1, block)) @ R.abs()).flatten(-2)
     tolerance = (block + 8) * ULP * size * out_multiplier + 4 * ULP * (y.abs() + out_offset.abs())
-    bits, granularity = output["bits"], output.get("granularity", "tensor")
-    q = unpack_int4(q, K) if output.get("packed") else q
-    qmin, qmax, shift = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0
-    if granularity != "tensor":
-        group = K if granularity == "token" else min(granularity, K)
+    q = unpack_int4(q, K) if output.packed else q
+    if not output.static:
+        group = min(output.group_size(K), K)
         step = scale.double().repeat_interleave(group, -1)[:, :K]
         # the step itself is off by the error of the largest value of its group
         widest = tolerance.amax(-1, keepdim=True) * 2
         y, tolerance = y / step, (tolerance + widest) / step + 8 * ULP * (y / step).abs()
-        shift = 0 if output.get("signed", True) else 2 ** (bits - 1)
-    assert_codes_agree(q.int() - shift, y.round().clamp(qmin, qmax), y, tolerance)
+    q = q.int() - output.added
+    assert_codes_agree(q, y.round().clamp(output.qmin, output.qmax), y, tolerance)
 
 
 @pytest.mark.parametrize("K, block", [(96, 32), (192, 192)])
 def test_several_rows_in_a_program(K, block, monkeypatch):
-    args = {"block": block, "bits": 8, "granularity": "token", "backend": "triton"}
-    x = torch.randn(13, K)
-    want = hadamard_quantize(x, **args)
+    args = {"block": block, "backend": "triton"}
+    x, codes = torch.randn(13, K), Codes(8, "token")
+    want = hadamard_quantize(x, None, None, codes, **args)
     monkeypatch.setattr(_launch, "SMS", 1)
     hadamard_launch.cache_clear()
-    got = hadamard_quantize(x, **args)
+    got = hadamard_quantize(x, None, None, codes, **args)
     hadamard_launch.cache_clear()
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
@@ -92,13 +90,13 @@ def test_no_kernel_moves_channels():
 
 def test_errors_say_what_was_expected():
     with pytest.raises(ValueError, match="block must divide 96, got 64"):
-        hadamard_quantize(torch.zeros(1, 96), block=64, bits=8, backend="triton")
+        hadamard_quantize(torch.zeros(1, 96), None, None, Codes(8), block=64, backend="triton")
 
 
 def test_compiles_to_one_graph():
     x = torch.randn(4, 96)
 
     def run(x):
-        return hadamard_quantize(x, bits=4, granularity="token")[0]
+        return hadamard_quantize(x, None, None, Codes(4, "token"))[0]
 
     assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(x), run(x))

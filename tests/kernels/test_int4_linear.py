@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from qtk_kernels import _launch
-from qtk_kernels._int4 import pack_int4
 from qtk_kernels.int4_linear import (
     int4_linear,
     int4_linear_kernel_name,
@@ -10,6 +9,7 @@ from qtk_kernels.int4_linear import (
     restore_int4,
 )
 from qtk_kernels.int8_linear import int8_linear
+from qtk_kernels.packing import pack_int4
 
 ULP = 2.0**-24
 SHAPES = [(1, 1, 1), (5, 24, 7), (33, 70, 130), (2, 130, 1025)]  # M, N, K

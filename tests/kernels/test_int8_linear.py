@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from qtk_kernels import _launch
+from qtk_kernels.codes import Codes
 from qtk_kernels.int8_linear import (
     fold_zero_point,
     int8_linear,
@@ -113,18 +114,17 @@ def test_activation(activation, dynamic):
         assert ((y - y_ref).abs() <= 2.0**-20 * (flat.abs() + bias.abs() + 1)).all()
 
 
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("bits", [8, 4])
+OUT_CODES = [Codes(8), Codes(8, offset=128), Codes(4), Codes(4, offset=8)]
+
+
+@pytest.mark.parametrize("out", OUT_CODES, ids=str)
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_requantized_output(signed, bits, activation, assert_codes_agree):
+def test_requantized_output(out, activation, assert_codes_agree):
     x_q, w_q, w_scale, bias = codes(9, 197), codes(24, 197), torch.rand(24, 1), torch.randn(24)
     w_scale *= 1e-3
-    args = {"activation": activation, "out_step": 0.37, "out_zero_point": 3, "out_bits": bits,
-            "out_signed": signed}  # fmt: skip
+    args = {"activation": activation, "out_codes": out, "out_step": 0.37, "out_zero_point": 3}
     q_ref = int8_linear(x_q, w_q, w_scale, bias, **args, backend="reference")
-    assert q_ref.dtype == (torch.int8 if signed else torch.uint8)
-    qmin = -(2 ** (bits - 1)) if signed else 0
-    assert q_ref.min() >= qmin and q_ref.max() <= qmin + 2**bits - 1
+    assert q_ref.dtype == out.dtype and q_ref.min() >= out.qmin and q_ref.max() <= out.qmax
     q = int8_linear(x_q, w_q, w_scale, bias, **args, backend="triton")
     assert torch.equal(q, q_ref)
     exact, tolerance = exact_value(x_q, w_q, w_scale, bias)
@@ -137,7 +137,8 @@ def test_requantized_output(signed, bits, activation, assert_codes_agree):
 def test_requantizing_ties_go_to_even(backend):
     w_q = prepare_int8(torch.ones(1, 1, dtype=torch.int8), backend)
     x_q = torch.tensor([[1], [3], [5], [-1], [-3]], dtype=torch.int8)
-    q = int8_linear(x_q, w_q, torch.ones(1, 1), out_step=2.0, out_zero_point=2, backend=backend)
+    out = {"out_codes": Codes(8), "out_step": 2.0, "out_zero_point": 2}
+    q = int8_linear(x_q, w_q, torch.ones(1, 1), **out, backend=backend)
     assert q.flatten().tolist() == [2, 4, 4, 2, 0]
 
 
@@ -229,8 +230,11 @@ def test_errors_say_what_was_expected():
         int8_linear(codes(2, 16), w_q, torch.ones(8, 4), backend="reference")
     with pytest.raises(ValueError, match=r"weights must be int8 \[N, K\], got torch.float32"):
         prepare_int8(torch.zeros(8, 16))
-    with pytest.raises(ValueError, match="out_bits must be 2 to 8, got 9"):
-        int8_linear(codes(2, 16), w_q, one, out_step=1.0, out_bits=9)
+    for backend in ("reference", "triton", "cpu"):
+        with pytest.raises(ValueError, match="out_step and out_zero_point go with out_codes"):
+            int8_linear(codes(2, 16), w_q, one, out_step=0.5, backend=backend)
+        with pytest.raises(ValueError, match="out_codes must be static and not packed"):
+            int8_linear(codes(2, 16), w_q, one, out_codes=Codes(8, "token"), backend=backend)
 
 
 @pytest.mark.parametrize("int8", ["1", "0"])

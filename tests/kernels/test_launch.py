@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from qtk_kernels import _launch, _plan
-from qtk_kernels._codes import Codes, channels_of
-from qtk_kernels._int4 import pack_int4
 from qtk_kernels._launch import gemm_launch, nearest, packed_steps, steps_of
+from qtk_kernels.codes import Codes, channels_of
 from qtk_kernels.int4_linear import int4_linear
 from qtk_kernels.int8_linear import int8_linear
+from qtk_kernels.packing import pack_int4
 from qtk_kernels.weight_only_linear import weight_only_linear
 
 TILE = {"BLOCK_M": 16, "BLOCK_N": 128, "GROUP_M": 1, "SWAP": True, "SPLIT_K": 2,
@@ -106,7 +106,7 @@ def test_split_integer_sums_give_the_same_bits(split_in_three, dynamic):
     w_q = torch.randint(-8, 8, (N, K), dtype=torch.int8)
     w_scale, bias = torch.rand(N, 1) * 1e-2, torch.randn(N)
     args = {"x_scale": torch.rand(M, 1) if dynamic else None, "x_zero_point": 3,
-            "out_step": 0.1, "out_zero_point": -2}  # fmt: skip
+            "out_codes": Codes(8), "out_step": 0.1, "out_zero_point": -2}  # fmt: skip
     want = int8_linear(x_q, w_q, w_scale, bias, **args, backend="reference")
     assert torch.equal(int8_linear(x_q, w_q, w_scale, bias, **args, backend="triton"), want)
     packed = pack_int4(w_q)

@@ -5,21 +5,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtk_kernels import (
-    _dispatch,
     _plan,
     _split_k,
+    dispatch,
     fp8_linear,
     hadamard_quantize,
     int4_linear,
     int8_linear,
     layer_norm_quantize,
-    log_softmax_quantize,
     quantized_attention,
     shift_scale_quantize,
     weight_only_linear,
 )
-from qtk_kernels._int4 import packed_width
-from qtk_kernels.gelu_quantize import activation_quantize
+from qtk_kernels.codes import Codes
+from qtk_kernels.packing import packed_width
 
 M, N, K = 5, 24, 256
 KERNELS = [
@@ -29,8 +28,6 @@ KERNELS = [
     (int4_linear, "_int4_linear_kernel"),
     (int8_linear, "_int8_linear_kernel"),
     (layer_norm_quantize, "_layer_norm_quantize_kernel"),
-    (log_softmax_quantize, "_log_softmax_quantize_kernel"),
-    (log_softmax_quantize, "_log_dequantize_kernel"),
     (quantized_attention, "quantized_attention_kernel"),
     (shift_scale_quantize, "_shift_scale_quantize_kernel"),
     (weight_only_linear, "_weight_only_linear_kernel"),
@@ -51,7 +48,7 @@ def calls():
     def quantizer(op, *more, vectors=2, **options):
         return lambda make, backend: op(
             make(M, K, half), *(make(K, f32) for _ in range(vectors)), *more,
-            bits=8, granularity="token", backend=backend, **options,
+            Codes(8, "token", clip=0.9), backend=backend, **options,
         )  # fmt: skip
 
     def linear(op, x, w, groups=1, token=True, **options):
@@ -63,10 +60,14 @@ def calls():
     grouped = {"in_features": K, "group_size": 128}
     return {
         "shift_scale": quantizer(shift_scale_quantize.shift_scale_quantize),
-        "gelu": quantizer(activation_quantize, activation="gelu"),
+        "gelu": quantizer(shift_scale_quantize.shift_scale_quantize, activation="gelu"),
         "layer_norm": quantizer(layer_norm_quantize.layer_norm_quantize, 1e-5),
         "hadamard": quantizer(hadamard_quantize.hadamard_quantize, block=64),
         "W8A8": linear(int8_linear.int8_linear, (K, i8), (K, i8)),
+        "W8A8, codes out": linear(
+            int8_linear.int8_linear, (K, i8), (K, i8), out_codes=Codes(4, offset=8), out_step=0.5,
+            out_zero_point=3,
+        ),
         "W4A8": linear(int4_linear.int4_linear, (K, i8), (packed, u8), 2, **grouped),
         "W4A4": linear(
             int4_linear.int4_linear, (packed, u8), (packed, u8), in_features=K, x_packed=True
@@ -81,22 +82,16 @@ def calls():
             q_scale=make(2, 3, M, f32), k_scale=make(2, 3, M, f32), softmax="code", steps=4,
             mask=make(2, 1, 1, M, torch.bool), backend=backend,
         ),
-        "log_softmax": lambda make, backend: log_softmax_quantize.log_softmax_quantize(
-            make(M, K, half), backend=backend
-        ),
-        "log_dequantize": lambda make, backend: log_softmax_quantize.log_dequantize(
-            make(M, packed, u8), K, backend=backend
-        ),
         "residual": lambda make, backend: layer_norm_quantize.layer_norm_quantize(
-            make(M, K, half), make(K, f32), make(K, f32), 1e-5, residual=make(M, K, half),
-            emit="sum", bits=8, backend=backend,
+            make(M, K, half), make(K, f32), make(K, f32), 1e-5, Codes(8),
+            residual=make(M, K, half), emit="sum", backend=backend,
         ),
         "packed apart": lambda make, backend: shift_scale_quantize.shift_scale_quantize(
-            make(M, K, half), bits=4, granularity=100, packed=True, backend=backend
+            make(M, K, half), None, None, Codes(4, 100, packed=True), backend=backend
         ),
         "residual packed apart": lambda make, backend: layer_norm_quantize.layer_norm_quantize(
-            make(M, K, half), make(K, f32), make(K, f32), 1e-5, residual=make(M, K, half),
-            emit="sum", bits=4, granularity=100, packed=True, backend=backend,
+            make(M, K, half), make(K, f32), make(K, f32), 1e-5, Codes(4, 100, packed=True),
+            residual=make(M, K, half), emit="sum", backend=backend,
         ),
     }  # fmt: skip
 
@@ -242,5 +237,21 @@ def test_the_current_device_is_not_made_current_again(monkeypatch):
         def __init__(self, index):
             self.get_device = lambda: index
 
-    assert _dispatch.on_device(OnGpu(1)) is _dispatch.on_device(torch.zeros(1))
-    assert isinstance(_dispatch.on_device(OnGpu(0)), torch.cuda.device)
+    assert dispatch.on_device(OnGpu(1)) is dispatch.on_device(torch.zeros(1))
+    assert isinstance(dispatch.on_device(OnGpu(0)), torch.cuda.device)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_graph_is_made_for_each_codes(backend):
+    """A compiler that takes their numbers for sizes would ask for the sign of an unknown one."""
+    torch.compiler.reset()
+    x = torch.randn(M, K)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(x, codes):
+        return shift_scale_quantize.shift_scale_quantize(x, None, None, codes, backend=backend)
+
+    for codes in (Codes(8, "token"), Codes(8, "token", clip=0.9), Codes(4, "token"), Codes(4, 32),
+                  Codes(4, 64), Codes(4, "token", offset=8)):  # fmt: skip
+        want = shift_scale_quantize.shift_scale_quantize(x, None, None, codes, backend="reference")
+        assert all(map(torch.equal, run(x, codes), want))

@@ -2,21 +2,22 @@ import pytest
 import torch
 
 from qtk_kernels import _launch
-from qtk_kernels._int4 import unpack_int4
+from qtk_kernels.codes import Codes
+from qtk_kernels.packing import unpack_int4
 from qtk_kernels.shift_scale_quantize import shift_scale_quantize
 
 OUTPUTS = [
-    {"bits": 8},
-    {"bits": 4, "signed": False},
-    {"bits": 4, "packed": True},
-    {"bits": 8, "granularity": "token", "clip": 0.9},
-    {"bits": 2, "granularity": "token", "signed": False},
-    {"bits": 8, "granularity": 32, "signed": False},
-    {"bits": 3, "granularity": 128, "packed": True, "clip": 0.8},
-    {"bits": 4, "granularity": 16, "packed": True},
-    {"bits": 4, "granularity": 256, "packed": True},
-    {"bits": 8, "granularity": 6},
-    {"bits": 4, "granularity": 20, "packed": True},
+    Codes(8),
+    Codes(4, offset=8),
+    Codes(4, packed=True),
+    Codes(8, "token", clip=0.9),
+    Codes(2, "token", offset=2),
+    Codes(8, 32, offset=128),
+    Codes(3, 128, packed=True, clip=0.8),
+    Codes(4, 16, packed=True),
+    Codes(4, 256, packed=True),
+    Codes(8, 6),
+    Codes(4, 20, packed=True),
 ]
 
 
@@ -33,8 +34,8 @@ def inputs(*shape, dtype=torch.float32, device="cpu"):
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)
 def test_kernel_equals_reference(shape, output, device):
     args = inputs(*shape, device=device)
-    q_ref, scale_ref = shift_scale_quantize(*args, **output, backend="reference")
-    q, scale = shift_scale_quantize(*args, **output, backend="triton")
+    q_ref, scale_ref = shift_scale_quantize(*args, output, backend="reference")
+    q, scale = shift_scale_quantize(*args, output, backend="triton")
     assert torch.equal(q, q_ref) and q.dtype == q_ref.dtype
     assert scale is scale_ref is None or torch.equal(scale, scale_ref)
 
@@ -43,8 +44,8 @@ def test_kernel_equals_reference(shape, output, device):
 def test_several_rows_in_a_program(output, monkeypatch, device):
     args = inputs(13, 96, device=device)
     monkeypatch.setattr(_launch, "SMS", 1)
-    got = shift_scale_quantize(*args, **output, backend="triton")
-    want = shift_scale_quantize(*args, **output, backend="reference")
+    got = shift_scale_quantize(*args, output, backend="triton")
+    want = shift_scale_quantize(*args, output, backend="reference")
     assert torch.equal(got[0], want[0])
     assert got[1] is want[1] is None or torch.equal(got[1], want[1])
 
@@ -53,8 +54,8 @@ def test_several_rows_in_a_program(output, monkeypatch, device):
 @pytest.mark.parametrize("output", OUTPUTS[::3], ids=str)
 def test_kernel_equals_reference_on_16_bits(dtype, output, device):
     args = inputs(6, 197, dtype=dtype, device=device)
-    want = shift_scale_quantize(*args, **output, backend="reference")
-    got = shift_scale_quantize(*args, **output, backend="triton")
+    want = shift_scale_quantize(*args, output, backend="reference")
+    got = shift_scale_quantize(*args, output, backend="triton")
     assert torch.equal(got[0], want[0])
     assert got[1] is want[1] is None or torch.equal(got[1], want[1])
 
@@ -62,8 +63,8 @@ def test_kernel_equals_reference_on_16_bits(dtype, output, device):
 @pytest.mark.parametrize("output", [OUTPUTS[0], OUTPUTS[3], OUTPUTS[5]], ids=str)
 def test_row_longer_than_a_tile(output, device):
     args = inputs(2, 20001, device=device)
-    want = shift_scale_quantize(*args, **output, backend="reference")
-    got = shift_scale_quantize(*args, **output, backend="triton")
+    want = shift_scale_quantize(*args, output, backend="reference")
+    got = shift_scale_quantize(*args, output, backend="triton")
     assert torch.equal(got[0], want[0])
     assert got[1] is want[1] is None or torch.equal(got[1], want[1])
 
@@ -71,7 +72,7 @@ def test_row_longer_than_a_tile(output, device):
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 def test_nothing_to_multiply_or_add(backend):
     x = torch.tensor([[1.4, -2.6, 300.0, -300.0]])
-    q, scale = shift_scale_quantize(x, bits=8, backend=backend)
+    q, scale = shift_scale_quantize(x, None, None, Codes(8), backend=backend)
     assert q.tolist() == [[1, -3, 127, -128]] and scale is None
     assert x.tolist() != q.tolist()  # the input is not overwritten
 
@@ -80,38 +81,42 @@ def test_nothing_to_multiply_or_add(backend):
 def test_ties_go_to_even(backend):
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -126.5]])
     for granularity in ("tensor", "token"):
-        q, _ = shift_scale_quantize(x, bits=8, granularity=granularity, backend=backend)
+        q, _ = shift_scale_quantize(x, None, None, Codes(8, granularity), backend=backend)
         assert q.tolist() == [[127, 0, 2, 2, 0, -2, 126, -126]]
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 def test_static_grid_uses_every_code(backend):
     x = torch.tensor([[-1e9, -8.4, 7.4, 1e9]])
-    assert shift_scale_quantize(x, bits=4, backend=backend)[0].tolist() == [[-8, -8, 7, 7]]
-    q, _ = shift_scale_quantize(x, bits=4, signed=False, backend=backend)
+    assert shift_scale_quantize(x, None, None, Codes(4), backend=backend)[0].tolist() == [
+        [-8, -8, 7, 7]
+    ]
+    q, _ = shift_scale_quantize(x, None, None, Codes(4, offset=8), backend=backend)
     assert q.tolist() == [[0, 0, 7, 15]] and q.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 def test_dynamic_grid_has_one_code_more_below_zero_where_it_clips(backend):
     x = torch.tensor([[-2.0, 1.0, 2.0, 0.0]])
-    q, scale = shift_scale_quantize(x, bits=8, granularity="token", backend=backend)
+    q, scale = shift_scale_quantize(x, None, None, Codes(8, "token"), backend=backend)
     assert q.tolist() == [[-127, 64, 127, 0]] and scale.item() == pytest.approx(2 / 127)
-    q, _ = shift_scale_quantize(x, bits=8, granularity="token", signed=False, backend=backend)
+    q, _ = shift_scale_quantize(x, None, None, Codes(8, "token", offset=128), backend=backend)
     assert q.tolist() == [[1, 192, 255, 128]]
-    q, scale = shift_scale_quantize(x, bits=8, granularity="token", clip=0.5, backend=backend)
+    q, scale = shift_scale_quantize(x, None, None, Codes(8, "token", clip=0.5), backend=backend)
     assert q.tolist() == [[-128, 127, 127, 0]] and scale.item() == pytest.approx(1 / 127)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 def test_zero_token_is_zero_not_nan(backend):
-    q, scale = shift_scale_quantize(torch.zeros(2, 8), bits=8, granularity="token", backend=backend)
+    q, scale = shift_scale_quantize(
+        torch.zeros(2, 8), None, None, Codes(8, "token"), backend=backend
+    )
     assert (q == 0).all() and (scale > 0).all()
 
 
 def test_error_is_at_most_half_a_step(device):
     x, multiplier, offset = inputs(64, 300, device=device)
-    q, scale = shift_scale_quantize(x, multiplier, offset, bits=8, granularity=100)
+    q, scale = shift_scale_quantize(x, multiplier, offset, Codes(8, 100))
     steps = scale.repeat_interleave(100, -1)
     error = (q * steps - (x * multiplier + offset)).abs()
     assert (error <= 0.5 * steps * (1 + 1e-4)).all()
@@ -121,31 +126,31 @@ def test_packed_is_the_packing_of_unpacked(device):
     x, multiplier, offset = inputs(5, 197, device=device)
     for granularity in ("tensor", "token", 64):
         packed, _ = shift_scale_quantize(
-            x, multiplier, offset, bits=4, granularity=granularity, packed=True, backend="triton"
+            x, multiplier, offset, Codes(4, granularity, packed=True), backend="triton"
         )
-        q, _ = shift_scale_quantize(x, multiplier, offset, bits=4, granularity=granularity)
+        q, _ = shift_scale_quantize(x, multiplier, offset, Codes(4, granularity))
         assert torch.equal(unpack_int4(packed, 197), q)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu"])
 def test_strides_do_not_matter(backend, device):
     x, multiplier, offset = inputs(6, 64, device=device)
-    want = shift_scale_quantize(x, multiplier, offset, bits=8, backend="reference")[0]
+    want = shift_scale_quantize(x, multiplier, offset, Codes(8), backend="reference")[0]
     wide = torch.cat([x, x], -1)[:, :64]
     assert torch.equal(
-        shift_scale_quantize(wide, multiplier, offset, bits=8, backend=backend)[0], want
+        shift_scale_quantize(wide, multiplier, offset, Codes(8), backend=backend)[0], want
     )
     columns = x.T.contiguous().T
     twice = multiplier.repeat_interleave(2)[::2]
     assert torch.equal(
-        shift_scale_quantize(columns, twice, offset, bits=8, backend=backend)[0], want
+        shift_scale_quantize(columns, twice, offset, Codes(8), backend=backend)[0], want
     )
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 def test_empty_batch(backend):
     q, scale = shift_scale_quantize(
-        torch.zeros(0, 16), bits=8, granularity="token", backend=backend
+        torch.zeros(0, 16), None, None, Codes(8, "token"), backend=backend
     )
     assert q.shape == (0, 16) and scale.shape == (0, 1)
 
@@ -153,15 +158,7 @@ def test_empty_batch(backend):
 def test_errors_say_what_was_expected():
     x = torch.zeros(2, 8)
     with pytest.raises(ValueError, match=r"multiplier must be \[8\] for x \[2, 8\], got \[1, 8\]"):
-        shift_scale_quantize(x, torch.zeros(1, 8), bits=8)
-    with pytest.raises(ValueError, match="bits must be 2 to 8, got 9"):
-        shift_scale_quantize(x, bits=9)
-    with pytest.raises(ValueError, match="signed and at most 4 bits wide, got 8 bits, signed"):
-        shift_scale_quantize(x, bits=8, packed=True)
-    with pytest.raises(ValueError, match=r"granularity must be .* got 'row'"):
-        shift_scale_quantize(x, bits=8, granularity="row")
-    with pytest.raises(ValueError, match="clip must be in"):
-        shift_scale_quantize(x, bits=8, clip=0)
+        shift_scale_quantize(x, torch.zeros(1, 8), None, Codes(8))
 
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)
@@ -169,7 +166,7 @@ def test_compiles_to_one_graph(output):
     torch.compiler.reset()
     x, multiplier, offset = inputs(4, 130)
     compiled = torch.compile(
-        lambda x: shift_scale_quantize(x, multiplier, offset, **output),
+        lambda x: shift_scale_quantize(x, multiplier, offset, output),
         fullgraph=True, backend="eager",
     )  # fmt: skip
-    assert torch.equal(compiled(x)[0], shift_scale_quantize(x, multiplier, offset, **output)[0])
+    assert torch.equal(compiled(x)[0], shift_scale_quantize(x, multiplier, offset, output)[0])

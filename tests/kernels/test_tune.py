@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qtk_kernels import _launch, _plan, _tune
+from qtk_kernels import _launch, _plan, tune
 
 NAME = "imagined GPU"
 
@@ -15,29 +15,29 @@ def clock(calls):
     """Kernels are the faster, the more stages; a tile that asks for five does not fit."""
     stages = (_launch._forced or {"num_stages": 0})["num_stages"]
     if stages == 5:
-        raise _tune.triton.OutOfResources(300000, 232448, "shared memory")
+        raise tune.triton.OutOfResources(300000, 232448, "shared memory")
     return 10.0 - stages
 
 
 @pytest.fixture
 def imagined(tmp_path, monkeypatch):
     """Two small shapes on the CPU, as if it were a GPU of capability 9.0."""
-    monkeypatch.setattr(_tune, "_this_gpu", lambda: (torch.device("cpu"), NAME, (9, 0)))
-    monkeypatch.setattr(_tune, "microseconds", clock)
-    monkeypatch.setattr(_tune, "linear_calls", lambda *_: [lambda: torch.ones(1)])
-    monkeypatch.setattr(_tune, "widths", lambda: [(32, 160)])
-    monkeypatch.setattr(_tune, "ROWS", (1, 17))
+    monkeypatch.setattr(tune, "_this_gpu", lambda: (torch.device("cpu"), NAME, (9, 0)))
+    monkeypatch.setattr(tune, "microseconds", clock)
+    monkeypatch.setattr(tune, "linear_calls", lambda *_: [lambda: torch.ones(1)])
+    monkeypatch.setattr(tune, "widths", lambda: [(32, 160)])
+    monkeypatch.setattr(tune, "ROWS", (1, 17))
     return tmp_path
 
 
 def test_the_fastest_tile_that_fits_is_written(imagined):
     lines = []
-    path = _tune.tune(imagined, log=lines.append)
+    path = tune.tune(imagined, log=lines.append)
     table = _launch.read_table(path)
     assert path.name == "sm_90.json" and [p.name for p in imagined.iterdir()] == [path.name]
     assert table["device"] == NAME and table["versions"]["torch"] == torch.__version__
     assert {(e["kernel"], e["M"]) for e in table["entries"]} == {
-        (kernel, M) for kernel in _tune.KERNELS for M in (1, 17)
+        (kernel, M) for kernel in tune.KERNELS for M in (1, 17)
     }
     for entry in table["entries"]:
         most = 3 if entry["M"] == 1 else 4  # what `candidates` offers beside five
@@ -47,7 +47,7 @@ def test_the_fastest_tile_that_fits_is_written(imagined):
 
 
 def test_kernels_follow_what_was_measured(imagined, monkeypatch):
-    path = _tune.tune(imagined)
+    path = tune.tune(imagined)
     tile = _launch.read_table(path)["entries"][0]["tile"]
     monkeypatch.setattr(_launch, "TUNED", imagined)
     monkeypatch.setattr(_launch, "_capability", lambda device: (9, 0))
@@ -59,20 +59,20 @@ def test_kernels_follow_what_was_measured(imagined, monkeypatch):
 
 def test_a_second_run_goes_on_and_a_new_triton_starts_over(imagined, monkeypatch):
     lines = []
-    assert _tune.tune(imagined, minutes=0, log=lines.append).exists()  # an empty table
+    assert tune.tune(imagined, minutes=0, log=lines.append).exists()  # an empty table
     assert lines == ["out of time: another run goes on from here"]
-    path = _tune.tune(imagined)
+    path = tune.tune(imagined)
     before = path.read_text()
-    _tune.tune(imagined, log=lines.append)
+    tune.tune(imagined, log=lines.append)
     assert path.read_text() == before and len(lines) == 1  # nothing was left to measure
-    monkeypatch.setattr(_tune, "ROWS", (1,))
+    monkeypatch.setattr(tune, "ROWS", (1,))
     table = json.loads(before)
     path.write_text(json.dumps({**table, "versions": {"torch": "1.0", "triton": "1.0"}}))
-    assert len(_launch.read_table(_tune.tune(imagined))["entries"]) == len(_tune.KERNELS)
+    assert len(_launch.read_table(tune.tune(imagined))["entries"]) == len(tune.KERNELS)
 
 
 def test_an_interrupted_write_leaves_the_old_table(imagined, monkeypatch):
-    path = _tune.tune(imagined)
+    path = tune.tune(imagined)
     before = path.read_text()
 
     def fail(self, target):
@@ -80,13 +80,13 @@ def test_an_interrupted_write_leaves_the_old_table(imagined, monkeypatch):
 
     monkeypatch.setattr(type(path), "replace", fail)
     with pytest.raises(KeyboardInterrupt):
-        _tune.write_table(path, {"entries": []})
+        tune.write_table(path, {"entries": []})
     assert path.read_text() == before
 
 
 def test_a_tile_that_computes_something_else_is_not_chosen(imagined, monkeypatch):
-    monkeypatch.setattr(_tune, "_close", lambda got, want: False)
-    for entry in _launch.read_table(_tune.tune(imagined))["entries"]:
+    monkeypatch.setattr(tune, "_close", lambda got, want: False)
+    for entry in _launch.read_table(tune.tune(imagined))["entries"]:
         assert entry["us"] == entry["before_us"] == 10.0
 
 
@@ -94,23 +94,23 @@ def test_an_error_of_the_device_ends_the_run(imagined, monkeypatch):
     def broken(calls):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(_tune, "microseconds", broken)
+    monkeypatch.setattr(tune, "microseconds", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        _tune.tune(imagined)
-    assert _tune._refused(RuntimeError("PassManager::run failed"))
+        tune.tune(imagined)
+    assert tune._refused(RuntimeError("PassManager::run failed"))
 
 
 def test_results_are_compared_by_size():
     want = torch.randn(5, 7)
-    assert _tune._close(want * (1 + 2**-9), want)
-    assert not _tune._close(want.flip(0), want)
-    assert not _tune._close(torch.full_like(want, float("nan")), want)
+    assert tune._close(want * (1 + 2**-9), want)
+    assert not tune._close(want.flip(0), want)
+    assert not tune._close(torch.full_like(want, float("nan")), want)
 
 
-@pytest.mark.parametrize("M", _tune.ROWS)
-@pytest.mark.parametrize("kernel", _tune.KERNELS)
+@pytest.mark.parametrize("M", tune.ROWS)
+@pytest.mark.parametrize("kernel", tune.KERNELS)
 def test_candidates_are_tiles_and_keep_to_the_rules(kernel, M):
-    tiles = list(_tune.candidates(kernel, M))
+    tiles = list(tune.candidates(kernel, M))
     assert tiles
     unpacks = "W4" in kernel or "A16" in kernel
     for tile in tiles:
@@ -121,10 +121,10 @@ def test_candidates_are_tiles_and_keep_to_the_rules(kernel, M):
             assert tile["BLOCK_M"] < 64
 
 
-@pytest.mark.parametrize("kernel", _tune.KERNELS)
+@pytest.mark.parametrize("kernel", tune.KERNELS)
 def test_a_round_of_calls_reads_memory_of_its_own(kernel, monkeypatch):
-    monkeypatch.setattr(_tune, "rounds_of", lambda bytes_: 3)
-    calls = _tune.linear_calls(kernel, 2, 32, 160, torch.device("cpu"))
+    monkeypatch.setattr(tune, "rounds_of", lambda bytes_: 3)
+    calls = tune.linear_calls(kernel, 2, 32, 160, torch.device("cpu"))
     results = [call() for call in calls]
     assert len(calls) == 3 and torch.equal(results[0], results[2])
     inputs = [dict(zip(c.__code__.co_freevars, c.__closure__, strict=True)) for c in calls]
@@ -133,17 +133,17 @@ def test_a_round_of_calls_reads_memory_of_its_own(kernel, monkeypatch):
 
 
 def test_rounds_outgrow_the_cache():
-    assert _tune.rounds_of(_tune.L2) == 2 and _tune.rounds_of(1) == _tune.MOST
-    for N, K in _tune.widths():
-        assert _tune.rounds_of(N * K / 2) * N * K / 2 > 60e6  # the second cache of an H200
-    assert sorted(_tune.widths()) == sorted(set(_tune.widths())) and len(_tune.widths()) == 18
+    assert tune.rounds_of(tune.L2) == 2 and tune.rounds_of(1) == tune.MOST
+    for N, K in tune.widths():
+        assert tune.rounds_of(N * K / 2) * N * K / 2 > 60e6  # the second cache of an H200
+    assert sorted(tune.widths()) == sorted(set(tune.widths())) and len(tune.widths()) == 18
 
 
 def test_the_command_prints_the_table(imagined, monkeypatch):
     from qtk.cli import app
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_tune, "KERNELS", ("int8_linear",))
+    monkeypatch.setattr(tune, "KERNELS", ("int8_linear",))
     result = CliRunner().invoke(app, ["tune", "--out", str(imagined), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"table": str(imagined / "sm_90.json")}

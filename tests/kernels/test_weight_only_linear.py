@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qtk_kernels._int4 import pack_int4
+from qtk_kernels.packing import pack_int4
 from qtk_kernels.weight_only_linear import (
     prepare_weight_only,
     restore_weight_only,

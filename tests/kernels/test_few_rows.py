@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qtk_kernels._int4_cpu import few_rows_linear, prepare_few_rows
+from qtk_kernels.few_rows import few_rows_linear, prepare_few_rows
 
 HALF = 2.0**-9  # half an ulp of bfloat16, relative
 

@@ -5,8 +5,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._activation import activate
-from ._dispatch import cpu_has_int8
+from .activation import activate
+from .codes import BYTE_OFFSET, as_uint8
+from .dispatch import cpu_has_int8
 
 EXACT_K = 512  # products of 8-bit codes that float32 adds exactly: 512 * 255 * 128 < 2**24
 
@@ -41,9 +42,8 @@ def onednn_linear(
 
     With codes for out_dtype the result is theirs, saturated at 8 bits.
     """
-    if x_q.dtype == torch.int8:
-        # oneDNN has no fast kernel for signed sources without AMX: flip the sign bit
-        x_q, x_zero_point = x_q.view(torch.uint8) ^ 0x80, x_zero_point + 128
+    if x_q.dtype == torch.int8:  # oneDNN has no fast kernel for signed sources without AMX
+        x_q, x_zero_point = as_uint8(x_q), x_zero_point + BYTE_OFFSET
     if not x_q.numel():  # oneDNN drops the leading axes of an empty batch
         return torch.empty(*x_q.shape[:-1], operand.shape[1], dtype=out_dtype)
     call = _opaque if torch.compiler.is_compiling() else _pointwise

@@ -13,29 +13,45 @@ short.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _launch
-from ._int4 import BLOCK, pack_int4, packed_width
 from ._launch import cdiv, next_power_of_2, part_launch, row_launch
+from .packing import BLOCK, pack_int4, packed_width
 
 TOKEN = -1  # the group size that stands for a whole token in `_rows.py`
 EPS = 1e-8  # smallest max |y|: a row of zeros quantizes to zeros, not to nan
+BYTE_OFFSET = (
+    128  # of uint8 codes of 8 bits: less it they are int8 codes, only the sign bit differs
+)
 
 Granularity = str | int
 
 
 @dataclass(frozen=True)
 class Codes:
-    """What codes to write; checks itself."""
+    """What codes a quantizer writes; checks itself.
+
+    Attributes:
+        bits: 2 to 8.
+        granularity: "tensor" (static: step and zero point are already in y), "token", or the size
+            of a group of channels.
+        offset: 0 for int8 codes; 2 ** (bits - 1) for the same codes, moved by as much, in uint8.
+            A static grid has it in its zero point.
+        packed: two codes a byte, in the layout of `pack_int4`.
+        clip: the part of the dynamic range to keep, in (0, 1].
+
+    Raises:
+        ValueError: a field is none of these.
+    """
 
     bits: int
     granularity: Granularity = "tensor"
-    signed: bool = True
+    offset: int = 0
     packed: bool = False
     clip: float = 1.0
 
@@ -48,37 +64,64 @@ class Codes:
             raise ValueError(
                 f"granularity must be 'tensor', 'token' or a group size, got {self.granularity!r}"
             )
-        if self.packed and not (self.signed and self.bits <= 4):
+        if self.offset not in (0, 2 ** (self.bits - 1)):
             raise ValueError(
-                f"packed codes are signed and at most 4 bits wide, "
-                f"got {self.bits} bits, {'signed' if self.signed else 'unsigned'}"
+                f"offset of {self.bits}-bit codes must be 0 (int8) or {2 ** (self.bits - 1)} "
+                f"(uint8), got {self.offset}"
+            )
+        if self.packed and (self.offset or self.bits > 4):
+            raise ValueError(
+                f"packed codes have no offset and at most 4 bits, "
+                f"got offset {self.offset} and {self.bits} bits"
             )
         if not 0 < self.clip <= 1:
             raise ValueError(f"clip must be in (0, 1], got {self.clip}")
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Worked out once: every launch looks a plan up. Of numbers: a copy may go elsewhere."""
+        return hash(tuple(self.numbers))
+
+    @property
+    def numbers(self) -> list[float]:
+        """The fields as one argument of an operator, exactly."""
+        group = (
+            self.granularity if isinstance(self.granularity, int) else 0 if self.static else TOKEN
+        )
+        return [float(n) for n in (self.bits, group, self.offset, self.packed, self.clip)]
+
     @classmethod
-    def of(cls, bits: int, granularity: str, signed: bool, packed: bool, clip: float) -> "Codes":
-        """As ops spell them: a group size is a number in a string."""
-        size = granularity.lstrip("-").isdigit()
-        return cls(bits, int(granularity) if size else granularity, signed, packed, clip)
+    def of(cls, numbers: Sequence[float]) -> "Codes":
+        """Inverts `numbers`."""
+        bits, group, offset, packed, clip = numbers
+        granularity: Granularity = {0: "tensor", TOKEN: "token"}.get(int(group), int(group))
+        return cls(int(bits), granularity, int(offset), bool(packed), clip)
 
     @property
     def static(self) -> bool:
         return self.granularity == "tensor"
 
     @property
-    def qmax(self) -> int:
-        """The largest code, before the offset of unsigned dynamic codes."""
-        return 2**self.bits - 1 if self.static and not self.signed else 2 ** (self.bits - 1) - 1
+    def added(self) -> int:
+        """The offset, where a quantizer has to add it after rounding."""
+        return 0 if self.static else self.offset
 
     @property
     def qmin(self) -> int:
-        """The smallest code, before the offset of unsigned dynamic codes."""
-        return 0 if self.static and not self.signed else -(2 ** (self.bits - 1))
+        """The smallest code before `added`."""
+        return self.offset - self.added - 2 ** (self.bits - 1)
+
+    @property
+    def qmax(self) -> int:
+        """The largest code before `added`."""
+        return self.qmin + 2**self.bits - 1
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.int8 if self.signed else torch.uint8
+        return torch.uint8 if self.offset else torch.int8
 
     def group_size(self, K: int) -> int:
         """Channels that share a scale."""
@@ -153,7 +196,7 @@ def _lanes(codes: Codes, K: int) -> tuple[int, int, int]:
 def _grid(codes: Codes) -> dict:
     return {
         "QMIN": codes.qmin, "QMAX": codes.qmax,
-        "SHIFT": 0 if codes.static or codes.signed else 2 ** (codes.bits - 1),
+        "OFFSET": codes.added,
         "PACKED": codes.packed,
     }  # fmt: skip
 
@@ -185,10 +228,22 @@ def quantize_ref(y: Tensor, codes: Codes) -> tuple[Tensor, Tensor | None]:
         y = (groups * (qmax / limit).unsqueeze(-1)).flatten(-2)[..., :K]
         scale = limit / qmax
     y = y.round_().clamp_(codes.qmin, codes.qmax)
-    if not codes.static and not codes.signed:
-        y = y.add_(2 ** (codes.bits - 1))
+    if codes.added:
+        y = y.add_(codes.added)
     q = y.to(codes.dtype)
     return (pack_int4(q) if codes.packed else q), scale
+
+
+def as_int8(q: Tensor) -> Tensor:
+    """uint8 codes less BYTE_OFFSET, contiguous; int8 codes as they are."""
+    if q.dtype == torch.uint8:
+        return (q ^ BYTE_OFFSET).view(torch.int8).contiguous()
+    return q
+
+
+def as_uint8(q: Tensor) -> Tensor:
+    """int8 codes plus BYTE_OFFSET; uint8 codes as they are."""
+    return q.view(torch.uint8) ^ BYTE_OFFSET if q.dtype == torch.int8 else q
 
 
 def check_channels(shape: Sequence[int], **vectors: Sequence[int] | None) -> None:

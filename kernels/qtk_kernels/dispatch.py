@@ -17,6 +17,7 @@ from ._lang import triton
 BACKENDS = ("triton", "cpu", "reference")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_INT8 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_vnni", "amx_int8"))
 
 # a plain global, not a ContextVar: torch.compile can trace a read of it
 _forced: str | None = os.environ.get("QTK_BACKEND")
@@ -36,7 +37,7 @@ def backend_of(x: Tensor, backend: str | None = None) -> str:
     if name == "cpu" and x.is_cuda:
         raise ValueError(f"backend 'cpu' needs a CPU tensor, got one on {x.device}")
     if name == "triton" and triton is None:
-        raise ValueError("backend 'triton' needs the package triton, which is not installed")
+        raise ValueError("backend 'triton' needs the package triton, which cannot be imported here")
     if name == "triton" and not x.is_cuda and not INTERPRETED:
         raise ValueError(
             f"backend 'triton' needs a CUDA tensor, got one on {x.device}; "
@@ -67,10 +68,15 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
-@torch.compiler.assume_constant_result
+def has_triton() -> bool:
+    """Whether Triton can be imported here."""
+    return triton is not None
+
+
 def cpu_has_int8() -> bool:
-    """Whether this CPU multiplies bytes (AVX512-VNNI or AMX); QTK_CPU_INT8=0 says no."""
-    if os.environ.get("QTK_CPU_INT8") == "0":
-        return False
-    probes = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("vnni", "amx_tile"))
-    return any(probe() for probe in probes if probe is not None)
+    """Whether this CPU multiplies bytes (AVX512-VNNI or AMX).
+
+    QTK_CPU_INT8=0 says no. 1 says yes, to try that path on another CPU: its sums saturate there.
+    """
+    said = os.environ.get("QTK_CPU_INT8")
+    return HAS_INT8 if said is None else said != "0"

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._int4 import pack_int4
 from ._lang import triton
 from ._launch import gemm_launch, read_table, table_path, use_tile
 from ._plan import forget
 from .fp8_linear import fp8_linear, to_fp8
 from .int4_linear import int4_linear
 from .int8_linear import int8_linear
+from .packing import pack_int4
 from .weight_only_linear import weight_only_linear
 
 MODELS = {  # hidden and MLP width

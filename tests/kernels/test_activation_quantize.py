@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from qtk_kernels.gelu_quantize import activation_quantize
+from qtk_kernels.codes import Codes
+from qtk_kernels.shift_scale_quantize import shift_scale_quantize
 
 EXACT = {
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x * 2**-0.5)),
@@ -23,8 +24,8 @@ def inputs(*shape, dtype=torch.float32):
 def test_codes_round_the_exact_value(activation, shape, backend, assert_codes_agree):
     """erf and tanh are good to 2**-21 of |x|, product and sum to one rounding each."""
     x, multiplier, offset = inputs(*shape)
-    q, _ = activation_quantize(
-        x, multiplier, offset, activation=activation, bits=8, backend=backend
+    q, _ = shift_scale_quantize(
+        x, multiplier, offset, Codes(8), activation=activation, backend=backend
     )
     exact = EXACT[activation](x.double()) * multiplier + offset
     tolerance = 2.0**-21 * (x.abs() * multiplier + offset.abs() + exact.abs())
@@ -35,9 +36,9 @@ def test_codes_round_the_exact_value(activation, shape, backend, assert_codes_ag
 @pytest.mark.parametrize("granularity", ["tensor", "token", 64])
 def test_relu_equals_reference(dtype, granularity):
     args = inputs(5, 130, dtype=dtype)
-    output = {"activation": "relu", "bits": 8, "granularity": granularity, "signed": False}
-    want = activation_quantize(*args, **output, backend="reference")
-    got = activation_quantize(*args, **output, backend="triton")
+    codes = Codes(8, granularity, offset=128)
+    want = shift_scale_quantize(*args, codes, activation="relu", backend="reference")
+    got = shift_scale_quantize(*args, codes, activation="relu", backend="triton")
     assert torch.equal(got[0], want[0])
     assert got[1] is want[1] is None or torch.equal(got[1], want[1])
 
@@ -47,10 +48,9 @@ def test_scale_of_a_token(activation):
     """The largest magnitude is good to 2**-21 of the largest input."""
     x, multiplier, offset = inputs(6, 197)
     for backend in ("triton", "reference"):
-        _, scale = activation_quantize(
-            x, multiplier, offset, activation=activation, bits=8, granularity="token",
-            backend=backend,
-        )  # fmt: skip
+        _, scale = shift_scale_quantize(
+            x, multiplier, offset, Codes(8, "token"), activation=activation, backend=backend
+        )
         exact = EXACT[activation](x.double()) * multiplier + offset
         tolerance = 2.0**-20 * (x.abs() * multiplier + offset.abs()).amax(-1, keepdim=True)
         assert ((scale * 127 - exact.abs().amax(-1, keepdim=True)).abs() <= tolerance).all()
@@ -61,7 +61,9 @@ def test_scale_of_a_token(activation):
 def test_every_value_to_its_last_bits(activation, backend):
     """Groups of one channel: each scale is |y| / 127."""
     x = torch.linspace(-6, 6, 256).unsqueeze(0)
-    _, scale = activation_quantize(x, activation=activation, bits=8, granularity=1, backend=backend)
+    _, scale = shift_scale_quantize(
+        x, None, None, Codes(8, 1), activation=activation, backend=backend
+    )
     exact = EXACT[activation](x.double()).abs()
     assert ((scale * 127 - exact).abs() <= 2.0**-21 * x.abs() + 1e-8).all()
 
@@ -70,26 +72,26 @@ def test_every_value_to_its_last_bits(activation, backend):
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_far_ends_are_the_identity_and_zero(activation, backend):
     x = torch.tensor([[-1e4, -40.0, 0.0, 40.0, 1e4]])
-    q, _ = activation_quantize(x, activation=activation, bits=8, backend=backend)
+    q, _ = shift_scale_quantize(x, None, None, Codes(8), activation=activation, backend=backend)
     assert q.tolist() == [[0, 0, 0, 40, 127]]
 
 
 def test_input_is_not_overwritten():
     x = torch.randn(3, 8)
     before = x.clone()
-    activation_quantize(x, activation="relu", bits=8)
+    shift_scale_quantize(x, None, None, Codes(8), activation="relu")
     assert torch.equal(x, before)
 
 
 def test_unknown_activation_lists_what_there_is():
     with pytest.raises(ValueError, match=r"unknown activation 'silu', expected one of .*gelu_tanh"):
-        activation_quantize(torch.zeros(1, 8), activation="silu", bits=8)
+        shift_scale_quantize(torch.zeros(1, 8), None, None, Codes(8), activation="silu")
 
 
 def test_compiles_to_one_graph():
     x, multiplier, offset = inputs(4, 130)
 
     def run(x):
-        return activation_quantize(x, multiplier, offset, activation="gelu", bits=8)[0]
+        return shift_scale_quantize(x, multiplier, offset, Codes(8), activation="gelu")[0]
 
     assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(x), run(x))

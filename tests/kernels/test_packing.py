@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtk_kernels._int4 import pack_int4, packed_width, unpack_int4
+from qtk_kernels.packing import pack_int4, packed_width, unpack_int4
 
 
 @settings(max_examples=30, deadline=None)
