@@ -14,6 +14,8 @@ from benchmarks.result import RESULTS, read
 SIZE = "16x128"  # sentences and tokens each
 SAME = 1e-6  # an error that is none: float32 in other words
 INK, OURS, OTHERS = "#111827", "#b91c1c", "#475569"
+RADIUS = 5  # pixels of a point
+NEAR = 10  # points; a label further off has a line to its point
 OFFSETS = [  # of a label from its point, in points, and the side of the text that is there
     (7, 0, "left"), (-7, 0, "right"),
     *((x, y * far, side) for far in (10, 20, 30, 40) for x, side in ((0, "center"), (6, "left"),
@@ -61,8 +63,6 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def label(figure: Any, axes: Any, places: dict[str, tuple[float, float]]) -> None:
     """Names beside the points, each where it covers nothing and stays inside the frame."""
-    from matplotlib.text import Text
-
     figure.canvas.draw()  # fixes where everything is
     frame = axes.get_window_extent()
     dots = [axes.transData.transform(place) for place in places.values()]
@@ -74,12 +74,16 @@ def label(figure: Any, axes: Any, places: dict[str, tuple[float, float]]) -> Non
                 name, place, (x, y), textcoords="offset points", ha=side, va="center",
                 fontsize=8, color=color,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-                arrowprops={"arrowstyle": "-", "color": OTHERS, "linewidth": 0.5},
             )  # fmt: skip
-            box = Text.get_window_extent(text).padded(2)  # without the line to its point
+            box = text.get_window_extent().padded(2)
             inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
             if inside and not covers(box, dots, taken):
                 taken.append(box)
+                if abs(y) > NEAR:
+                    line = {"arrowstyle": "-", "color": OTHERS, "linewidth": 0.5}
+                    axes.annotate(
+                        "", place, (x, 0.7 * y), textcoords="offset points", arrowprops=line
+                    )
                 break
             text.remove()
         else:
@@ -88,7 +92,8 @@ def label(figure: Any, axes: Any, places: dict[str, tuple[float, float]]) -> Non
 
 def covers(box: Any, dots: Iterable[Any], boxes: Iterable[Any]) -> bool:
     """Whether a label lies over a point or another label."""
-    return any(box.contains(*dot) for dot in dots) or any(box.overlaps(other) for other in boxes)
+    near = box.padded(RADIUS)
+    return any(near.contains(*dot) for dot in dots) or any(box.overlaps(other) for other in boxes)
 
 
 if __name__ == "__main__":
