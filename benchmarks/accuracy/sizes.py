@@ -13,7 +13,7 @@ from typing import Any
 import qtk
 from benchmarks import data
 from benchmarks.accuracy.table import quantize
-from benchmarks.result import result, write
+from benchmarks.result import Row, result, write
 
 QUICK: dict[str, Any] = {"activations": "token", "rounding": "nearest"}
 WORDS = {"embeddings.word_embeddings": (8, 16)}
@@ -34,7 +34,7 @@ def megabytes(model: Any) -> float:
 
 def main() -> None:
     model, _ = data.minilm()
-    rows = []
+    rows: list[Row] = []
     for name, options in SCHEMES.items():
         qmodel = quantize(model, None, {**options, **QUICK}, 0)
         linears = [layer for layer in qtk.summary(qmodel).layers if "embeddings" not in layer.name]
