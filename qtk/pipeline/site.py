@@ -79,7 +79,7 @@ def input_grid(site: Site, change: Change, choice: Choice) -> tuple[InputGrid, C
     """How the site's input is quantized, and the rule that ended the grid, if one did."""
     fmt = choice.scheme.a
     grid = InputGrid(fmt, change)
-    if fmt is None or not site.has_data:
+    if fmt is None or fmt.kind != "int" or not site.has_data:
         return grid, None
     rule = choice.recipe.rule_for(
         site.group.norm is not None, change.rotation or site.group.rotated
@@ -109,7 +109,7 @@ def quantize_outside(
     if isinstance(module, nn.Embedding):
         table = QuantEmbedding.from_codes(codes, steps, module.weight.dtype)
         return table, Layer(replace(scheme, a=None), bias=False, transform=False, recipe=BY_NEAREST)
-    a = scheme.a and Format(scheme.a.bits, granularity="token")
+    a = scheme.a and Format(scheme.a.bits, granularity="token", kind=scheme.a.kind)
     if isinstance(module, nn.Conv2d) and not QuantPatchConv.fits(module):
         raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
     spec = LinearSpec(codes, steps, InputGrid(a), module.bias)
