@@ -24,7 +24,8 @@ Affine = tuple[Tensor, Tensor]  # multiplier [K] and offset [K], or scalars
 class Change:
     """x' = ((x - shift) / channel_scale) R  and  W' = (W * channel_scale) R,  b' = b + W @ shift
 
-    so that x' W'^T + b' = x W^T + b, R being the orthogonal matrix of `qtk_kernels.hadamard` or none.
+    so that x' W'^T + b' = x W^T + b, R being the orthogonal matrix of `qtk_kernels.hadamard`, or
+    none.
     `Change()` changes nothing.
 
     Attributes:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qtk.grids import Affine, InputGrid
+from qtk.grids import Affine, Change, InputGrid
 from qtk.scheme import Format
 from qtk_kernels.activation import activate
 from qtk_kernels.codes import Codes
@@ -27,6 +27,7 @@ class Reader:
         after: the same after it, in units of codes where the grid is static. Without a rotation
             there is only this one.
         backend: of the kernels.
+        uniform: step and zero point of a static grid without a change of variable before it.
     """
 
     codes: Codes | None
@@ -34,6 +35,7 @@ class Reader:
     rotation: bool
     after: Affine | None
     backend: str
+    uniform: tuple[float, int] | None = None
 
     @classmethod
     def of(cls, grid: InputGrid, K: int, backend: str) -> "Reader":
@@ -46,7 +48,11 @@ class Reader:
         before, after = grid.affines(codes.offset if codes is not None and grid.static else 0)
         if after is not None:
             after = (after[0].expand(K).contiguous(), after[1].expand(K).contiguous())
-        return cls(codes, before, grid.change.rotation, after, backend)
+        uniform = None
+        if codes is not None and grid.static is not None and grid.change == Change():
+            step, zero_point = grid.static
+            uniform = float(step), int(zero_point) + codes.offset
+        return cls(codes, before, grid.change.rotation, after, backend, uniform)
 
     @property
     def folded(self) -> Affine | None:

@@ -1,7 +1,8 @@
 """Seams of one kernel each: Triton on a GPU, their PyTorch twins elsewhere.
 
 A residual addition, the LayerNorm after it and the quantizer after that are one kernel, an
-activation and its quantizer another.
+activation and its quantizer another; where the grid after the activation is one step and zero point
+for all channels, the product before it writes the codes itself.
 """
 
 import torch
@@ -18,9 +19,11 @@ from qtk_kernels.layer_norm_quantize import layer_norm_quantize
 def seams(parts: Parts) -> Seams:
     """For x of any floating-point type."""
     anatomy, norm1, norm2 = parts.anatomy, parts.norm1, parts.norm2
-    mlp = anatomy.mlp
+    mlp, emitting = anatomy.mlp, parts.emitting()
 
     def up_read(codes: Read, dtype: torch.dtype) -> Read:
+        if emitting is not None:
+            return emitting(*codes), None
         h = parts.up(*codes, dtype)
         if mlp.gated:
             gate, rest = h.chunk(2, -1)
