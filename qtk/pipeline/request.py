@@ -139,7 +139,7 @@ class Request:
                 "bits='auto' changes nothing: it keeps layers at 8 bits, and all have as many"
             )
 
-    def told(self, batches: int, learned: dict[str, Any] | None) -> dict[str, Any]:
+    def told(self, batches: Sequence[Any] | None, learned: dict[str, Any] | None) -> dict[str, Any]:
         """What the record says of the whole model; each layer says what it was made with itself."""
         recipe, scheme = self.default.recipe, self.default.scheme
         return {
@@ -150,7 +150,7 @@ class Request:
             "w": self.options["w"],
             "a": self.options["a"],
             "seed": self.seed,
-            "calibration_batches": batches,
+            "calibration_batches": len(batches or ()),
         }
 
 
