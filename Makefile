@@ -3,6 +3,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # the CPU build of torch where it is offered, so that nobody without a GPU downloads CUDA
 TORCH  ?= torch==2.13.0
+# which transformers the tests see
+TRANSFORMERS ?= transformers<6
 
 help:             ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -16,6 +18,9 @@ test: $(VENV)/dev         ## the test suite, no GPU needed
 fidelity: $(VENV)/dev     ## the slow tests: accuracy of real models
 	$(BIN)/python -m pytest -m slow
 
+wheel: $(VENV)/dev        ## the built wheel, tested from a folder without its sources
+	.ci/wheel $(abspath $(BIN))/python
+
 lint: $(VENV)/dev         ## format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -25,7 +30,7 @@ bench: $(VENV)/dev        ## speed, into benchmarks/results/ and the README
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks.speed.quantize
 	$(BIN)/python -m benchmarks.speed.cpu_profile
-	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python -m benchmarks.readme_tables
 
 clean:            ## removes the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info demo-out
@@ -40,8 +45,8 @@ $(VENV)/demo: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -e ".[dev]" "$(TRANSFORMERS)"
 	touch $@
 
-.PHONY: help demo test fidelity lint bench clean
+.PHONY: help demo test fidelity wheel lint bench clean
 .DEFAULT_GOAL := help

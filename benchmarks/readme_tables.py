@@ -1,7 +1,7 @@
 """The tables of README.md, kernels/README.md and benchmarks/results/README.md.
 
-python benchmarks/readme_tables.py            writes them
-python benchmarks/readme_tables.py --check    fails when one is out of date
+python -m benchmarks.readme_tables            writes them
+python -m benchmarks.readme_tables --check    fails when one is out of date
 """
 
 import csv
@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.headline import SOURCES, headline
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-# what README.md shows; every table is in benchmarks/results/README.md
-HEADLINES = ("fidelity_minilm", "fidelity_peers", "fidelity_opt", "fidelity_vit", "cpu_minilm",
-             "cpu_bert", "quantize", "gpu_models", "gpu_kernels",
-             "gpu_attention")  # fmt: skip
 ON_A_GPU = ("gpu_kernels", "gpu_slower", "gpu_attention", "gpu_models")  # of run_gpu.sh
 NOT_MEASURED = "Speed on a GPU: **not measured**; `benchmarks/run_gpu.sh` measures it."
 KEYS = {"title", "hardware", "versions", "columns", "rows", "notes"}
@@ -45,8 +43,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def insert(readme: str, folder: Path) -> str:
-    """README.md with everything between the markers replaced."""
-    return fill(readme, results(folder, HEADLINES), folder)
+    """README.md with the one table between its markers replaced."""
+    found = results(folder, SOURCES)
+    return fill(readme, [headline(*found)] if len(found) == len(SOURCES) else [], folder)
 
 
 def insert_all(page: str, folder: Path) -> str:

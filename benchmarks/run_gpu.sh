@@ -56,5 +56,5 @@ step attention "$PYTHON" -m benchmarks.speed.gpu_attention --minutes 7
 for model in BERT-base ViT-B OPT-1.3b; do
     step "$model" "$PYTHON" -m benchmarks.speed.gpu_models --model "$model" --minutes 7
 done
-"$PYTHON" benchmarks/readme_tables.py || failed=1
+"$PYTHON" -m benchmarks.readme_tables || failed=1
 exit $failed

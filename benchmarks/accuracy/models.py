@@ -32,7 +32,7 @@ MINILM: Cases = [
     ("W4A4 min-max, nearest", {"w": 4, "a": 4, **PLAIN}),
     ("W4A4 OS+, nearest", {"w": 4, "a": 4, **OS_PLUS}),
     ("W4A4", {"w": 4, "a": 4}),
-    ("W4A4 token", {"w": 4, "a": 4, "activations": "token"}),
+    ("W4A4 per token", {"w": 4, "a": 4, "activations": "token"}),
     ("W4A4 best, 2,048 sentences", {"w": 4, "a": 4, "preset": "best", "sentences": 2048}),
     ("W4A16 g128", {"w": 4, "a": 16, "group_size": 128}),
     ("W4A16 g128 asymmetric", {"w": 4, "a": 16, "group_size": 128, "weights": "asymmetric"}),
@@ -84,9 +84,9 @@ OPT: Cases = [
     ("W8A8 OS+, nearest", {"w": 8, "a": 8, **OS_PLUS}),
     ("W8A8", {"w": 8, "a": 8}),
     ("W4A8", {"w": 4, "a": 8}),
-    ("W4A4 token, OS+, nearest", {"w": 4, "a": 4, "activations": "token", **OS_PLUS}),
+    ("W4A4 per token, OS+, nearest", {"w": 4, "a": 4, "activations": "token", **OS_PLUS}),
     ("W4A4", {"w": 4, "a": 4}),
-    ("W4A4 token", {"w": 4, "a": 4, "activations": "token"}),
+    ("W4A4 per token", {"w": 4, "a": 4, "activations": "token"}),
     ("W4A16 g128", {"w": 4, "a": 16, "group_size": 128}),
 ]
 VIT: Cases = [

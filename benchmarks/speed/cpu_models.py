@@ -6,7 +6,7 @@ Every contender has a process of its own (`cpu_contenders.py`), and they take tu
 machine is noisy for all of them. Medians are reported, and the ratio to float32 in the same run.
 Outputs are checked on the way: a model that is fast and wrong does not pass. What cannot run is
 named with its reason; the peers are `pip install onnx onnxruntime torchao optimum-quanto`. Writes
-benchmarks/results/cpu_<model>.json, and a plot of speed against fidelity.
+benchmarks/results/cpu_<model>.json, and the picture of `cpu_plot.py`.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.nn.functional import cosine_similarity
 
 from benchmarks.result import RESULTS, result, versions_of, write
 from benchmarks.speed.cpu_contenders import BASIC, CONTENDERS, MAIN, MODELS, TOKENS, Size, Worker
+from benchmarks.speed.cpu_plot import plot
 
 ROUNDS = 7
 PAUSE = 0.05  # seconds before each turn, for the threads of the one before to fall asleep
@@ -110,32 +110,6 @@ def run(model: str) -> dict[str, Any]:
         "milliseconds": {f"{b}x{t}": ms for (b, t), ms in medians.items()},
         "cosine": cosines,
     }
-
-
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Speed against fidelity, a point for each contender."""
-    from matplotlib import pyplot as plt
-
-    ms = found["milliseconds"]["16x128"]
-    figure, axes = plt.subplots(figsize=(7.5, 4.5))
-    for name, cosine in found["cosine"].items():
-        speed, error = ms["float32"] / ms[name], 1 - cosine
-        if error < 1e-6:
-            continue  # float32 itself
-        ours = name.startswith("qtk")
-        axes.scatter(speed, error, color="#c2410c" if ours else "#64748b", zorder=3)
-        axes.annotate(name, (speed, error), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set(
-        yscale="log", xlabel="speed over float32, 16x128", ylabel="1 - cosine to float32",
-        title=found["title"],
-    )  # fmt: skip
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.grid(alpha=0.3)
-    figure.text(0.01, 0.01, found["hardware"], fontsize=7, color="#64748b")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def measure_and_write(model: str) -> None:

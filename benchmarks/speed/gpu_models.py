@@ -26,7 +26,7 @@ BATCHES = (1, 8, 64)
 TOKENS = 128
 SCHEMES: dict[str, dict[str, Any]] = {
     "qtk W8A8": {"w": 8, "a": 8},
-    "qtk W8A8 token": {"w": 8, "a": 8, "activations": "token"},
+    "qtk W8A8 per token": {"w": 8, "a": 8, "activations": "token"},
     "qtk W4A8": {"w": 4, "a": 8},
     "qtk W4A16 g128": {"w": 4, "a": 16, "group_size": 128},
 }

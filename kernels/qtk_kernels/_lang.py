@@ -91,6 +91,10 @@ def activate_tile(y, ACTIVATION: tl.constexpr):
         # y over 1 + exp(-2 u), u = sqrt(2 / pi) (y + 0.044715 y**3): (1 + tanh u) / 2 is that
         exponent = y * tl.fma(y * y, -0.1029432397, -2.302208198)  # of 2
         y = y * reciprocal(1.0 + exp2(exponent))
+    elif ACTIVATION == "silu":  # y over 1 + exp(-y)
+        y = y * reciprocal(1.0 + exp2(y * -1.442695041))
+    elif ACTIVATION == "quick_gelu":  # y over 1 + exp(-1.702 y)
+        y = y * reciprocal(1.0 + exp2(y * -2.455466960))
     elif ACTIVATION == "relu":
         y = tl.maximum(y, 0.0)
     return y

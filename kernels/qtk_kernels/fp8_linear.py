@@ -191,7 +191,7 @@ def fp8_linear(
         w_scale: [N, 1], float32.
         bias: [N], or None.
         x_scale: None (static), or [..., 1], float32.
-        activation: None, "gelu", "gelu_tanh" or "relu".
+        activation: None or a name in `activation.ACTIVATIONS`.
 
     Returns:
         y: [..., N], out_dtype.

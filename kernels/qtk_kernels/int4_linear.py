@@ -342,7 +342,7 @@ def int4_linear(
         x_scale: None (static), or [..., 1] or [..., G], float32.
         x_zero_point: subtracted from the codes of x.
         group_size: channels in a group, if there is more than one.
-        activation: None, "gelu", "gelu_tanh" or "relu".
+        activation: None or a name in `activation.ACTIVATIONS`.
         out_dtype: of the result, unless out_codes are given.
         out_codes: with them the result is clamp(round(y / out_step) + out_zero_point).
 

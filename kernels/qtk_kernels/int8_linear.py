@@ -38,7 +38,7 @@ from ._plan import contiguous_strides, opaque, planned, row_step, shape_of
 from ._split_k import LinearPlan, launch_linear, plan_linear
 from .codes import BYTE_OFFSET, Codes, as_int8, group_size_of, scale_strides
 from .dispatch import backend_of, cpu_has_int8
-from .onednn import float32_chunks, is_onednn, onednn_linear
+from .onednn import NAMED, float32_chunks, is_onednn, onednn_linear
 
 
 def fold_zero_point(
@@ -302,7 +302,7 @@ def int8_linear(
         x_scale: None (static), or [..., 1] or [..., G], float32.
         x_zero_point: subtracted from x_q.
         group_size: channels in a group, if there is more than one.
-        activation: None, "gelu", "gelu_tanh" or "relu".
+        activation: None or a name in `activation.ACTIVATIONS`.
         out_dtype: of the result, unless out_codes are given.
         out_codes: with them the result is clamp(round(y / out_step) + out_zero_point).
 
@@ -323,7 +323,7 @@ def int8_linear(
         group_size, blocked=onednn or operand.is_mkldnn,
     )  # fmt: skip
     w_scale = w_scale.contiguous()
-    if onednn and G == 1 and x_scale is None:
+    if onednn and G == 1 and x_scale is None and activation in NAMED:
         y = onednn_linear(
             x_q, operand, w_scale, bias, x_zero_point, activation=activation,
             out_dtype=out.dtype, out_step=out.step, out_zero_point=out_zero_point,

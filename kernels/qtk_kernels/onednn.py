@@ -40,7 +40,8 @@ def onednn_linear(
 ) -> Tensor:
     """`int8_linear` of one group, without its checks: what a layer calls that made them before.
 
-    With codes for out_dtype the result is theirs, saturated at 8 bits.
+    With codes for out_dtype, which takes an activation in NAMED, the result is theirs, saturated at
+    8 bits.
     """
     if x_q.dtype == torch.int8:  # oneDNN has no fast kernel for signed sources without AMX
         x_q, x_zero_point = as_uint8(x_q), x_zero_point + BYTE_OFFSET
@@ -50,6 +51,9 @@ def onednn_linear(
     if x_scale is not None:
         y = call(x_q, operand, w_scale, None, x_zero_point, 1.0, 0, torch.float32, None)
         y = y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale)
+        return activate(y, activation).to(out_dtype)
+    if activation not in NAMED:  # oneDNN's epilogue has no such activation
+        y = call(x_q, operand, w_scale, bias, x_zero_point, 1.0, 0, torch.float32, None)
         return activate(y, activation).to(out_dtype)
     writes = out_dtype if out_dtype in WRITES else torch.float32
     y = call(

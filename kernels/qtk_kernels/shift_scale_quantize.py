@@ -183,7 +183,7 @@ def shift_scale_quantize(
         multiplier: [K], or None for 1.
         offset: [K], or None for 0.
         codes: what to write.
-        activation: None, "gelu" (error function), "gelu_tanh" or "relu".
+        activation: None or a name in `activation.ACTIVATIONS`.
 
     Returns:
         q: [..., K], int8 or uint8, or [..., ceil(K / 128) * 64], uint8, if packed.

@@ -9,7 +9,9 @@ EXACT = {
     "gelu_tanh": lambda x: (
         0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     ),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": lambda x: x.clamp(min=0),
+    "silu": lambda x: x * torch.sigmoid(x),
 }
 
 
@@ -68,7 +70,7 @@ def test_every_value_to_its_last_bits(activation, backend):
     assert ((scale * 127 - exact).abs() <= 2.0**-21 * x.abs() + 1e-8).all()
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "silu"])
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_far_ends_are_the_identity_and_zero(activation, backend):
     x = torch.tensor([[-1e4, -40.0, 0.0, 40.0, 1e4]])
@@ -84,8 +86,8 @@ def test_input_is_not_overwritten():
 
 
 def test_unknown_activation_lists_what_there_is():
-    with pytest.raises(ValueError, match=r"unknown activation 'silu', expected one of .*gelu_tanh"):
-        shift_scale_quantize(torch.zeros(1, 8), None, None, Codes(8), activation="silu")
+    with pytest.raises(ValueError, match=r"unknown activation 'mish', expected one of .*gelu_tanh"):
+        shift_scale_quantize(torch.zeros(1, 8), None, None, Codes(8), activation="mish")
 
 
 def test_compiles_to_one_graph():

@@ -100,7 +100,7 @@ def test_portable_path_is_exact(monkeypatch, dynamic):
         assert torch.equal(int8_linear(x, operand, **args, backend="cpu"), want)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "quick_gelu", "silu"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_activation(activation, dynamic):
     """oneDNN and the kernel approximate erf and tanh to 2**-20 of the input."""

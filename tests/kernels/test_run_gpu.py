@@ -38,7 +38,7 @@ def test_every_step_calls_a_program_that_takes_its_arguments(tmp_path):
     modules = {match[1] for line in lines if (match := re.match(r"-m (\S+)", line))}
     assert modules == {
         "tests.gpu.check", "pytest", "qtk", "benchmarks.speed.gpu_kernels",
-        "benchmarks.speed.gpu_attention", "benchmarks.speed.gpu_models",
+        "benchmarks.speed.gpu_attention", "benchmarks.speed.gpu_models", "benchmarks.readme_tables",
     }  # fmt: skip
     for line in lines:
         match = re.match(r"-m ((?:benchmarks|tests)\.\S+)", line)
@@ -50,7 +50,7 @@ def test_every_step_calls_a_program_that_takes_its_arguments(tmp_path):
     assert checked == set(CHECKS)
     measured = {line.split("--model ")[1].split()[0] for line in lines if "--model" in line}
     assert measured == set(MODELS)
-    assert lines[-1] == "benchmarks/readme_tables.py"
+    assert lines[-1] == "-m benchmarks.readme_tables"
     minutes = [float(m) for m in re.findall(r"--minutes (\S+)", "\n".join(lines))]
     assert minutes and max(minutes) <= 8
 
@@ -58,7 +58,7 @@ def test_every_step_calls_a_program_that_takes_its_arguments(tmp_path):
 def test_one_step_runs_alone(tmp_path):
     _, lines = run(tmp_path, "tune")
     assert [line for line in lines if not line.startswith("-c")] == [
-        "-m qtk tune --minutes 8", "benchmarks/readme_tables.py"
+        "-m qtk tune --minutes 8", "-m benchmarks.readme_tables"
     ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Seams of one kernel each: Triton on a GPU, their PyTorch twins elsewhere.
 
 A residual addition, the LayerNorm after it and the quantizer after that are one kernel, an
-activation and its quantizer another.
+activation and its quantizer another; where the grid after the activation is one step and zero point
+for all channels, the product before it writes the codes itself.
 """
 
 import torch
@@ -18,9 +19,11 @@ from qtk_kernels.layer_norm_quantize import layer_norm_quantize
 def seams(parts: Parts) -> Seams:
     """For x of any floating-point type."""
     anatomy, norm1, norm2 = parts.anatomy, parts.norm1, parts.norm2
-    mlp = anatomy.mlp
+    mlp, emitting = anatomy.mlp, parts.emitting()
 
     def up_read(codes: Read, dtype: torch.dtype) -> Read:
+        if emitting is not None:
+            return emitting(*codes), None
         h = parts.up(*codes, dtype)
         if mlp.gated:
             gate, rest = h.chunk(2, -1)
@@ -48,13 +51,12 @@ def norm_quantize(
     norm: Norm, reader: Reader, x: Tensor, residual: Tensor | None = None, emit: str | None = None
 ) -> tuple[Read, Tensor]:
     """Codes of norm(x + residual), and the "sum" or the "norm" for the residual stream."""
-    assert reader.codes is not None
-    if reader.rotation:  # needs the whole norm before it: not one kernel but three
+    if reader.rotation or reader.codes is None:  # no kernel normalizes and does that
         h = x if residual is None else x + residual
         y = F.layer_norm(h.float(), h.shape[-1:], norm.q_weight, norm.q_bias, norm.eps)
         if emit == "norm":
             h = F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias, norm.eps)
-        return reader.rotated(rotate(y)), h
+        return reader.rotated(rotate(y) if reader.rotation else y), h
     emits_norm = emit == "norm"
     codes, scale, emitted = layer_norm_quantize(
         x, norm.q_weight, norm.q_bias, norm.eps, reader.codes, residual=residual, emit=emit,

@@ -37,8 +37,11 @@ def seams(parts: Parts) -> Seams:
     fold2 = partial(_folded, parts.norm2 if anatomy.pre_norm else parts.norm1)
     # the activation is nearly free in oneDNN's epilogue
     up = parts.up if mlp.gated else parts.up.activated(mlp.activation or "")
+    emitting = parts.emitting()
 
     def up_read(codes: Read, dtype: torch.dtype) -> Read:
+        if emitting is not None:
+            return emitting(*codes), None
         h = up(*codes)
         if mlp.gated:
             gate, rest = h.chunk(2, -1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qtk.models import Anatomy
 from qtk.modules.attention import CHILD, QuantAttention
 from qtk.modules.linear import QuantLinear
-from qtk.modules.products import Operands, Product, product_of
+from qtk.modules.products import Emits, Operands, Product, product_of
 from qtk.modules.reader import Read, Reader
 
 
@@ -53,6 +53,16 @@ class Parts:
     norm2: Norm
     attention: QuantAttention | None
     hooks: list[dict[int, Any]]
+
+    def emitting(self) -> Product | None:
+        """`up` with the activation, writing what `down` reads; None where it cannot."""
+        reader, mlp = self.read_hidden, self.anatomy.mlp
+        if mlp.gated or mlp.activation is None or reader.codes is None or reader.uniform is None:
+            return None
+        if reader.codes.packed:
+            return None
+        emits = Emits(reader.codes, *reader.uniform)
+        return self.up.activated(mlp.activation).emitting(emits)
 
     @property
     def products(self) -> tuple[Product, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from qtk.discover import available, load
 from qtk.errors import BackendError
 from qtk.scheme import Format
+from qtk_kernels.codes import Codes
 
 NIBBLE = 4  # weights of so many bits and fewer are packed, two codes a byte
 
@@ -54,6 +55,11 @@ class Operands:
         return self.scale.shape[1]
 
     @property
+    def integers(self) -> bool:
+        """Whether inputs are integer codes."""
+        return self.a is not None and self.a.kind == "int"
+
+    @property
     def packs(self) -> bool:
         return self.w.bits <= NIBBLE
 
@@ -72,6 +78,19 @@ class Operands:
             bias=torch.cat(biases),
             zero_point=torch.cat(zero_points) if zero_points else None,
         )
+
+
+@dataclass(frozen=True)
+class Emits:
+    """Codes that a product writes in place of floats: round(y / step) + zero_point.
+
+    Attributes:
+        zero_point: with the codes' offset in it.
+    """
+
+    codes: Codes
+    step: float
+    zero_point: int
 
 
 class Product(ABC):
@@ -102,10 +121,23 @@ class Product(ABC):
         product: Product = replace(self, activation=activation)  # type: ignore[type-var]
         return product
 
+    def emitting(self, emits: Emits) -> "Product | None":
+        """The same, writing codes; None where its kernel writes floats alone."""
+        return None
+
     def tensors(self) -> list[Tensor]:
         """What it holds."""
         held = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
         return [value for value in held if isinstance(value, Tensor)]
+
+
+def output_of(emits: Emits | None) -> dict[str, Any]:
+    """What the kernels' linears call such codes."""
+    if emits is None:
+        return {}
+    return {
+        "out_codes": emits.codes, "out_step": emits.step, "out_zero_point": emits.zero_point,
+    }  # fmt: skip
 
 
 def product_of(operands: Operands, backend: str) -> Product:

@@ -1,18 +1,18 @@
 """Codes by packed int4 codes: Triton on a GPU, and the reference."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from qtk_kernels.packing import pack_int4, packed_width, unpack_int4
 from torch import Tensor
 
-from qtk.modules.products import NIBBLE, Operands, Product
+from qtk.modules.products import NIBBLE, Emits, Operands, Product, output_of
 from qtk_kernels.int4_linear import (
     int4_linear,
     int4_linear_kernel_name,
     prepare_int4,
     restore_int4,
 )
+from qtk_kernels.packing import pack_int4, packed_width, unpack_int4
 
 PREFERENCE = 1
 
@@ -30,6 +30,7 @@ class Int4(Product):
     packed: bool
     backend: str
     activation: str | None = None
+    emits: Emits | None = None
 
     @property
     def packed_input(self) -> bool:
@@ -49,15 +50,18 @@ class Int4(Product):
             q, self.operand, self.scale, self.bias, in_features=self.in_features,
             x_packed=self.packed, x_scale=scale, x_zero_point=self.offset,
             group_size=self.group_size, activation=self.activation, out_dtype=out_dtype,
-            backend=self.backend,
+            backend=self.backend, **output_of(self.emits),
         )  # fmt: skip
+
+    def emitting(self, emits: Emits) -> "Int4":
+        return replace(self, emits=emits)
 
     def codes(self) -> Tensor:
         return unpack_int4(restore_int4(self.operand, self.in_features), self.in_features)
 
 
 def fits(operands: Operands, backend: str) -> bool:
-    return operands.a is not None and operands.packs and backend != "cpu"
+    return operands.integers and operands.packs and backend != "cpu"
 
 
 def prepare(operands: Operands, backend: str) -> Int4:

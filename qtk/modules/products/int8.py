@@ -1,11 +1,11 @@
 """Codes by int8 codes: Triton on a GPU, float32 chunks on a CPU without oneDNN's, the reference."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qtk.modules.products import Operands, Product
+from qtk.modules.products import Emits, Operands, Product, output_of
 from qtk_kernels.int8_linear import int8_linear, int8_linear_kernel_name, prepare_int8, restore_int8
 
 PREFERENCE = 0
@@ -22,6 +22,7 @@ class Int8(Product):
     group_size: int | None
     backend: str
     activation: str | None = None
+    emits: Emits | None = None
 
     @property
     def name(self) -> str:
@@ -35,15 +36,18 @@ class Int8(Product):
         return int8_linear(
             q, self.operand, self.scale, self.bias, x_scale=scale, x_zero_point=self.offset,
             group_size=self.group_size, activation=self.activation, out_dtype=out_dtype,
-            backend=self.backend,
+            backend=self.backend, **output_of(self.emits),
         )  # fmt: skip
+
+    def emitting(self, emits: Emits) -> "Int8":
+        return replace(self, emits=emits)
 
     def codes(self) -> Tensor:
         return restore_int8(self.operand)
 
 
 def fits(operands: Operands, backend: str) -> bool:
-    return operands.a is not None
+    return operands.integers
 
 
 def prepare(operands: Operands, backend: str) -> Int8:

@@ -1,14 +1,14 @@
 """oneDNN's int8 product, on CPUs that multiply bytes; weights of fewer bits are unpacked once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from qtk_kernels.dispatch import cpu_has_int8
-from qtk_kernels.onednn import onednn_linear
 from torch import Tensor
 
-from qtk.modules.products import Operands, Product
+from qtk.modules.products import Emits, Operands, Product
+from qtk_kernels.dispatch import cpu_has_int8
 from qtk_kernels.int8_linear import prepare_int8, restore_int8
+from qtk_kernels.onednn import NAMED, onednn_linear
 
 PREFERENCE = 2
 
@@ -22,7 +22,9 @@ class OneDnn(Product):
     bias: Tensor | None
     offset: int
     unpacked: bool
+    static: bool
     activation: str | None = None
+    emits: Emits | None = None
 
     @property
     def name(self) -> str:
@@ -31,22 +33,33 @@ class OneDnn(Product):
     def __call__(
         self, q: Tensor, scale: Tensor | None, out_dtype: torch.dtype = torch.float32
     ) -> Tensor:
+        if self.emits is not None:
+            return onednn_linear(
+                q, self.operand, self.scale, self.bias, self.offset, activation=self.activation,
+                out_dtype=self.emits.codes.dtype, out_step=self.emits.step,
+                out_zero_point=self.emits.zero_point,
+            )  # fmt: skip
         return onednn_linear(
             q, self.operand, self.scale, self.bias, self.offset, x_scale=scale,
             activation=self.activation, out_dtype=out_dtype,
         )  # fmt: skip
+
+    def emitting(self, emits: Emits) -> "OneDnn | None":
+        """Of static inputs, in 8 bits, after an activation that oneDNN's epilogue has."""
+        fits = self.static and emits.codes.bits == 8 and self.activation in NAMED
+        return replace(self, emits=emits) if fits else None
 
     def codes(self) -> Tensor:
         return restore_int8(self.operand)
 
 
 def fits(operands: Operands, backend: str) -> bool:
-    integers = operands.a is not None and backend == "cpu" and cpu_has_int8()
+    integers = operands.integers and backend == "cpu" and cpu_has_int8()
     return integers and operands.groups == 1 and operands.codes.numel() > 0
 
 
 def prepare(operands: Operands, backend: str) -> OneDnn:
     return OneDnn(
         prepare_int8(operands.codes, backend), operands.scale, operands.bias, operands.offset,
-        operands.packs,
+        operands.packs, operands.a is not None and operands.a.granularity == "tensor",
     )  # fmt: skip
