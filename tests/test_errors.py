@@ -220,7 +220,7 @@ DATA = {
         lambda: run(calib=[{"input_ids": ids(1), "inputs_embeds": torch.ones(1, 1, 32)}]),
         "leave one out"),
     "a tensor without data": (
-        lambda: run(calib=[{"input_ids": ids(1).to("meta")}]), "on the meta device; give an ordinary"),
+        lambda: run(calib=[{"input_ids": ids(1).to("meta")}]), "on the meta device; give an"),
     "sparse": (
         lambda: run(calib=[{"input_ids": ids(1).to_sparse()}]), "of layout torch.sparse_coo; give"),
     "embeddings that overflow": (lambda: run(with_embeddings(3e38)), "check the calibration data"),

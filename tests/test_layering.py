@@ -17,6 +17,8 @@ ALLOWED = {
     "qtk.errors": set(),
     "qtk.discover": {"qtk.errors"},
     "qtk.scheme": {"qtk.errors"},
+    "qtk.table": set(),
+    "qtk.timing": set(),
     "qtk.numerics": {"qtk.scheme"},
     "qtk.grids": {"qtk.errors", "qtk.numerics", "qtk.scheme"},
     "qtk.models": {"qtk.discover", "qtk.errors", "qtk.models"},
@@ -38,8 +40,9 @@ ALLOWED = {
         "qtk.integrations",
         "qtk.pipeline",
     },
-    "qtk.fidelity": LOW | {"qtk.observe", "qtk.fidelity"},
-    "qtk.report": LOW | {"qtk.checkpoint", "qtk.integrations", "qtk.fidelity", "qtk.report"},
+    "qtk.fidelity": LOW
+    | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
+    "qtk.report": LOW | {"qtk.checkpoint", "qtk.integrations", "qtk.table", "qtk.report"},
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
