@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtk import checkpoint
 from qtk.errors import CheckpointError, ModelError
+from qtk.models import check_whole
 
 
 @register_quantization_config("qtk")
@@ -148,7 +149,9 @@ def load_float(model: Any) -> Any:
     """
     if isinstance(model, (str, os.PathLike)):
         return _read(str(model))
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+    if isinstance(model, nn.Module):
+        check_whole(model)
+    else:
         raise ModelError(
             f"a {type(model).__name__} is not a transformers model; give a model, a folder or a "
             "hub name"
