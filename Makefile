@@ -19,12 +19,12 @@ fidelity: $(VENV)/dev     ## the slow tests: accuracy of real models
 lint: $(VENV)/dev         ## format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy qtk kernels/qtk_kernels benchmarks
+	$(BIN)/mypy qtk kernels/qtk_kernels benchmarks tests/gpu
 
 bench: $(VENV)/dev        ## speed, into benchmarks/results/ and the README
 	$(BIN)/python -m pytest benchmarks
-	$(BIN)/python -m benchmarks.bench_quantize
-	$(BIN)/python -m benchmarks.profile_cpu
+	$(BIN)/python -m benchmarks.speed.quantize
+	$(BIN)/python -m benchmarks.speed.cpu_profile
 	$(BIN)/python benchmarks/readme_tables.py
 
 clean:            ## removes the virtual environment and everything built

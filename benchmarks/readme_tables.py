@@ -156,7 +156,8 @@ def _line(cells: list[str]) -> str:
 def _words(result: dict[str, Any]) -> str:
     versions = result["versions"]
     named = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else ""
-    parts = [result["notes"], result["hardware"], named or str(versions)]
+    commit = f"Commit {result['commit']}" if "commit" in result else ""
+    parts = [result["notes"], result["hardware"], named or str(versions), commit]
     texts = [part if isinstance(part, str) else ", ".join(map(str, part)) for part in parts]
     return " ".join(f"{text.rstrip('.')}." for text in texts if text)
 

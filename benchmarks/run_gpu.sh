@@ -27,7 +27,7 @@ check() { # every op beside the others: most of the time goes into compiling, on
     local jobs=() status=0
     for op in shift_scale activation layer_norm hadamard W8A8 W4A8 W4A4 fp8 weight_only \
         attention; do
-        "$PYTHON" -m benchmarks.check_gpu "${1:-200}" --only "$op" --minutes 8 &
+        "$PYTHON" -m tests.gpu.check "${1:-200}" --only "$op" --minutes 8 &
         jobs+=($!)
     done
     for job in "${jobs[@]}"; do wait "$job" || status=1; done
@@ -38,23 +38,23 @@ export PYTHON
 
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || {
     echo "no GPU here: nothing is measured. What the compiler makes of the kernels instead:"
-    exec "$PYTHON" -m benchmarks.bench_kernels
+    exec "$PYTHON" -m benchmarks.speed.gpu_kernels
 }
 step check bash -c check
 step tests "$PYTHON" -m pytest -q tests/kernels --ignore tests/kernels/test_random_shapes.py
 if command -v compute-sanitizer >/dev/null; then
     # without the allocator's cache, or what lies behind a tensor is memory like any other
     step sanitize env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --error-exitcode 1 "$PYTHON" -m benchmarks.check_gpu 2 --minutes 8
+        compute-sanitizer --error-exitcode 1 "$PYTHON" -m tests.gpu.check 2 --minutes 8
 else
     echo "== sanitize: not run, there is no compute-sanitizer"
 fi
 step tune "$PYTHON" -m qtk tune --minutes 8
-step bench "$PYTHON" -m benchmarks.bench_kernels --minutes 8
-step packages "$PYTHON" -m benchmarks.bench_kernels --packages --minutes 7
-step attention "$PYTHON" -m benchmarks.bench_attention --minutes 7
+step bench "$PYTHON" -m benchmarks.speed.gpu_kernels --minutes 8
+step packages "$PYTHON" -m benchmarks.speed.gpu_kernels --packages --minutes 7
+step attention "$PYTHON" -m benchmarks.speed.gpu_attention --minutes 7
 for model in BERT-base ViT-B OPT-1.3b; do
-    step "$model" "$PYTHON" -m benchmarks.bench_gpu_models --model "$model" --minutes 7
+    step "$model" "$PYTHON" -m benchmarks.speed.gpu_models --model "$model" --minutes 7
 done
 "$PYTHON" benchmarks/readme_tables.py || failed=1
 exit $failed

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from qtk.errors import ModelError
 from qtk.modules.attention import QuantAttention
 from qtk.observe import Site
 from qtk.round import best_steps
@@ -25,7 +26,12 @@ def quantize_attention(
     """
     linears = [model.get_submodule(name) for name in site.group.linears]
     width = next(iter(site.linears.values())).out_features
-    heads = site.block.heads
+    if site.block.anatomy is None:
+        raise ModelError(
+            f"{site.block.name}: attention of this family cannot be quantized; leave attention and "
+            "softmax in floating point"
+        )
+    heads = site.block.anatomy.attention.heads
     attention = QuantAttention(
         heads, width // heads, scheme, backend=backend, device=site.weight().device
     )

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from qtk.errors import CheckpointError, ModelError, SchemeError
 from qtk.models import describe
 from qtk.modules.attention import CHILD, QuantAttention, install
-from qtk.modules.block import FusedBlock, fuse
+from qtk.modules.base import kind_of
 from qtk.modules.embedding import QuantEmbedding
+from qtk.modules.fused.block import FusedBlock, fuse
 from qtk.modules.linear import QuantLinear
-from qtk.modules.patch import QuantPatchConv, is_patch_conv
 from qtk.scheme import AttentionScheme, Scheme
 
 VERSION = 2  # of the layout on disk; a newer one is refused
@@ -165,37 +165,29 @@ def skeleton(model: nn.Module, record: Record) -> None:
                 "with its head; load it as the class it was saved from"
             )
         module = model.get_submodule(full) if has_module(model, full) else None
-        if isinstance(module, nn.Embedding):
-            empty: nn.Module = QuantEmbedding(
-                module.embedding_dim, module.num_embeddings, layer.scheme,
-                dtype=module.weight.dtype, device=module.weight.device,
-            )  # fmt: skip
-        elif isinstance(module, nn.Conv2d) and is_patch_conv(module):
-            linear = QuantLinear(
-                module.weight[0].numel(), module.out_channels, layer.scheme, bias=layer.bias,
-                backend=backend, device=module.weight.device,
-            )  # fmt: skip
-            empty = QuantPatchConv(linear, module.kernel_size, module.weight.dtype)
-        elif isinstance(module, nn.Linear):
-            empty = QuantLinear(
-                module.in_features, module.out_features, layer.scheme, bias=layer.bias,
-                transform=layer.transform, rotation=layer.rotation, backend=backend,
-                device=module.weight.device,
-            )  # fmt: skip
-        else:
+        kind = kind_of(module)
+        if kind is None:
             raise CheckpointError(
                 f"the checkpoint has a quantized {name!r}, but {type(model).__name__} has no such "
                 "layer; load it as the class it was saved from"
             )
+        empty: nn.Module = kind.empty(
+            module, layer.scheme, bias=layer.bias, transform=layer.transform,
+            rotation=layer.rotation, backend=backend,
+        )  # fmt: skip
         model.set_submodule(full, empty)
     if record.attention is not None:
         for block in describe(model):
-            q: Any = model.get_submodule(f"{block.name}.{block.q}")
+            if block.anatomy is None:
+                raise CheckpointError(f"quantized attention, which {block.name} cannot have")
+            attention = block.anatomy.attention
+            q: Any = model.get_submodule(f"{block.name}.{attention.q}")
             empty = QuantAttention(
-                block.heads, q.out_features // block.heads, record.attention, backend=backend,
+                attention.heads, q.out_features // attention.heads, record.attention,
+                backend=backend,
                 device=next(q.buffers() if isinstance(q, QuantLinear) else q.parameters()).device,
             )  # fmt: skip
-            model.get_submodule(block.attention).add_module(CHILD, empty)
+            model.get_submodule(f"{block.name}.{attention.module}").add_module(CHILD, empty)
 
 
 def check_tensors(model: nn.Module) -> None:
@@ -205,23 +197,9 @@ def check_tensors(model: nn.Module) -> None:
         CheckpointError: a tensor of another shape or type, a scale that is not a positive number,
             a number that is not finite.
     """
-    for name, layer in quantized_layers(model).items():
-        bias, transform = layer.bias is not None, layer.input_shift is not None
-        empty = QuantLinear(
-            layer.in_features, layer.out_features, layer.scheme, bias=bias, transform=transform,
-            device="meta",
-        )  # fmt: skip
-        for key, wanted in empty.named_buffers(recurse=False):
+    for name, layer in {**quantized_layers(model), **quantized_attentions(model)}.items():
+        for key, wanted in layer.blank().named_buffers(recurse=False):
             value = getattr(layer, key)
-            fault = None if value.is_meta else _fault(key, value, wanted)
-            if fault:
-                raise CheckpointError(f"the checkpoint's {name}.{key} {fault}")
-    for name, products in quantized_attentions(model).items():
-        like = QuantAttention(
-            products.heads, products.head_size, products.scheme, device="meta"
-        ).named_buffers()
-        for key, wanted in like:
-            value = getattr(products, key)
             fault = None if value.is_meta else _fault(key, value, wanted)
             if fault:
                 raise CheckpointError(f"the checkpoint's {name}.{key} {fault}")

@@ -4,21 +4,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
 from qtk.assign import by_scheme
 from qtk.discover import load
 from qtk.errors import ModelError
+from qtk.grids import Change, InputGrid, LinearSpec
+from qtk.modules.base import Quantized
 from qtk.modules.embedding import QuantEmbedding
-from qtk.modules.grid import InputGrid
 from qtk.modules.linear import QuantLinear
-from qtk.modules.patch import QuantPatchConv, is_patch_conv
+from qtk.modules.patch import QuantPatchConv
 from qtk.numerics import scale_and_zero_point, sqnr
 from qtk.observe import Site
 from qtk.recipes import Recipe
 from qtk.round import Problem
 from qtk.scheme import Format, Scheme
-from qtk.transform import Change
 
 
 def quantize_site(
@@ -47,28 +48,22 @@ def quantize_linear(
     weight = linear.weight.float()
     problem = Problem(change.weight(weight), scheme.w, inputs, wanted)
     codes, steps = load("round", recipe.rounding).find(problem)
-    bias = None if linear.bias is None else linear.bias.float()
+    bias: Tensor | None = None if linear.bias is None else linear.bias.float()
     quality = None
     if inputs is not None and wanted is not None:
         got = inputs @ steps.dequantize(codes).T
         correction = (wanted - got).mean(0)  # makes the mean output what the float model's is
         quality = sqnr(wanted, got + correction)
         bias = correction if bias is None else bias + correction
-    elif bool((change.shift != 0).any()):
-        extra = weight @ change.shift
-        bias = extra if bias is None else bias + extra
-    layer = QuantLinear.from_codes(
-        codes, steps.scale, steps.zero_point, bias, grid, scheme, backend
-    )
-    return layer, quality
+    else:
+        bias = grid.change.bias(weight, bias)
+    spec = LinearSpec(codes.to(torch.int8), steps, grid, bias)
+    return QuantLinear.from_spec(spec, backend), quality
 
 
 def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -> InputGrid:
     """How the site's input is quantized."""
-    plain = bool((change.shift == 0).all() and (change.channel_scale == 1).all())
-    grid = InputGrid(fmt, rotation=change.rotation)
-    if not plain:
-        grid = replace(grid, shift=change.shift, channel_scale=change.channel_scale)
+    grid = InputGrid(fmt, change)
     if fmt is None or not site.has_data:
         return grid
     importance = change.weight(site.weight()).square().sum(0)  # [K]
@@ -88,20 +83,19 @@ def input_grid(site: Site, change: Change, fmt: Format | None, recipe: Recipe) -
     return replace(grid, scale=scale, zero_point=zero_point)
 
 
-def quantize_outside(module: nn.Module, scheme: Scheme, backend: str) -> nn.Module:
+def quantize_outside(module: nn.Module, scheme: Scheme, backend: str) -> Quantized:
     """A head, an embedding or a patch embedding; inputs are dynamic per token, not calibrated."""
     assert scheme.w is not None and isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d))
     problem = Problem(module.weight.float().flatten(1), scheme.w)
     codes, steps = load("round", "nearest").find(problem)
-    weight = (codes, steps.scale, steps.zero_point)
+    codes = codes.to(torch.int8)
     if isinstance(module, nn.Embedding):
-        only_w = replace(scheme, a=None)
-        return QuantEmbedding.from_codes(*weight, only_w, module.weight.dtype)
-    a = scheme.a and Format(scheme.a.bits, granularity="token")
-    scheme = replace(scheme, a=a)
-    if isinstance(module, nn.Conv2d) and not is_patch_conv(module):
+        return QuantEmbedding.from_codes(codes, steps, module.weight.dtype)
+    if isinstance(module, nn.Conv2d) and not QuantPatchConv.fits(module):
         raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
-    linear = QuantLinear.from_codes(*weight, module.bias, InputGrid(a), scheme, backend)
+    a = scheme.a and Format(scheme.a.bits, granularity="token")
+    bias = None if module.bias is None else module.bias.float()
+    linear = QuantLinear.from_spec(LinearSpec(codes, steps, InputGrid(a), bias), backend)
     if isinstance(module, nn.Conv2d):
         return QuantPatchConv(linear, module.kernel_size, module.weight.dtype)
     return linear
@@ -114,8 +108,8 @@ def transform_of(recipe: Recipe) -> ModuleType | None:
 def _change(site: Site, scheme: Scheme, recipe: Recipe) -> Change:
     transform = transform_of(recipe)
     if transform is None:
-        return Change.none(site.weight().shape[1], site.weight().device)
-    return transform.find(site, scheme)
+        return Change()
+    return transform.find(site, scheme).simplest()
 
 
 def rounded_to_nearest(

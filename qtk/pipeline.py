@@ -19,11 +19,11 @@ from qtk.discover import load
 from qtk.errors import SchemeError
 from qtk.integrations.transformers import attach, load_float
 from qtk.layers import quantize_outside, quantize_site, rounded_to_nearest, transform_of
-from qtk.models import Block, describe
+from qtk.models import QKV, Block, describe, fold_scales
 from qtk.modules.attention import install
+from qtk.modules.base import resolve_backend
 from qtk.modules.linear import QuantLinear
 from qtk.modules.patch import QuantPatchConv
-from qtk.modules.plan import resolve_backend
 from qtk.observe import Batch, Site, imagine, walk
 from qtk.observe.batches import SAMPLES, prepare
 from qtk.observe.probe import block_gradients
@@ -145,6 +145,7 @@ def quantize(
 
     teacher = copy.deepcopy(source).eval() if inplace and learns_model(rounder) else source
     qmodel = (source if inplace else copy.deepcopy(source)).eval().requires_grad_(False)
+    fold_scales(qmodel, blocks)
     merge = getattr(transform_of(recipe), "prepare", None)
     if merge is not None and default.a is not None:
         blocks = merge(qmodel, blocks)
@@ -184,7 +185,8 @@ def _quantize_blocks(
 ) -> dict[str, checkpoint.Layer]:  # fmt: skip
     """Replaces the linears of all blocks, in place; returns the record of each."""
     layers: dict[str, checkpoint.Layer] = {}
-    for site in bar.over(_sites(qmodel, blocks, batches, work, bar), 4 * len(blocks)):
+    groups = sum(len(block.groups) for block in blocks)
+    for site in bar.over(_sites(qmodel, blocks, batches, work, bar), groups):
         for scheme, part in by_scheme(site, work.schemes):
             if scheme.w is None:
                 continue
@@ -194,9 +196,9 @@ def _quantize_blocks(
                 layers[checkpoint.base_name(qmodel, name)] = checkpoint.Layer(
                     scheme, linear.bias is not None, linear.transform, linear.rotation, quality
                 )
-        if work.products is not None and site.group.name == "qkv":
+        if work.products is not None and site.group.name == QKV:
             found = quantize_attention(site, qmodel, work.products, work.backend)
-            install(qmodel.get_submodule(site.block.attention), found)
+            install(qmodel.get_submodule(str(site.block.attention)), found)
     if learns_model(work.rounder) or learns_block(work.rounder):
         # what each layer gave before it was learned is of no use
         layers = {name: replace(layer, sqnr=None) for name, layer in layers.items()}
@@ -227,9 +229,9 @@ def _quantize_outside(
         layer = quantize_outside(qmodel.get_submodule(name), scheme, backend)
         qmodel.set_submodule(name, layer)
         inner = layer.linear if isinstance(layer, QuantPatchConv) else layer
-        kept = inner.scheme if isinstance(inner, QuantLinear) else replace(scheme, a=None)
+        bias = isinstance(inner, QuantLinear) and inner.bias is not None
         layers[checkpoint.base_name(qmodel, name)] = checkpoint.Layer(
-            kept, inner.bias is not None, transform=False
+            layer.scheme, bias, transform=False
         )
     return layers
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import qtk
-from qtk.modules.block import FusedBlock, fused_forward
+from qtk.modules.fused.block import FusedBlock
 from qtk.modules.linear import QuantLinear
 from qtk_kernels.dispatch import cpu_has_int8
 from tests.zoo import build
 
 pytestmark = pytest.mark.skipif(not cpu_has_int8(), reason="needs a CPU that multiplies bytes")
+
+CODES = (torch.int8, torch.uint8)
 
 SCHEMES = {
     "W8A8": {},
@@ -41,8 +43,8 @@ def test_it_computes_what_the_general_block_does(name, scheme):
     qmodel, _ = quantized(name, **SCHEMES[scheme])
     x = torch.randn(3, 5, qmodel.config.hidden_size)
     for block in blocks(qmodel):
-        y = fused_forward(block._parts, block.block, x, None)
-        y_hat = block._on_cpu(x, None, None)
+        y = block.forward_for(None)(x, None, None)
+        y_hat = block.forward_for(torch.float32)(x, None, None)
         if name.startswith("OPT"):
             assert torch.equal(y, y_hat)  # relu has nothing to round
         else:  # oneDNN's gelu is another polynomial: a code moves where it stood at a tie
@@ -56,7 +58,7 @@ def test_the_input_is_not_overwritten():
             qmodel, _ = quantized(name, **options)
             x = torch.randn(1, 4, 32)
             before = x.clone()
-            blocks(qmodel)[0]._on_cpu(x, None, None)
+            blocks(qmodel)[0].fused(x, None, None)
             assert torch.equal(x, before)
 
 
@@ -65,18 +67,16 @@ def test_the_epilogue_knows_every_activation():
     for activation in ("gelu", "gelu_new", "relu"):
         model, batch = build("BertModel", hidden_act=activation)
         qmodel = qtk.quantize(model, 8, 8, calib=[batch], progress=False)
-        y = qmodel(**batch)[0]
+        x = torch.randn(2, 5, 32)
         for block in blocks(qmodel):
-            block._on_cpu = None
-        assert (qmodel(**batch)[0] - y).norm() < 1e-2 * y.norm()
+            y = block.forward_for(None)(x, None, None)
+            assert (block.forward_for(torch.float32)(x, None, None) - y).norm() < 1e-2 * y.norm()
 
 
 def held(qmodel):
     """Bytes of codes that the linears of the blocks hold."""
-    linears = {m for block in blocks(qmodel) for m in block.modules() if isinstance(m, QuantLinear)}
-    tensors = [t for m in linears for t in (m.weight, m._plan.operand) if t is not None]
-    tensors += [block._parts.qkv.operand for block in blocks(qmodel)]
-    return sum(t.numel() for t in tensors)
+    tensors = {id(t): t for block in blocks(qmodel) for t in block.tensors() if t.dtype in CODES}
+    return sum(t.numel() for t in tensors.values())
 
 
 @pytest.mark.parametrize("w", [8, 4])
@@ -89,7 +89,7 @@ def test_the_codes_of_q_k_and_v_are_held_once(w):
     state = {k: v.clone() for k, v in qmodel.state_dict().items()}
     y = qmodel(**batch)[0]
     for block in blocks(qmodel):  # called on its own, q needs its codes again
-        block.get_submodule(block.block.q)(torch.randn(1, 32))
+        block.get_submodule(block.block.anatomy.attention.q)(torch.randn(1, 32))
     assert held(qmodel) > once
     for other in (qmodel, copy.deepcopy(qmodel)):
         assert all(torch.equal(v, other.state_dict()[k]) for k, v in state.items())
@@ -115,7 +115,7 @@ def test_recorders_that_transformers_leaves_behind_are_no_listeners():
     hidden = qmodel(**batch, output_hidden_states=True)
     assert torch.equal(hidden[0], y) and len(hidden.hidden_states) == 3
     assert len(qmodel(**batch, output_attentions=True).attentions) == 2
-    assert all(any(block._parts.hooks) for block in blocks(qmodel))
+    assert all(block.is_fused for block in blocks(qmodel))
     assert torch.equal(qmodel(**batch)[0], y)  # fused again: the unfused sums differ
 
 
@@ -138,7 +138,8 @@ def test_a_cpu_without_these_instructions_gives_the_same_answers_and_the_summary
     y = qtk.quantize(model, 8, 8, **scheme)(**batch)[0]
     monkeypatch.setenv("QTK_CPU_INT8", "0")
     portable = qtk.quantize(model, 8, 8, **scheme)
-    assert all(block._on_cpu is None for block in blocks(portable))
+    first = blocks(portable)[0]
+    assert first.forward_for(torch.float32) is first.forward_for(None)
     assert {layer.kernel for layer in qtk.summary(portable).layers} == {
         "float32 chunks (no int8 instructions)"
     }

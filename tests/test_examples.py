@@ -63,13 +63,13 @@ def test_tables_are_made_of_result_files(tmp_path: Path) -> None:
     assert "Nothing has been measured" in tables.insert(text, tmp_path)
     (tmp_path / "x.json").write_text(
         '{"title": "T", "hardware": "H", "versions": {"torch": "2"}, "columns": ["a", "b"],'
-        ' "rows": [["x|y", 1]], "notes": "N."}'
+        ' "rows": [["x|y", 1]], "notes": "N.", "commit": "abc"}'
     )
     (tmp_path / "other.json").write_text('{"a": 1}')
     made = tables.insert_all(text, tmp_path)
     assert "old" not in made and made.startswith("a\n") and made.endswith("\nb\n")
     assert "**T**\n\n| a | b |\n| --- | ---: |\n| x&#124;y | 1 |\n" in made
-    assert "<sub>N. H. torch 2.</sub>" in made
+    assert "<sub>N. H. torch 2. Commit abc.</sub>" in made
     assert tables.insert_all(made, tmp_path) == made
     assert "Nothing has been measured" in tables.insert(text, tmp_path)  # not a headline
 

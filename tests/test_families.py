@@ -6,7 +6,8 @@ import qtk
 from qtk.checkpoint import fused_blocks, quantized_layers
 from qtk.discover import available, load
 from qtk.models import describe
-from qtk.modules.block import _norm_quantize
+from qtk.modules.fused.kernels import norm_quantize
+from qtk.modules.fused.parts import make_parts
 from tests.zoo import build
 
 FAMILIES = available("models")
@@ -51,7 +52,7 @@ def unfused(model):
     """The same model, made to run its original blocks by a hook that does nothing."""
     for block in describe(model):
         module = model.get_submodule(block.name)
-        module.get_submodule(block.fc2).register_forward_hook(lambda *_: None)
+        module.get_submodule(block.anatomy.mlp.down).register_forward_hook(lambda *_: None)
     return model
 
 
@@ -97,13 +98,14 @@ def test_fused_and_unfused_blocks_give_the_same_codes_but_at_ties(family):
     output(qmodel, batch)
     (x,) = seen
     module = qmodel.get_submodule(block.name)
-    norm = module.get_submodule(block.norm1)
-    if block.pre_norm:
-        reader = module.get_submodule(block.q)
-        fused, *_ = _norm_quantize(x, None, module._parts.norm1, reader, emit=None)
+    anatomy, parts = block.anatomy, make_parts(module, block.anatomy)
+    norm = module.get_submodule(anatomy.norm1)
+    if anatomy.pre_norm:
+        reader = module.get_submodule(anatomy.attention.q)
+        (fused, _), _ = norm_quantize(parts.norm1, parts.read_x, x)
     else:
-        reader = module.get_submodule(block.fc1)
-        fused, *_ = _norm_quantize(x, x, module._parts.norm1, reader, emit="norm")
+        reader = module.get_submodule(anatomy.mlp.up[0])
+        (fused, _), _ = norm_quantize(parts.norm1, parts.read_norm, x, x, "norm")
         x = x + x
     plain, _ = reader.quantize(norm(x))
     difference = (fused.int() - plain.int()).abs()
@@ -256,7 +258,7 @@ def test_a_family_names_each_linear_once(family):
 
 @torch.no_grad()
 def test_a_cached_step_is_the_last_row_of_the_whole_and_stays_fused(monkeypatch):
-    from qtk.modules.block import FusedBlock
+    from qtk.modules.fused.block import FusedBlock
 
     model, batch = load("models", "opt").tiny()
     qmodel = qtk.quantize(model, 8, 8, calib=[batch], progress=False)

@@ -7,7 +7,7 @@ from torch.nn.functional import cosine_similarity
 import qtk
 from qtk.checkpoint import fused_blocks
 from qtk.discover import available, load
-from qtk.modules.grid import InputGrid
+from qtk.grids import Change, InputGrid, LinearSpec, Steps
 from qtk.modules.linear import QuantLinear
 from qtk.scheme import Scheme
 from qtk.transform._merge import keeping_ones
@@ -83,11 +83,11 @@ def test_asking_for_gradients_does_not_change_the_output(family):
 def static_layer(scale, shift=None, channel_scale=None):
     scheme = Scheme.of(8, 8)
     torch.manual_seed(0)
-    codes = torch.randint(-127, 128, (5, 4)).float()
-    grid = InputGrid(
-        scheme.a, shift, channel_scale, scale=torch.tensor(scale), zero_point=torch.tensor(3.0)
-    )
-    return QuantLinear.from_codes(codes, torch.rand(5, 1), None, torch.zeros(5), grid, scheme)
+    codes = torch.randint(-127, 128, (5, 4), dtype=torch.int8)
+    change = Change(shift, channel_scale)
+    grid = InputGrid(scheme.a, change, scale=torch.tensor(scale), zero_point=torch.tensor(3.0))
+    steps = Steps(scheme.w, torch.rand(5, 1))
+    return QuantLinear.from_spec(LinearSpec(codes, steps, grid, torch.zeros(5)))
 
 
 @pytest.mark.parametrize("transformed", [False, True])
@@ -97,7 +97,7 @@ def test_the_gradient_is_that_of_the_dequantized_weight_and_zero_where_the_grid_
     layer = static_layer(0.1, shift, channel_scale)
     x = torch.tensor([[0.2, -0.3, 0.1, 0.0], [99.0, 0.1, -99.0, 0.2]], requires_grad=True)
     layer(x).sum().backward()
-    weight = layer.dequantized_weight()  # of the transformed input
+    weight = layer.spec().weight()  # of the transformed input
     wanted = (weight if channel_scale is None else weight / channel_scale).sum(0).repeat(2, 1)
     wanted[1, 0] = wanted[1, 2] = 0
     assert torch.allclose(x.grad, wanted, rtol=1e-5)
@@ -105,11 +105,12 @@ def test_the_gradient_is_that_of_the_dequantized_weight_and_zero_where_the_grid_
 
 def test_a_dynamic_grid_lets_every_gradient_pass():
     scheme = Scheme.of(8, 8, "token")
-    codes = torch.randint(-127, 128, (5, 4)).float()
-    layer = QuantLinear.from_codes(codes, torch.rand(5, 1), None, None, InputGrid(scheme.a), scheme)
+    codes = torch.randint(-127, 128, (5, 4), dtype=torch.int8)
+    spec = LinearSpec(codes, Steps(scheme.w, torch.rand(5, 1)), InputGrid(scheme.a), None)
+    layer = QuantLinear.from_spec(spec)
     x = torch.tensor([[99.0, 0.1, -99.0, 0.2]], requires_grad=True)
     layer(x).sum().backward()
-    assert torch.allclose(x.grad, layer.dequantized_weight().sum(0, keepdim=True), rtol=1e-5)
+    assert torch.allclose(x.grad, layer.spec().weight().sum(0, keepdim=True), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -7,22 +7,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LOW = {"qtk.hadamard", "qtk.errors", "qtk.discover", "qtk.scheme", "qtk.numerics", "qtk.models"}
-CORE = LOW | {"qtk.observe", "qtk.transform", "qtk.ranges", "qtk.round", "qtk.pack", "qtk.modules"}
+LOW = {"qtk.hadamard", "qtk.errors", "qtk.discover", "qtk.scheme", "qtk.numerics", "qtk.grids"}
+LOW |= {"qtk.models"}
+CORE = LOW | {"qtk.observe", "qtk.transform", "qtk.ranges", "qtk.round", "qtk.modules"}
 ALLOWED = {
     "qtk_kernels": {"qtk_kernels"},
     "qtk.errors": set(),
     "qtk.discover": {"qtk.errors"},
     "qtk.scheme": {"qtk.errors"},
     "qtk.numerics": {"qtk.scheme"},
+    "qtk.grids": {"qtk.errors", "qtk.hadamard", "qtk.numerics", "qtk.scheme"},
     "qtk.hadamard": {"qtk_kernels"},  # the matrix is defined beside the kernel that applies it
-    "qtk.pack": set(),
     "qtk.models": {"qtk.discover", "qtk.errors", "qtk.models"},
     "qtk.observe": {"qtk.errors", "qtk.models", "qtk.observe"},
     "qtk.transform": LOW | {"qtk.observe", "qtk.transform"},
     "qtk.ranges": LOW | {"qtk.ranges"},
     "qtk.round": LOW | {"qtk.round"},
-    "qtk.modules": LOW | {"qtk.pack", "qtk.modules", "qtk_kernels"},
+    "qtk.modules": LOW | {"qtk.modules", "qtk_kernels"},
     "qtk.recipes": {"qtk.discover", "qtk.errors", "qtk.scheme"},
     "qtk.assign": LOW | {"qtk.observe"},
     "qtk.attend": CORE,
@@ -88,7 +89,7 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def test_parts_of_one_stage_do_not_import_each_other() -> None:
-    for stage in ("transform", "round", "pack"):
+    for stage in ("transform", "round"):
         for path in (ROOT / "qtk" / stage).glob("*.py"):
             shared = f"qtk.{stage}._"  # what several parts stand on
             same = {n for n in imports(path) if n.startswith(f"qtk.{stage}.")}

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 import qtk
-from qtk.modules.block import FusedBlock
+from qtk.modules.fused.block import FusedBlock
 from qtk.modules.linear import QuantLinear
 from qtk_kernels.dispatch import cpu_has_int8
 
@@ -47,13 +47,10 @@ def saved(request, minilm_path, tmp_path_factory):
 @pytest.mark.skipif(not cpu_has_int8(), reason="other CPUs hold plain codes")
 def test_linears_hold_a_third_of_float32_at_most(saved):
     qmodel, _, _ = saved
-    tensors = [block._parts.qkv.operand for block in qmodel.modules()
-               if isinstance(block, FusedBlock)]  # fmt: skip
-    for layer in linears(qmodel).values():
-        tensors += [t for t in (layer.weight, layer._plan.operand) if t is not None]
-        tensors += [layer.weight_scale, layer._plan.weight_scale, layer._plan.bias]
+    blocks = [m for m in qmodel.modules() if isinstance(m, FusedBlock)]
+    tensors = {id(t): t for block in blocks for t in block.tensors()}
     float32 = sum(4 * m.in_features * m.out_features for m in linears(qmodel).values())
-    assert sum(map(nbytes, tensors)) <= 0.35 * float32
+    assert sum(map(nbytes, tensors.values())) <= 0.35 * float32
 
 
 def test_the_file_is_as_small_as_the_bits(saved):

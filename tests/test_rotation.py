@@ -39,7 +39,7 @@ def test_merged_rotation_keeps_the_function(name):
     with torch.no_grad():
         wanted, got = model(**batch)[0], rotated(**batch)[0]
     assert (got - wanted).abs().max() <= 1e-10 * wanted.abs().max()
-    assert {block.rotated for block in blocks} == {name in MERGED}
+    assert {block.groups[0].rotated for block in blocks} == {name in MERGED}
     changed = any(
         not torch.equal(a, b) for a, b in zip(model.parameters(), rotated.parameters(), strict=True)
     )
@@ -88,5 +88,5 @@ def test_norms_that_cannot_be_divided_by_stay():
     with torch.no_grad():
         model.model.decoder.final_layer_norm.weight[3] = 0
     before = copy.deepcopy(model.state_dict())
-    assert not any(block.rotated for block in prepare(model, describe(model)))
+    assert not any(block.groups[0].rotated for block in prepare(model, describe(model)))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -1,8 +1,8 @@
 """Tile sizes, warps and stages, from rules instead of a search.
 
 Nothing here was tuned on a GPU: the rules keep registers and shared memory within every device
-from sm_80 on, which `benchmarks/aot_report.py` checks by compiling. `qtk tune` measures tiles of
-matrix products on a GPU and writes `tuned/sm_<capability>.json`, which then comes first:
+from sm_80 on, which `benchmarks/compiler` checks by compiling. `qtk tune` measures tiles of matrix
+products on a GPU and writes `tuned/sm_<capability>.json`, which then comes first:
 
     {"device": name, "capability": [major, minor], "versions": {"torch": ..., "triton": ...},
      "entries": [{"kernel": "int8_linear", "M": 16, "N": 4096, "K": 4096,

@@ -17,8 +17,8 @@ import qtk
 from qtk.checkpoint import quantized_layers
 from qtk.errors import CheckpointError, ModelError
 from qtk.fidelity.compare import embed
+from qtk.grids import InputGrid
 from qtk.models import describe
-from qtk.modules.grid import InputGrid
 from qtk.observe import Batch
 from qtk.observe.batches import prepare
 
@@ -138,7 +138,7 @@ def widest_site(model: nn.Module, qmodels: dict[str, nn.Module], batches: list[B
     for name, qmodel in qmodels.items():
         layer: Any = quantized_layers(qmodel)[site]
         grid: InputGrid = layer.grid
-        after[name] = channel_ranges(model, [site], batches, grid.transformed)[site]
+        after[name] = channel_ranges(model, [site], batches, grid.change.inputs)[site]
         change[name] = _words(grid)
     return Ranges(site, found[site], after, change)
 
@@ -176,6 +176,6 @@ def channel_ranges(
 
 
 def _words(grid: InputGrid) -> str:
-    if grid.rotation:
+    if grid.change.rotation:
         return "rotation"
-    return "shift and scale" if grid.shift is not None else ""
+    return "shift and scale" if grid.change.shift is not None else ""

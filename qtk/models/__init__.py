@@ -1,15 +1,20 @@
 """Where the parts of a model are: names only, one file a family, found by `config.model_type`.
 
-Every supported family is a stack of the same block: attention (q, k, v, out) and a two-layer MLP
-(fc1, activation, fc2), with a LayerNorm before each (pre-norm) or after each (post-norm).
+Whatever a family is made of, its blocks have groups of linears that read one tensor each; that is
+all that quantizing needs. A block with an anatomy - attention and an MLP with a LayerNorm before
+each (pre-norm) or after each (post-norm) - can also be fused, and its rotations merged.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from qtk.discover import available, load
 from qtk.errors import ModelError
+
+QKV = "qkv"  # the name of the group that is q, k and v of one attention, in this order
 
 
 @dataclass(frozen=True)
@@ -17,63 +22,126 @@ class Group:
     """Linears that read the same tensor, and so share one input quantizer.
 
     Attributes:
-        name: "qkv", "out", "fc1" or "fc2".
+        name: of the group inside its block; `QKV` is q, k and v.
         linears: full module names.
         norm: full name of the LayerNorm whose output they read, if one stands right before them.
+        rotated: what they read is rotated already, offline (qtk/transform/_merge.py).
     """
 
     name: str
     linears: tuple[str, ...]
     norm: str | None = None
-    rotated: bool = False  # what they read is rotated already, offline (qtk/transform/rotate.py)
+    rotated: bool = False
 
 
 @dataclass(frozen=True)
-class Block:
-    """One transformer block. Names are relative to the block, but `name` and `input_norm`.
+class Attention:
+    """softmax(q k^T / sqrt(D)) v and the projection after it; names relative to the block.
 
     Attributes:
-        input_norm: full name of the LayerNorm whose output q, k and v read, None if there is none.
-        activation: "gelu", "gelu_tanh" or "relu"; None for one that has no fused kernel.
-        rotated: the residual stream and the heads' values were rotated offline.
+        bias: name of the block's argument that is added to the scores, [B or 1, heads, T, T].
     """
 
-    name: str
     q: str
     k: str
     v: str
     out: str
-    fc1: str
-    fc2: str
+    heads: int
+    causal: bool = False
+    bias: str | None = None
+
+    @property
+    def module(self) -> str:
+        """The module that q, k and v belong to."""
+        return self.q.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """down(activation(up(x))); names relative to the block.
+
+    Attributes:
+        up: linears whose outputs are joined; two where one is the gate.
+        activation: a name in `qtk_kernels.activation`, None for one that has no kernel.
+        gated: the first half of the joined outputs is the gate: activation(gate) * rest.
+    """
+
+    up: tuple[str, ...]
+    down: str
+    activation: str | None
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Everything a fused block computes, and in which order; names relative to the block.
+
+    Attributes:
+        norm1, norm2: the LayerNorms before (pre-norm) or after (post-norm) attention and MLP.
+        scales: vectors that multiply the output of attention and MLP (LayerScale), or none.
+    """
+
+    attention: Attention
+    mlp: Mlp
     norm1: str
     norm2: str
-    input_norm: str | None
     pre_norm: bool
-    heads: int
-    activation: str | None
-    causal: bool = False
-    rotated: bool = False
+    scales: tuple[str, str] | None = None
 
     @property
-    def attention(self) -> str:
-        """Full name of the module that q, k and v belong to."""
-        return f"{self.name}.{self.q.rpartition('.')[0]}"
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
+    def linears(self) -> tuple[str, ...]:
         """In the order of computation."""
-        mlp_norm = f"{self.name}.{self.norm2 if self.pre_norm else self.norm1}"
-        return (
-            Group(
-                "qkv",
-                tuple(f"{self.name}.{n}" for n in (self.q, self.k, self.v)),
-                self.input_norm,
-                self.rotated,
-            ),
-            Group("out", (f"{self.name}.{self.out}",), None, self.rotated),
-            Group("fc1", (f"{self.name}.{self.fc1}",), mlp_norm, self.rotated),
-            Group("fc2", (f"{self.name}.{self.fc2}",)),
-        )
+        attention, mlp = self.attention, self.mlp
+        return attention.q, attention.k, attention.v, attention.out, *mlp.up, mlp.down
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a model.
+
+    Attributes:
+        name: full module name.
+        groups: its linears, in the order of computation.
+        anatomy: None for a block that is quantized, but neither fused nor merged.
+    """
+
+    name: str
+    groups: tuple[Group, ...]
+    anatomy: Anatomy | None = None
+
+    @classmethod
+    def of(cls, name: str, anatomy: Anatomy, input_norm: str | None) -> "Block":
+        """With the groups that follow from an anatomy.
+
+        Args:
+            input_norm: full name of the LayerNorm whose output q, k and v read, None for none.
+        """
+        q, k, v, out, *up, down = (f"{name}.{linear}" for linear in anatomy.linears)
+        norm = f"{name}.{anatomy.norm2 if anatomy.pre_norm else anatomy.norm1}"
+        groups = (
+            Group(QKV, (q, k, v), input_norm), Group("out", (out,)),
+            Group("up", tuple(up), norm), Group("down", (down,)),
+        )  # fmt: skip
+        return cls(name, groups, anatomy)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Full names of all linears, in the order of computation."""
+        return tuple(name for group in self.groups for name in group.linears)
+
+    @property
+    def attention(self) -> str | None:
+        """Full name of the module that q, k and v belong to, where the anatomy tells."""
+        return None if self.anatomy is None else f"{self.name}.{self.anatomy.attention.module}"
+
+    @property
+    def causal(self) -> bool:
+        return self.anatomy is not None and self.anatomy.attention.causal
+
+    def rotated(self, *groups: str) -> "Block":
+        """The same with what these groups read marked as rotated."""
+        marked = (replace(g, rotated=g.rotated or g.name in groups) for g in self.groups)
+        return replace(self, groups=tuple(marked))
 
 
 @dataclass(frozen=True)
@@ -111,9 +179,9 @@ def describe(model: nn.Module) -> tuple[Block, ...]:
     Raises:
         ModelError: the architecture is not supported, or its family file names what is not there.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    family = str(model_type).replace("-", "_")
+    family = _family(model)
     if family not in available("models"):
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
         raise ModelError(
             f"{type(model).__name__} (model_type {model_type!r}) is not supported; "
             f"supported: {', '.join(available('models'))}"
@@ -128,22 +196,43 @@ def stream_of(model: nn.Module) -> Stream | None:
 
     A family file without a function `stream` has none.
     """
-    family = str(model.config.model_type).replace("-", "_")  # type: ignore[union-attr]
-    find = getattr(load("models", family), "stream", None)
+    find = getattr(load("models", _family(model)), "stream", None)
     return None if find is None else find(model)
 
 
-def prefix(model: nn.Module, base: str) -> str:
-    """ "bert." when the encoder sits inside a model with a head, "" when it is the model."""
-    return f"{base}." if hasattr(model, base) else ""
+@torch.no_grad()
+def fold_scales(model: nn.Module, blocks: Sequence[Block]) -> None:
+    """Multiplies LayerScale's vectors into the linears before them, in place, and leaves ones.
+
+    diag(s) (W x + b) = (diag(s) W) x + s b: the function is the same, up to one rounding.
+    """
+    for block in blocks:
+        if block.anatomy is None or block.anatomy.scales is None:
+            continue
+        writers = (block.anatomy.attention.out, block.anatomy.mlp.down)
+        for writer, name in zip(writers, block.anatomy.scales, strict=True):
+            scale = model.get_parameter(f"{block.name}.{name}")
+            linear = model.get_submodule(f"{block.name}.{writer}")
+            assert isinstance(linear, nn.Linear)
+            linear.weight.mul_(scale[:, None])
+            if linear.bias is not None:
+                linear.bias.mul_(scale)
+            scale.fill_(1)
+
+
+def _family(model: nn.Module) -> str:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return str(model_type).replace("-", "_")
 
 
 def _check(model: nn.Module, blocks: tuple[Block, ...], family: str) -> None:
     modules = dict(model.named_modules())
     for block in blocks:
-        norms = [f"{block.name}.{block.norm1}", f"{block.name}.{block.norm2}"]
-        linears = [name for group in block.groups for name in group.linears]
-        missing = [n for n in linears + norms + [block.input_norm or norms[0]] if n not in modules]
+        names = [*block.linears, *(group.norm for group in block.groups if group.norm)]
+        if block.anatomy is not None:
+            norms = (block.anatomy.norm1, block.anatomy.norm2)
+            names += [f"{block.name}.{norm}" for norm in norms]
+        missing = [name for name in names if name not in modules]
         if missing:
             raise ModelError(
                 f"qtk/models/{family}.py does not fit {type(model).__name__}: no {missing}; "

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from qtk.models import Block
+from qtk.models import Attention
+from qtk.modules.base import Float32Buffers
 from qtk.scheme import AttentionScheme
 from qtk_kernels.codes import Codes
 from qtk_kernels.dispatch import backend_of
@@ -29,7 +30,7 @@ CHILD = "qtk_attention"  # its name inside the attention module of a model
 KINDS = {"log-sqrt2": "log2"}  # kinds that the kernel calls otherwise
 
 
-class QuantAttention(nn.Module):
+class QuantAttention(Float32Buffers):
     """softmax(q k^T) v, quantized. H heads, D head size.
 
     Buffers (`state_dict`):
@@ -138,30 +139,33 @@ class QuantAttention(nn.Module):
             return "triton quantized_attention"
         return "torch quantized_attention (float32)"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantAttention":
-        for name, value in self._buffers.items():
-            if value is not None:  # scales stay float32 under .half() and .to(dtype)
-                moved = fn(value)
-                self._buffers[name] = (
-                    moved if moved.dtype == value.dtype else value.to(moved.device)
-                )
-        return self
+    def blank(self) -> "QuantAttention":
+        return QuantAttention(self.heads, self.head_size, self.scheme, device="meta")
 
     def extra_repr(self) -> str:
         return f"{self.heads} heads of {self.head_size}, {self.scheme.name}"
 
 
-def attention(
-    qkv: Tensor, block: Block, mask: Tensor | None, cache: Any = None,
+def attend(
+    qkv: Tensor, anatomy: Attention, layer: int, mask: Tensor | None, cache: Any = None,
     products: QuantAttention | None = None,
 ) -> Tensor:  # fmt: skip
-    """softmax(q k^T / sqrt(D)) v, quantized or in floating point: [B, T, 3 * H] -> [B, T, H]."""
+    """softmax(q k^T / sqrt(D) + mask) v, quantized or in floating point.
+
+    Args:
+        qkv: [B, T, 3 * H].
+        layer: the block's place, by which a cache knows it.
+        mask: bool, or float that is added, broadcast against [B, heads, T, Tk].
+
+    Returns:
+        [B, T, H].
+    """
     B, T, width = qkv.shape
-    D = width // (3 * block.heads)
-    q, k, v = qkv.view(B, T, 3, block.heads, D).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
+    heads, D = anatomy.heads, width // (3 * anatomy.heads)
+    q, k, v = qkv.view(B, T, 3, heads, D).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
     if cache is not None:
-        k, v = cache.update(k, v, int(block.name.rpartition(".")[2]))
-    causal = block.causal and mask is None and T > 1
+        k, v = cache.update(k, v, layer)
+    causal = anatomy.causal and mask is None and T > 1
     if products is not None:
         return products(q, k, v, mask=mask, causal=causal)
     if mask is not None and mask.dtype == torch.bool and not mask.is_cuda:
@@ -169,7 +173,7 @@ def attention(
         blocked = torch.finfo(q.dtype).min
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, blocked)
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    return context.transpose(1, 2).reshape(B, T, block.heads * D)
+    return context.transpose(1, 2).reshape(B, T, heads * D)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -1,16 +1,19 @@
 """An embedding table in integers: a row is unpacked and scaled when it is looked up."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtk.modules.stored import load, store, stored_shape
+from qtk.grids import Steps
+from qtk.modules.base import Quantized, buffer, own, refuse_floats
+from qtk.modules.storage import load, store, stored_shape
 from qtk.scheme import Scheme
 
 
-class QuantEmbedding(nn.Module):
-    """N rows of K channels, one scale a row; the table stays in its stored form.
+class QuantEmbedding(Quantized):
+    """N rows of K channels, one scale for each row; the table stays in its stored form.
 
     Buffers (`state_dict`):
         weight: [N, width, 1] int8 or uint8, the stored codes.
@@ -21,12 +24,10 @@ class QuantEmbedding(nn.Module):
     `in_features`.
     """
 
+    REPLACES = nn.Embedding
     weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
-    bias = None
-    input_shift = None
-    transform = rotation = False
     kernel = "gather, dequantize"
 
     def __init__(
@@ -36,57 +37,70 @@ class QuantEmbedding(nn.Module):
         super().__init__()
         assert scheme.w is not None
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.w = scheme.w
         code_dtype, width = stored_shape(in_features, scheme.w.bits)
-        codes = torch.zeros(out_features, *width, dtype=code_dtype, device=device)
-        self.register_buffer("weight", codes)
-        scale = torch.zeros(out_features, 1, dtype=torch.float32, device=device)
-        self.register_buffer("weight_scale", scale)
-        zero_point = None if scheme.w.symmetric else torch.zeros_like(scale, dtype=torch.int8)
-        self.register_buffer("weight_zero_point", zero_point)
+        N, asymmetric = out_features, not scheme.w.symmetric
+        buffer(self, "weight", True, N, *width, device=device, dtype=code_dtype)
+        buffer(self, "weight_scale", True, N, 1, device=device)
+        buffer(self, "weight_zero_point", asymmetric, N, 1, device=device, dtype=torch.int8)
         self.dtype = dtype  # of the rows that come out; follows .to(dtype)
 
     @classmethod
-    def from_codes(
-        cls, codes: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None,
-        scheme: Scheme, dtype: torch.dtype,
-    ) -> "QuantEmbedding":  # fmt: skip
-        """codes [N, K], scale and zero point [N, 1] -> a table that gives rows of `dtype`."""
+    def from_codes(cls, codes: Tensor, steps: Steps, dtype: torch.dtype) -> "QuantEmbedding":
+        """Codes [N, K] int8 with one step for each row -> a table that gives rows of `dtype`."""
         N, K = codes.shape
-        table = cls(K, N, scheme, dtype=dtype, device=codes.device)
-        assert scheme.w is not None
-        table.weight = store(codes.to(torch.int8), scheme.w.bits).contiguous()
-        table.weight_scale = weight_scale.float().clone()
-        if weight_zero_point is not None:
-            table.weight_zero_point = weight_zero_point.to(torch.int8)
+        table = cls(K, N, Scheme(steps.fmt, None), dtype=dtype, device=codes.device)
+        table.weight = store(codes, steps.fmt.bits).contiguous()
+        table.weight_scale = own(steps.scale)
+        if steps.zero_point is not None:
+            table.weight_zero_point = steps.zero_point.to(torch.int8, copy=True)
         return table
+
+    @classmethod
+    def empty(
+        cls, module: nn.Embedding, scheme: Scheme, *, bias: bool, transform: bool,
+        rotation: bool, backend: str,
+    ) -> "QuantEmbedding":  # fmt: skip
+        return cls(
+            module.embedding_dim, module.num_embeddings, replace(scheme, a=None),
+            dtype=module.weight.dtype, device=module.weight.device,
+        )  # fmt: skip
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] integers -> [..., K]."""
-        assert self.scheme.w is not None
-        rows = self.weight[ids.flatten()]  # [M, width, 1]
-        codes = load(rows, self.scheme.w.bits, self.in_features).float()
-        if self.weight_zero_point is not None:
-            codes = codes - self.weight_zero_point[ids.flatten()]
-        values = codes * self.weight_scale[ids.flatten()]
+        rows = ids.flatten()
+        codes = load(self.weight[rows], self.w.bits, self.in_features)
+        zero_point = None if self.weight_zero_point is None else self.weight_zero_point[rows]
+        values = Steps(self.w, self.weight_scale[rows], zero_point).dequantize(codes)
         return values.view(*ids.shape, -1).to(self.dtype)
 
     def codes(self) -> Tensor:
         """[N, K] int8."""
-        assert self.scheme.w is not None
-        return load(self.weight, self.scheme.w.bits, self.in_features)
+        return load(self.weight, self.w.bits, self.in_features)
 
     def stored_weight(self) -> Tensor:
         return self.weight
 
-    def prepare(self) -> None:
-        """Nothing to do: the stored form is what runs."""
+    def blank(self) -> "QuantEmbedding":
+        N, K = self.out_features, self.in_features
+        return QuantEmbedding(K, N, self.scheme, dtype=self.dtype, device="meta")
+
+    def dequantized(self) -> nn.Embedding:
+        steps = Steps(self.w, self.weight_scale, self.weight_zero_point)
+        weight = steps.dequantize(self.codes()).to(self.dtype)
+        return nn.Embedding.from_pretrained(weight, freeze=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantEmbedding":
-        scale = self.weight_scale
-        self.dtype = fn(scale.new_empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(self.weight_scale.new_empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)
-        self.weight_scale = scale.to(self.weight_scale.device)  # scales stay float32
         return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        refuse_floats(state_dict, prefix + "weight")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.out_features}, {self.in_features}, {self.scheme.name}"
+
+
+LAYER = QuantEmbedding

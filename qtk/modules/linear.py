@@ -2,30 +2,46 @@
 
     x' = (x - input_shift) / input_channel_scale              (if it has a transform)
     x' = x' R                                                 (if it has a rotation)
-    q  = codes of x'                                          static grid, or one scale a token
+    q  = codes of x'                                          static grid, or one scale per token
     y  = dequantize(sum_k q_k weight_k) + bias
 
-The stored weight is what goes to disk: int8, packed int4, or dense bits for the other widths. Where
-a kernel wants another layout, the stored form is released and restored when it is asked for.
+The stored weight is what goes to disk: int8, packed int4, or dense bits for the other widths. A
+reader turns x into q, a product q into y; where the product wants another layout of the weight, the
+stored form is released, and restored when it is asked for.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qtk.grids import Change, InputGrid, LinearSpec, Steps
 from qtk.hadamard import rotate
-from qtk.modules.grid import InputGrid
-from qtk.modules.plan import Plan, make_plan, multiply, restore_codes
-from qtk.modules.stored import load, store, stored_shape
-from qtk.numerics import expand_groups
+from qtk.modules.base import Quantized, buffer, own, refuse_floats, resolve_backend
+from qtk.modules.products import Operands, Product, product_of
+from qtk.modules.reader import Read, Reader
+from qtk.modules.storage import load, store, stored_shape
 from qtk.scheme import Scheme
-from qtk_kernels.hadamard_quantize import hadamard_quantize
-from qtk_kernels.shift_scale_quantize import shift_scale_quantize
+from qtk_kernels.int8_linear import fold_zero_point
 
 
-class QuantLinear(nn.Module):
+@dataclass(frozen=True)
+class Runtime:
+    """What a prepared layer runs.
+
+    Attributes:
+        product: None while the weight is part of one that several layers share.
+        shared, rows: that one, and which of its output channels are this layer's.
+    """
+
+    reader: Reader
+    product: Product | None
+    shared: Product | None = None
+    rows: slice | None = None
+
+
+class QuantLinear(Quantized):
     """A linear layer on integers. N output channels, K input channels, G groups.
 
     Buffers (`state_dict`):
@@ -38,7 +54,8 @@ class QuantLinear(nn.Module):
         input_clip: float32 scalar, for dynamic activations.
     """
 
-    weight: Tensor | None  # None while the plan's operand holds the codes
+    REPLACES = nn.Linear
+    weight: Tensor | None  # None while a product holds the codes
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     bias: Tensor | None
@@ -59,221 +76,229 @@ class QuantLinear(nn.Module):
         N, K, a = out_features, in_features, scheme.a
         groups = 1 if self.w.group_size is None else -(-K // self.w.group_size)
         dtype, width = stored_shape(K, self.w.bits)
-
-        def buffer(
-            name: str, present: bool, *shape: int, dtype: torch.dtype = torch.float32
-        ) -> None:
-            value = torch.zeros(shape, dtype=dtype, device=device) if present else None
-            self.register_buffer(name, value)
-
-        buffer("weight", True, N, *width, dtype=dtype)
-        buffer("weight_scale", True, N, groups)
-        buffer("weight_zero_point", not self.w.symmetric, N, groups, dtype=torch.int8)
-        buffer("bias", bias, N)
-        buffer("input_shift", transform, K)
-        buffer("input_channel_scale", transform, K)
         static = a is not None and a.granularity == "tensor"
-        buffer("input_scale", static)
-        buffer("input_zero_point", static, dtype=torch.int32)
-        buffer("input_clip", a is not None and not static)
-        self._plan: Plan | None = None
-        self._joined: tuple[Tensor, slice] | None = None
+        shapes: dict[str, tuple[bool, tuple[int, ...], torch.dtype]] = {
+            "weight": (True, (N, *width), dtype),
+            "weight_scale": (True, (N, groups), torch.float32),
+            "weight_zero_point": (not self.w.symmetric, (N, groups), torch.int8),
+            "bias": (bias, (N,), torch.float32),
+            "input_shift": (transform, (K,), torch.float32),
+            "input_channel_scale": (transform, (K,), torch.float32),
+            "input_scale": (static, (), torch.float32),
+            "input_zero_point": (static, (), torch.int32),
+            "input_clip": (a is not None and not static, (), torch.float32),
+        }
+        for name, (present, shape, dtype) in shapes.items():
+            buffer(self, name, present, *shape, device=device, dtype=dtype)
+        self._runtime: Runtime | None = None
 
     @classmethod
-    def from_codes(
-        cls, codes: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None,
-        bias: Tensor | None, grid: InputGrid, scheme: Scheme, backend: str = "auto",
-    ) -> "QuantLinear":  # fmt: skip
-        """A layer ready to run.
+    def from_spec(cls, spec: LinearSpec, backend: str = "auto") -> "QuantLinear":
+        """A layer ready to run on its tensors' device.
 
         Args:
-            codes: [N, K] integers in the weight format's range.
-            weight_scale: [N, G].
-            weight_zero_point: [N, G] integers in that range, or None for 0.
-            bias: [N], with the shift's share already in it.
-            grid: how the input is quantized.
-            scheme: the formats of weight and input.
+            spec: what it computes; its tensors are copied.
             backend: "auto", "triton", "cpu" or "reference".
         """
-        N, K = codes.shape
+        (N, K), steps, grid, change = spec.codes.shape, spec.steps, spec.grid, spec.grid.change
         layer = cls(
-            K, N, scheme, bias=bias is not None, transform=grid.shift is not None,
-            rotation=grid.rotation,
-            backend=backend, device=codes.device,
+            K, N, spec.scheme, bias=spec.bias is not None, transform=change.shift is not None,
+            rotation=change.rotation, backend=backend, device=spec.codes.device,
         )  # fmt: skip
-        layer.weight = store(codes.to(torch.int8), layer.w.bits)
-        layer.weight_scale = _own(weight_scale)
-        if weight_zero_point is not None:
-            layer.weight_zero_point = weight_zero_point.to(torch.int8)
-        if bias is not None:
-            layer.bias = _own(bias)
-        if grid.shift is not None and grid.channel_scale is not None:
-            layer.input_shift = _own(grid.shift)
-            layer.input_channel_scale = _own(grid.channel_scale)
-        if grid.scale is not None and grid.zero_point is not None:
-            layer.input_scale = _own(grid.scale).reshape(())
-            layer.input_zero_point = _own(grid.zero_point).to(torch.int32).reshape(())
+        layer.weight = store(spec.codes, layer.w.bits)
+        layer.weight_scale = own(steps.scale)
+        if steps.zero_point is not None:
+            layer.weight_zero_point = steps.zero_point.to(torch.int8, copy=True)
+        if spec.bias is not None:
+            layer.bias = own(spec.bias)
+        if change.shift is not None and change.channel_scale is not None:
+            layer.input_shift = own(change.shift)
+            layer.input_channel_scale = own(change.channel_scale)
+        if grid.static is not None:
+            scale, zero_point = grid.static
+            layer.input_scale = own(scale).reshape(())
+            layer.input_zero_point = own(zero_point).to(torch.int32).reshape(())
         if layer.input_clip is not None:
-            layer.input_clip = torch.tensor(float(grid.clip), device=codes.device)
+            layer.input_clip = torch.tensor(float(grid.clip), device=spec.codes.device)
         layer.prepare()
         return layer
 
-    # --- computing
+    @classmethod
+    def empty(
+        cls, module: nn.Linear, scheme: Scheme, *, bias: bool, transform: bool, rotation: bool,
+        backend: str,
+    ) -> "QuantLinear":  # fmt: skip
+        return cls(
+            module.in_features, module.out_features, scheme, bias=bias, transform=transform,
+            rotation=rotation, backend=backend, device=module.weight.device,
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype. Gradients pass straight through the rounding."""
+        """[..., K] -> [..., N] in x's dtype. Gradients pass straight through the rounding.
+
+        A token that holds nan or infinity gives nan, though its codes would be finite.
+        """
         if torch.is_grad_enabled() and x.requires_grad:
-            return _StraightThrough.apply(x, self)
-        return self.multiply(*self.quantize(x), out_dtype=x.dtype)
+            y: Tensor = _StraightThrough.apply(x, self)
+            return y
+        return self.run(x)
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def run(self, x: Tensor) -> Tensor:
+        """`forward` without gradients."""
+        y = self.product(*self.reader(x), out_dtype=x.dtype)
+        static = self.scheme.a is not None and self.scheme.a.granularity == "tensor"
+        return y + (x.sum(-1, keepdim=True, dtype=torch.float32) * 0).to(y.dtype) if static else y
+
+    def quantize(self, x: Tensor) -> Read:
         """[..., K] -> codes [..., K] and their scale (None when static); floats stay floats."""
-        plan = self.plan
-        if self.rotation:
-            assert plan.codes is not None
-            multiplier, offset = plan.before or (None, None)
-            return hadamard_quantize(
-                x, multiplier, offset, plan.codes, out_multiplier=plan.multiplier,
-                out_offset=plan.offset, backend=plan.backend,
-            )  # fmt: skip
-        if plan.codes is None:
-            if plan.multiplier is not None and plan.offset is not None:
-                x = (x.float() * plan.multiplier + plan.offset).to(x.dtype)
-            return x, None
-        return self.quantize_rotated(x)
-
-    def quantize_rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What `quantize` does behind the rotation, or all of it where there is none."""
-        plan = self.plan
-        assert plan.codes is not None
-        return shift_scale_quantize(
-            x, plan.multiplier, plan.offset, plan.codes, backend=plan.backend
-        )
-
-    def multiply(
-        self, q: Tensor, scale: Tensor | None, out_dtype: torch.dtype = torch.float32,
-        activation: str | None = None,
-    ) -> Tensor:  # fmt: skip
-        """What `quantize` gave -> [..., N], an activation applied to it if asked for."""
-        if self.plan.operand is None:
-            self.prepare()  # the joined operand is another layer's business now
-        return multiply(q, scale, self.plan, out_dtype, activation)
-
-    # --- the weight
+        return self.reader(x)
 
     @property
-    def plan(self) -> Plan:
-        if self._plan is None:
+    def reader(self) -> Reader:
+        """What turns x into the product's operand."""
+        return self._ready().reader
+
+    @property
+    def product(self) -> Product:
+        """What multiplies."""
+        product = self._ready().product
+        if product is None:  # it was another layer's business; now it is this layer's too
             self.prepare()
-        assert self._plan is not None
-        return self._plan
+            product = self._ready().product
+        assert product is not None
+        return product
 
     @property
-    def kernel(self) -> str:
-        """The name of what really computes."""
-        return self.plan.kernel
-
-    def codes(self) -> Tensor:
-        """[N, K] int8."""
-        K = self.in_features
-        if self.weight is not None:
-            return load(self.weight, self.w.bits, K)
-        if self._joined is not None:
-            operand, rows = self._joined
-            return restore_codes(operand, self.w, K)[rows]
-        assert self.plan.operand is not None
-        return restore_codes(self.plan.operand, self.w, K)
-
-    def dequantized_weight(self) -> Tensor:
-        """[N, K] float32, the weight that multiplies x'. Made for the call."""
-        codes, K, size = self.codes().float(), self.in_features, self.w.group_size
-        if self.weight_zero_point is not None:
-            codes = codes - expand_groups(self.weight_zero_point, K, size)
-        return codes * expand_groups(self.weight_scale, K, size)
+    def kernel(self) -> str:  # type: ignore[override]
+        runtime = self._ready()
+        product = runtime.product or runtime.shared
+        assert product is not None
+        return product.name
 
     @property
     def grid(self) -> InputGrid:
         """How the input becomes codes."""
-        return InputGrid(
-            self.scheme.a, self.input_shift, self.input_channel_scale, self.rotation,
-            self.input_scale, self.input_zero_point,
-            1.0 if self.input_clip is None else float(self.input_clip),
-        )  # fmt: skip
+        change = Change(self.input_shift, self.input_channel_scale, self.rotation)
+        clip = 1.0 if self.input_clip is None else float(self.input_clip)
+        return InputGrid(self.scheme.a, change, self.input_scale, self.input_zero_point, clip)
+
+    @property
+    def steps(self) -> Steps:
+        """How the codes become the weight."""
+        return Steps(self.w, self.weight_scale, self.weight_zero_point)
+
+    def spec(self) -> LinearSpec:
+        """The layer as a value."""
+        return LinearSpec(self.codes(), self.steps, self.grid, self.bias)
+
+    def codes(self) -> Tensor:
+        """[N, K] int8."""
+        if self.weight is not None:
+            return load(self.weight, self.w.bits, self.in_features)
+        runtime = self._ready()
+        if runtime.product is not None:
+            return runtime.product.codes()
+        assert runtime.shared is not None and runtime.rows is not None
+        return runtime.shared.codes()[runtime.rows]
 
     def stored_weight(self) -> Tensor:
         """The codes as they go to disk."""
         return self.weight if self.weight is not None else store(self.codes(), self.w.bits)
 
+    def tensors(self) -> list[Tensor]:
+        """What it holds; what it shares with other layers is theirs."""
+        product = None if self._runtime is None else self._runtime.product
+        return [*self.buffers(recurse=False), *([] if product is None else product.tensors())]
+
+    def operands(self) -> Operands:
+        """Step, zero point, shift and channel scale folded into what a product reads."""
+        codes, scale, bias, static = self.codes(), self.weight_scale, self.bias, self.grid.static
+        offset = 0 if self.reader.codes is None else self.reader.codes.offset
+        if static is not None:
+            scale, zero_point = scale * static[0], int(static[1]) + offset
+            bias = fold_zero_point(bias, codes, scale, 1.0, zero_point, self.w.group_size)
+            offset = 0
+        zeros = None if self.weight_zero_point is None else self.weight_zero_point.float()
+        return Operands(codes, scale, bias, self.w, self.scheme.a, zeros, offset)
+
     def prepare(self) -> None:
-        """Builds the plan for the device that the layer is on."""
-        if self.weight is None:
-            self.unprepare()
+        """Builds reader and product for the device that the layer is on."""
+        self.unprepare()
         if self.weight_scale.is_meta:
             return
-        self._plan = make_plan(
-            self.codes(), self.weight_scale, self.weight_zero_point, self.bias, self.grid, self.w,
-            self.backend,
-        )  # fmt: skip
-        self.weight = None  # the operand gives the codes back
+        backend = resolve_backend(self.weight_scale, self.backend)
+        self._runtime = Runtime(Reader.of(self.grid, self.in_features, backend), None)
+        product = product_of(self.operands(), backend)
+        reader = self._runtime.reader.packed() if product.packed_input else self._runtime.reader
+        self._runtime = Runtime(reader, product)
+        self.weight = None  # the product gives the codes back
 
-    def join(self, operand: Tensor, rows: slice) -> None:
-        """Gives up the own operand for rows of one that several layers share, until it is needed.
+    def share(self, product: Product, rows: slice) -> None:
+        """Gives up the own product for rows of one that several layers share, until it is called.
 
         Args:
-            operand: codes of several layers, in the layout of this layer's kernel.
+            product: of several layers, with this layer's codes among its own.
             rows: which of its output channels are this layer's.
         """
-        self._joined = operand, rows
-        self._plan = replace(self.plan, operand=None)
+        self._runtime = replace(self._ready(), product=None, shared=product, rows=rows)
 
     def unprepare(self) -> None:
-        """Back to the stored form alone."""
         if self.weight is None:
             self.weight = self.stored_weight()
-        self._plan = self._joined = None
+        self._runtime = None
 
-    # --- moving, copying, saving
+    @property
+    def is_prepared(self) -> bool:
+        return self._runtime is not None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
-        prepared = self._plan is not None
-        self.unprepare()
-        for name, value in self._buffers.items():
-            if value is not None:  # scales stay float32 under .half() and .to(dtype)
-                moved = fn(value)
-                same = moved.dtype == value.dtype
-                self._buffers[name] = moved if same else value.to(moved.device)
-        if prepared:
+    def _ready(self) -> Runtime:
+        if self._runtime is None:
             self.prepare()
-        return self
+        assert self._runtime is not None, "a layer on the meta device does not run"
+        return self._runtime
+
+    def blank(self) -> "QuantLinear":
+        return QuantLinear(
+            self.in_features, self.out_features, self.scheme, bias=self.bias is not None,
+            transform=self.transform, device="meta",
+        )  # fmt: skip
+
+    def dequantized(self) -> nn.Linear:
+        spec = self.spec()
+        bias = spec.float_bias()
+        K, N, device = self.in_features, self.out_features, spec.codes.device
+        linear = nn.Linear(K, N, bias is not None, device=device)
+        linear.weight = nn.Parameter(spec.float_weight())
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.clone())
+        return linear
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.stored_weight()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        prepared = self._plan is not None
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        refuse_floats(state_dict, prefix + "weight")
+        prepared = self.is_prepared
         self.unprepare()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if prepared:
             self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_buffers"] = {**self._buffers, "weight": self.stored_weight()}
-        state["_plan"] = state["_joined"] = None
-        return state
+        # bytes, not a tensor: one made for the call dies before another process has opened it
+        stored = self.stored_weight().cpu().numpy()
+        buffers = {**self._buffers, "weight": None}
+        return {**self.__dict__, "_buffers": buffers, "_runtime": None, "_stored": stored}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        stored = state.pop("_stored")
         super().__setstate__(state)
+        self.weight = torch.from_numpy(stored).to(self.weight_scale.device)
         self.prepare()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}"
-
-
-def _own(x: Tensor) -> Tensor:
-    """A float32 copy: linears that share an input must not share tensors, or saving merges them."""
-    return x.detach().float().clone().contiguous()
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -283,17 +308,21 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
-        return layer.multiply(*layer.quantize(x), out_dtype=x.dtype)
+        return layer.run(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,), layer = ctx.saved_tensors, ctx.layer
-        grad = grads[0].float() @ layer.dequantized_weight()
+        grad = grads[0].float() @ layer.spec().weight()
         if layer.input_scale is not None:
-            q = torch.round(layer.grid.transformed(x) / layer.input_scale) + layer.input_zero_point
+            y = layer.grid.change.inputs(x)
+            q = torch.round(y / layer.input_scale) + layer.input_zero_point
             grad = grad * ((q >= layer.scheme.a.qmin) & (q <= layer.scheme.a.qmax))
         if layer.rotation:
             grad = rotate(grad, inverse=True)
         if layer.input_channel_scale is not None:
             grad = grad / layer.input_channel_scale
         return grad.to(x.dtype), None
+
+
+LAYER = QuantLinear

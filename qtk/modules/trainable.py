@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qtk.modules.block import FusedBlock
-from qtk.modules.grid import InputGrid
+from qtk.grids import InputGrid, LinearSpec, Steps
+from qtk.modules.fused.block import FusedBlock
 from qtk.modules.linear import QuantLinear
-from qtk.numerics import EPS, expand_groups
+from qtk.numerics import EPS
 
 
 class TrainableLinear(nn.Module):
@@ -46,6 +46,7 @@ class TrainableLinear(nn.Module):
         self.kept = kept
         self.codes, self.scale = layer.codes().float(), layer.weight_scale.clone()
         self.zero_point: Tensor | None = layer.weight_zero_point
+        self.fmt = layer.w
         self.offset = nn.Parameter(torch.zeros_like(self.codes))
         self.log_scale = nn.Parameter(torch.zeros_like(self.scale))
         bias, zero_point = layer.bias, self.grid.zero_point
@@ -61,15 +62,15 @@ class TrainableLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """[N, K], on its grid."""
-        w = self.layer[0].w
-        codes, K = _Rounded.apply(self.codes + self.offset, w.qmin, w.qmax), self.codes.shape[1]
-        if self.zero_point is not None:
-            codes = codes - expand_groups(self.zero_point, K, w.group_size)
-        return codes * expand_groups(self.scale * self.log_scale.exp(), K, w.group_size)
+        codes = _Rounded.apply(self.codes + self.offset, self.fmt.qmin, self.fmt.qmax)
+        return self.steps().dequantize(codes)
+
+    def steps(self) -> Steps:
+        return Steps(self.fmt, self.scale * self.log_scale.exp(), self.zero_point)
 
     def quantized(self, x: Tensor) -> Tensor:
         """The input, transformed and on its grid, float32."""
-        y, fmt = self.grid.transformed(x), self.grid.fmt
+        y, fmt = self.grid.change.inputs(x), self.grid.fmt
         if fmt is None or self.log_input_scale is None:
             return y
         if self.input_zero_point is not None and self.grid.scale is not None:
@@ -87,9 +88,8 @@ class TrainableLinear(nn.Module):
     @torch.no_grad()
     def finished(self) -> QuantLinear:
         """What was learned, in integers."""
-        layer = self.layer[0]
-        w, fmt, grid = layer.w, self.grid.fmt, self.grid
-        codes = (self.codes + self.offset).round().clamp(w.qmin, w.qmax)
+        fmt, grid = self.grid.fmt, self.grid
+        codes = (self.codes + self.offset).round().clamp(self.fmt.qmin, self.fmt.qmax)
         if fmt is not None and self.log_input_scale is not None:
             factor = self.log_input_scale.exp()
             if grid.scale is not None and self.input_zero_point is not None:
@@ -97,10 +97,8 @@ class TrainableLinear(nn.Module):
                 grid = replace(grid, scale=grid.scale * factor, zero_point=zero_point)
             else:
                 grid = replace(grid, clip=float(grid.clip * factor))
-        scale = self.scale * self.log_scale.exp()
-        return QuantLinear.from_codes(
-            codes, scale, self.zero_point, self.bias, grid, layer.scheme, layer.backend
-        )
+        spec = LinearSpec(codes.to(torch.int8), self.steps(), grid, self.bias)
+        return QuantLinear.from_spec(spec, self.layer[0].backend)
 
 
 @contextmanager
@@ -122,7 +120,7 @@ def _put(model: nn.Module, modules: Any) -> None:
         model.set_submodule(name, module)
     for block in model.modules():
         if isinstance(block, FusedBlock):
-            block._parts = None  # made of the linears that were there before
+            block.unprepare()  # made of the linears that were there before
 
 
 class _Rounded(torch.autograd.Function):

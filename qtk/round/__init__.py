@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtk.numerics import EPS, dequantize, expand_groups, in_groups
+from qtk.grids import Steps
+from qtk.numerics import EPS, in_groups
 from qtk.scheme import Format
 
 CLIPS = torch.linspace(1.0, 0.4, 31).tolist()  # shares of the whole range that are tried
@@ -36,66 +37,6 @@ class Problem:
     fmt: Format
     inputs: Tensor | None = None
     wanted: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What each weight may become: level * scale, for the integer levels from lo to hi.
-
-    Attributes:
-        scale, lo, hi: [N, K] float32, or some columns of that.
-    """
-
-    scale: Tensor
-    lo: Tensor
-    hi: Tensor
-
-    def nearest(self, weight: Tensor) -> Tensor:
-        """Levels of a weight of the same shape."""
-        return self.clamp((weight / self.scale).round())
-
-    def clamp(self, levels: Tensor) -> Tensor:
-        return levels.clamp(self.lo, self.hi)
-
-    def columns(self, which: Tensor | slice | int) -> "Grid":
-        return Grid(self.scale[:, which], self.lo[:, which], self.hi[:, which])
-
-
-@dataclass(frozen=True)
-class Steps:
-    """How the codes of one weight [N, K] are read: w_hat = (code - zero_point) * scale.
-
-    Attributes:
-        fmt: the grid.
-        scale: [N, G] float32, G = 1 without groups. Without a zero point it has the sign that lays
-            the longer side of the codes, down to -2**(bits - 1), on the longer side of the weights.
-        zero_point: [N, G] float32 holding integers, or None for 0.
-    """
-
-    fmt: Format
-    scale: Tensor
-    zero_point: Tensor | None = None
-
-    def grid(self, K: int) -> Grid:
-        """For each weight."""
-        offset = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point
-        parts = (self.scale, self.fmt.qmin - offset, self.fmt.qmax - offset)
-        return Grid(*(self._expanded(part, K).expand(-1, K) for part in parts))
-
-    def codes(self, levels: Tensor) -> Tensor:
-        """[N, K] levels -> codes."""
-        if self.zero_point is None:
-            return levels
-        return levels + self._expanded(self.zero_point, levels.shape[1])
-
-    def dequantize(self, codes: Tensor) -> Tensor:
-        """[N, K] codes -> w_hat."""
-        K = codes.shape[1]
-        zero_point = 0 if self.zero_point is None else self._expanded(self.zero_point, K)
-        return dequantize(codes, self._expanded(self.scale, K), zero_point)
-
-    def _expanded(self, x: Tensor, K: int) -> Tensor:
-        return expand_groups(x, K, self.fmt.group_size)
 
 
 Rounded = tuple[Tensor, Steps]

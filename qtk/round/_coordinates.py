@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qtk.grids import Steps, WeightGrid
 from qtk.numerics import EPS
-from qtk.round import Grid, Steps
 
 BLOCK = 64  # columns whose changes are carried on together
 SWEEPS = 2  # over the codes; more lower the error on the calibration data alone
@@ -33,7 +33,7 @@ def descended(
     return levels, steps
 
 
-def swept(levels: Tensor, grid: Grid, weight: Tensor, hessian: Tensor) -> Tensor:
+def swept(levels: Tensor, grid: WeightGrid, weight: Tensor, hessian: Tensor) -> Tensor:
     """Levels [N, K] after SWEEPS passes."""
     order = hessian.diag().argsort(descending=True)
     H, grid = hessian[order][:, order], grid.columns(order)
@@ -47,7 +47,7 @@ def swept(levels: Tensor, grid: Grid, weight: Tensor, hessian: Tensor) -> Tensor
     return q[:, order.argsort()]
 
 
-def _pass(q: Tensor, g: Tensor, grid: Grid, H: Tensor) -> Tensor:
+def _pass(q: Tensor, g: Tensor, grid: WeightGrid, H: Tensor) -> Tensor:
     """Sets one block's levels `q` in place; returns by how much the weights changed."""
     change = torch.zeros_like(q)
     for i in range(len(H)):

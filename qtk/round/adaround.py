@@ -11,7 +11,8 @@ costs one small matrix product however many tokens there are.
 import torch
 from torch import Tensor
 
-from qtk.round import Grid, Problem, Rounded, best_steps, to_nearest
+from qtk.grids import WeightGrid
+from qtk.round import Problem, Rounded, best_steps, to_nearest
 from qtk.round._least_squares import better, error, target
 
 STEPS = 300  # each on the whole calibration set at once, where the paper takes 10,000 on samples
@@ -38,7 +39,9 @@ def find(problem: Problem) -> Rounded:
     return steps.codes(better(levels, plain, grid.scale, weight, hessian)), steps
 
 
-def learned(weight: Tensor, grid: Grid, below: Tensor, hessian: Tensor, cost: float) -> Tensor:
+def learned(
+    weight: Tensor, grid: WeightGrid, below: Tensor, hessian: Tensor, cost: float
+) -> Tensor:
     """V [N, K] after the descent; its sign says up or down."""
     part = (weight / grid.scale - below).clamp(0.01, 0.99)
     V = -torch.log((ZETA - GAMMA) / (part - GAMMA) - 1)  # h(V) = the fraction: float weights

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qtk.round import Problem, Rounded, Steps, best_steps, to_nearest
+from qtk.grids import Steps
+from qtk.round import Problem, Rounded, best_steps, to_nearest
 from qtk.round._least_squares import error, target
 
 STEPS = 300

@@ -12,7 +12,8 @@ paper, coordinate descent then takes off what is left to take off (qtk/round/_co
 import torch
 from torch import Tensor
 
-from qtk.round import Grid, Problem, Rounded, best_steps, to_nearest
+from qtk.grids import WeightGrid
+from qtk.round import Problem, Rounded, best_steps, to_nearest
 from qtk.round._coordinates import descended
 from qtk.round._least_squares import better, target
 
@@ -32,7 +33,7 @@ def find(problem: Problem) -> Rounded:
     return steps.codes(levels), steps
 
 
-def compensated(weight: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
+def compensated(weight: Tensor, grid: WeightGrid, hessian: Tensor) -> Tensor:
     """Levels [N, K] of the blocked algorithm; the grid is fixed beforehand."""
     order = hessian.diag().argsort(descending=True)
     H = hessian[order][:, order].double()

@@ -8,13 +8,12 @@ leaves the vector of ones where it is, so that it keeps the mean, and LayerNorm 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from qtk.hadamard import rotate
-from qtk.models import Block, Stream, stream_of
+from qtk.models import QKV, Block, Stream, stream_of
 
 
 @torch.no_grad()
@@ -26,7 +25,7 @@ def prepare(model: nn.Module, blocks: Sequence[Block]) -> tuple[Block, ...]:
         post-norm models, models whose output is the stream, norms without a gain.
     """
     stream = stream_of(model)
-    if stream is None or not all(block.pre_norm for block in blocks):
+    if stream is None or not all(block.anatomy and block.anatomy.pre_norm for block in blocks):
         return tuple(blocks)
     if any(not _is_affine(model.get_submodule(name)) for name in _norms(blocks, stream)):
         return tuple(blocks)
@@ -39,7 +38,7 @@ def prepare(model: nn.Module, blocks: Sequence[Block]) -> tuple[Block, ...]:
         _rotate_block(model, block, R)
     heads = [_linear(model, name) for name in stream.heads]
     _absorb(_norm(model, stream.norm), heads, R)
-    return tuple(replace(block, rotated=True) for block in blocks)
+    return tuple(block.rotated(QKV, "out", "up") for block in blocks)
 
 
 def keeping_ones(width: int) -> Tensor:
@@ -57,16 +56,17 @@ def keeping_ones(width: int) -> Tensor:
 
 def _rotate_block(model: nn.Module, block: Block, R: Tensor) -> None:
     """Readers of the stream get W R, writers R^T W; every head's values are rotated apart."""
-    names = {n: f"{block.name}.{getattr(block, n)}" for n in ("q", "k", "v", "out", "fc1", "fc2")}
-    q, k, v, out, fc1, fc2 = (_linear(model, names[n]) for n in names)
-    _absorb(_norm(model, f"{block.name}.{block.norm1}"), [q, k, v], R)
-    _absorb(_norm(model, f"{block.name}.{block.norm2}"), [fc1], R)
-    heads = torch.eye(block.heads, dtype=torch.float64)
-    D = v.out_features // block.heads
+    anatomy = block.anatomy
+    assert anatomy is not None
+    q, k, v, out, *up, down = (_linear(model, name) for name in block.linears)
+    _absorb(_norm(model, f"{block.name}.{anatomy.norm1}"), [q, k, v], R)
+    _absorb(_norm(model, f"{block.name}.{anatomy.norm2}"), up, R)
+    heads = torch.eye(anatomy.attention.heads, dtype=torch.float64)
+    D = v.out_features // anatomy.attention.heads
     V = torch.kron(heads, rotate(torch.eye(D, dtype=torch.float64)))
     _rotate_output(v, V)
     out.weight.copy_(out.weight.double() @ V)
-    for writer in (out, fc2):
+    for writer in (out, down):
         _rotate_output(writer, R)
 
 
@@ -105,7 +105,8 @@ def _untie(model: nn.Module, stream: Stream) -> None:
 
 
 def _norms(blocks: Sequence[Block], stream: Stream) -> list[str]:
-    return [f"{b.name}.{n}" for b in blocks for n in (b.norm1, b.norm2)] + [stream.norm]
+    pairs = [(b.name, b.anatomy) for b in blocks if b.anatomy is not None]
+    return [f"{name}.{n}" for name, a in pairs for n in (a.norm1, a.norm2)] + [stream.norm]
 
 
 def _is_affine(norm: nn.Module) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from qtk.grids import Change
+from qtk.models import QKV, Attention
 from qtk.numerics import (
     expand_groups,
     fake_quantize,
@@ -21,7 +23,6 @@ from qtk.numerics import (
 )
 from qtk.observe import Site
 from qtk.scheme import Format, Scheme
-from qtk.transform import Change
 
 SMALLEST = 0.02  # threshold, relative to the full range: LayerNorm outputs are often below 1
 TOKENS = 512  # rows that the loss is measured on
@@ -40,16 +41,17 @@ def output_loss(site: Site, scheme: Scheme) -> Callable[[Change], float]:
     assert w is not None and a is not None
     weight = site.weight()
     x, mask = _sample(site)
-    whole = site.group.name == "qkv" and len(site.linears) == 3
-    output = partial(_attention, site, mask) if whole else _plain
+    anatomy = site.block.anatomy
+    whole = anatomy is not None and site.group.name == QKV and len(site.linears) == 3
+    output = partial(_attention, anatomy.attention, mask) if anatomy and whole else _plain
     rows = x[mask]  # [T, K]
     wanted = output(rows @ weight.T + site.bias())
 
     def loss(change: Change) -> float:
         w_hat = _fake_quantize_weight(change.weight(weight), w)
         x_hat = _fake_quantize_input(change.inputs(rows), a)
-        bias = site.bias() + weight @ change.shift
-        return float((output(x_hat @ w_hat.T + bias) - wanted).square().sum())
+        y, bias = x_hat @ w_hat.T, change.bias(weight, site.bias())
+        return float((output(y if bias is None else y + bias) - wanted).square().sum())
 
     return loss
 
@@ -67,14 +69,14 @@ def _plain(y: Tensor) -> Tensor:
     return y
 
 
-def _attention(site: Site, mask: Tensor, y: Tensor) -> Tensor:
+def _attention(attention: Attention, mask: Tensor, y: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v of stacked q, k, v: [rows, 3 H] -> [rows, H]."""
-    heads, (B, T) = site.block.heads, mask.shape
+    heads, (B, T) = attention.heads, mask.shape
     qkv = y.new_zeros(B, T, y.shape[-1])
     qkv[mask] = y
     q, k, v = qkv.view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D]
     allowed = mask[:, None, None, :]
-    if site.block.causal:
+    if attention.causal:
         allowed = allowed & torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
     return context.transpose(1, 2).reshape(B, T, -1)[mask]

@@ -8,9 +8,9 @@ The paper treats the outputs of LayerNorms; here the context and the activation 
 MLP linear are treated too, because the fused quantizers make it free.
 """
 
+from qtk.grids import Change
 from qtk.observe import Site
 from qtk.scheme import Scheme
-from qtk.transform import Change
 from qtk.transform._output_loss import channel_scales, output_loss
 
 CANDIDATES = 24  # thresholds tried, geometric from the full range downward
@@ -19,8 +19,7 @@ CANDIDATES = 24  # thresholds tried, geometric from the full range downward
 def find(site: Site, scheme: Scheme) -> Change:
     """shift and channel_scale of one site; none where there is no data or nothing to gain."""
     if not site.has_data or scheme.a is None or scheme.w is None:
-        weight = site.weight()
-        return Change.none(weight.shape[1], weight.device)
+        return Change()
     lo, hi = site.lo.amin(0), site.hi.amax(0)
     shift, reach = (hi + lo) / 2, (hi - lo) / 2  # [K]
     changes = [Change(shift, scale) for scale in channel_scales(reach, CANDIDATES)]

@@ -6,15 +6,22 @@ the rotation would only smear goes into the bias. The quantizer of a site's inpu
 the model could be rotated once and for all beforehand (qtk/transform/_merge.py).
 """
 
+from dataclasses import replace
+
+import torch
+
+from qtk.grids import Change
 from qtk.observe import Site
 from qtk.scheme import Scheme
-from qtk.transform import Change
 from qtk.transform._merge import prepare as prepare
 
 
 def find(site: Site, scheme: Scheme) -> Change:
     """shift = the channels' means, channel_scale = 1, and a rotation unless the input has one."""
-    weight = site.weight()
-    none = Change.none(weight.shape[1], weight.device)
-    shift = site.rows.mean(0) if site.has_data and scheme.a is not None else none.shift
-    return Change(shift, none.channel_scale, scheme.a is not None and not site.group.rotated)
+    if scheme.a is None:
+        return Change()
+    change = Change(rotation=not site.group.rotated)
+    if not site.has_data:
+        return change
+    shift = site.rows.mean(0)
+    return replace(change, shift=shift, channel_scale=torch.ones_like(shift))

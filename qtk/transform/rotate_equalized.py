@@ -17,9 +17,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from qtk.grids import Change
 from qtk.observe import Site
 from qtk.scheme import Scheme
-from qtk.transform import Change, rotate
+from qtk.transform import rotate
 from qtk.transform._merge import prepare as prepare
 
 FLOOR = 1e-3  # of the mean: keeps channels that never move, or that nobody reads, from 0 and inf
@@ -28,7 +29,7 @@ FLOOR = 1e-3  # of the mean: keeps channels that never move, or that nobody read
 def find(site: Site, scheme: Scheme) -> Change:
     """Plain rotation without data, and where it was merged, because nothing can precede it."""
     change = rotate.find(site, scheme)
-    if not site.has_data or not change.rotation:
+    if change.shift is None or not change.rotation:
         return change
     scale = (_size(site.rows - change.shift, 4) / _size(site.weight(), 2)).sqrt()
     return replace(change, channel_scale=scale / scale.log().mean().exp())

@@ -6,9 +6,9 @@ error of the site's output is taken. Nothing can precede a rotation that was mer
 such sites choose among shifts and scales alone.
 """
 
+from qtk.grids import Change
 from qtk.observe import Site
 from qtk.scheme import Scheme
-from qtk.transform import Change
 from qtk.transform._merge import prepare as prepare
 from qtk.transform._output_loss import channel_scales, output_loss
 
@@ -17,11 +17,9 @@ CANDIDATES = 6  # channel scales tried with each shift, none at all among them
 
 def find(site: Site, scheme: Scheme) -> Change:
     """The best of the candidates; plain rotation without data."""
-    weight = site.weight()
-    none = Change.none(weight.shape[1], weight.device)
     rotation = scheme.a is not None and not site.group.rotated
     if not site.has_data or scheme.a is None or scheme.w is None:
-        return Change(none.shift, none.channel_scale, rotation)
+        return Change(rotation=rotation)
     lo, hi = site.lo.amin(0), site.hi.amax(0)
     middle, reach = (hi + lo) / 2, (hi - lo) / 2
     scales = channel_scales(reach, CANDIDATES)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
     "layer_norm_quantize w8 token K=768",
     "gelu_quantize w4 g128 K=4096",
@@ -45,12 +45,12 @@ TENSOR_CORE = {  # on sm_90: wgmma, but mma.sync where a left operand is unpacke
 PROGRAM = """
 import json, sys
 from dataclasses import asdict
-import aot_report
+from benchmarks.compiler import report
 names = json.loads(sys.argv[1])
-variants = {v.name: v for v in [*aot_report.row_variants(), *aot_report.gemm_variants()]}
-rows = [asdict(aot_report.report(variants[n], 90)) for n in names]
+variants = {v.name: v for v in [*report.row_variants(), *report.gemm_variants()]}
+rows = [asdict(report.report(variants[n], 90)) for n in names]
 large = [n for n in names if "8192" in n and "fp8" not in n]
-rows += [asdict(aot_report.report(variants[n], 80)) for n in large]
+rows += [asdict(report.report(variants[n], 80)) for n in large]
 print(json.dumps(rows))
 """
 
@@ -60,9 +60,10 @@ def compiled():
     if find_spec("triton") is None:
         pytest.skip("needs triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(NAMES)],
-        cwd=BENCHMARKS, env=env, capture_output=True, text=True, check=False,
+        env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

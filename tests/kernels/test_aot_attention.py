@@ -18,7 +18,7 @@ NAMES = ["code4 i8 fp8 T=4096", "code4 i8 fp8 T=256", "code4 i8 i8 T=512"]
 PROGRAM = """
 import json, sys
 from dataclasses import asdict
-from benchmarks import aot_attention as report
+from benchmarks.compiler import attention as report
 variants = {v.name: v for v in report.variants()}
 print(json.dumps([asdict(report.report(variants[name], 90)) for name in json.loads(sys.argv[1])]))
 """

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from benchmarks import bench_attention, bench_gpu_models, gpu_peers, gpu_tables, readme_tables
-from benchmarks import bench_kernels as bench
+from benchmarks import readme_tables
+from benchmarks.speed import gpu_attention, gpu_device, gpu_models, gpu_peers, gpu_tables
+from benchmarks.speed import gpu_kernels as bench
 from qtk_kernels import tune
 from qtk_kernels.dispatch import use_backend
 
@@ -37,7 +38,9 @@ def imagined(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "cases", lambda: SHAPES)
     monkeypatch.setattr(bench, "this_run", lambda: RUN)
     monkeypatch.setattr(bench, "ceilings", lambda: LIMITS)
-    monkeypatch.setattr(bench, "write", lambda rows, head: gpu_tables.write(rows, head, tmp_path))
+    monkeypatch.setattr(
+        bench, "write_tables", lambda rows, head: gpu_tables.write_tables(rows, head, tmp_path)
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return tmp_path
@@ -106,7 +109,7 @@ def test_packages_stand_beside_at_shapes_of_their_own(imagined, monkeypatch):
     monkeypatch.setattr(bench, "package_cases", lambda: [case])
     assert bench.main(["--packages"]) == 0
     (row,) = gpu_tables.read_csv(imagined / "gpu_kernels.csv", RUN)
-    installed = {name for name in gpu_peers.PACKAGES if find_spec(name) is not None}
+    installed = {name for name in gpu_device.PACKAGES if find_spec(name) is not None}
     assert set(gpu_tables.peers_of(row)) <= {"bf16"} | installed
     monkeypatch.undo()
     assert len(bench.package_cases()) == 16
@@ -173,21 +176,21 @@ def test_packages_that_are_missing_or_do_not_take_a_shape_are_no_peers(monkeypat
     assert gpu_peers.package("gemlite", "W4A16", 4, 64, 100, "cpu") is None
     monkeypatch.setattr(gpu_peers, "find_spec", lambda name: None)
     assert gpu_peers.package("gemlite", "W4A16", 4, 64, 128, "cpu") is None
-    assert gpu_peers.versions() == {}
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_is_measured_beside_the_library(imagined, monkeypatch, causal):
-    monkeypatch.setattr(bench_attention, "DEVICE", "cpu")
-    monkeypatch.setattr(bench_attention, "RESULTS", imagined)
-    monkeypatch.setattr(bench_attention, "TOKENS", 40)
-    monkeypatch.setattr(bench_attention, "HEADS", 2)
-    monkeypatch.setattr(bench_attention, "LENGTHS", (20,))
-    monkeypatch.setattr(bench_attention, "BUFFERS", 1)
-    monkeypatch.setattr(bench_attention, "microseconds", clock)
+    monkeypatch.setattr(gpu_attention, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_attention, "RESULTS", imagined)
+    monkeypatch.setattr(gpu_attention, "TOKENS", 40)
+    monkeypatch.setattr(gpu_attention, "HEADS", 2)
+    monkeypatch.setattr(gpu_attention, "LENGTHS", (20,))
+    monkeypatch.setattr(gpu_attention, "BUFFERS", 1)
+    monkeypatch.setattr(gpu_attention, "microseconds", clock)
+    monkeypatch.setattr(gpu_attention, "this_run", lambda: RUN)
     with use_backend("triton"):
-        rows = bench_attention.measured(20, causal)
-        bench_attention.main([])
+        rows = gpu_attention.measured(20, causal)
+        gpu_attention.main([])
     found = {row[2]: float(row[5]) for row in rows}
     ours = [name for name in found if name.startswith("qtk")]
     assert len(ours) == 2 and "MATH" in found
@@ -200,7 +203,7 @@ def test_whole_models_are_measured_in_bfloat16(imagined, monkeypatch):
     def tiny():
         config = BertConfig(num_hidden_layers=1, hidden_size=128, num_attention_heads=2,
                             intermediate_size=256, vocab_size=20001)  # fmt: skip
-        return BertModel(config), bench_gpu_models.ids
+        return BertModel(config), gpu_models.ids
 
     outputs = []
 
@@ -208,27 +211,27 @@ def test_whole_models_are_measured_in_bfloat16(imagined, monkeypatch):
         outputs.append(calls[0]()[0])
         return 2000.0
 
-    monkeypatch.setattr(bench_gpu_models, "DEVICE", "cpu")
-    monkeypatch.setattr(bench_gpu_models, "RESULTS", imagined)
-    monkeypatch.setattr(bench_gpu_models, "MODELS", {"tiny": tiny, "other": tiny})
-    monkeypatch.setattr(bench_gpu_models, "BATCHES", (1, 2))
-    monkeypatch.setattr(bench_gpu_models, "TOKENS", 5)
-    monkeypatch.setattr(bench_gpu_models, "this_run", lambda: RUN)
-    monkeypatch.setattr(bench_gpu_models, "microseconds", keep)
+    monkeypatch.setattr(gpu_models, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_models, "RESULTS", imagined)
+    monkeypatch.setattr(gpu_models, "MODELS", {"tiny": tiny, "other": tiny})
+    monkeypatch.setattr(gpu_models, "BATCHES", (1, 2))
+    monkeypatch.setattr(gpu_models, "TOKENS", 5)
+    monkeypatch.setattr(gpu_models, "this_run", lambda: RUN)
+    monkeypatch.setattr(gpu_models, "microseconds", keep)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # for quantizing, there is none
-    assert bench_gpu_models.main([]) == 0 and not list(imagined.iterdir())
-    rows = list(bench_gpu_models.measured("tiny", float("inf")))
+    assert gpu_models.main([]) == 0 and not list(imagined.iterdir())
+    rows = list(gpu_models.measured("tiny", float("inf")))
     assert [row[:3] for row in rows] == [
-        ["tiny", batch, what] for what in ("bfloat16, compiled", *bench_gpu_models.SCHEMES)
+        ["tiny", batch, what] for what in ("bfloat16, compiled", *gpu_models.SCHEMES)
         for batch in ("1", "2")
     ]  # fmt: skip
     assert all(row[3:] == ["2.000", "1.00x"] for row in rows)
     want, *quantized = outputs[::2]
     assert all(y.dtype == torch.bfloat16 for y in outputs)
     assert all(((y - want).norm() / want.norm()).item() < 0.2 for y in quantized)
-    monkeypatch.setattr(bench_gpu_models, "measured", lambda name, end: [[name]])
+    monkeypatch.setattr(gpu_models, "measured", lambda name, end: [[name]])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for arguments in ([], ["--model", "other"]):  # another run replaces rows of its models only
-        assert bench_gpu_models.main(arguments) == 0
+        assert gpu_models.main(arguments) == 0
         table = json.loads((imagined / "gpu_models.json").read_text())
         assert table["rows"] == [["tiny"], ["other"]]

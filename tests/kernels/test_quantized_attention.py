@@ -3,10 +3,10 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.check_attention import KINDS, operands, slack, step_of
 from qtk_kernels._attention_ref import unpack_heads
 from qtk_kernels._softmax import Softmax, anchored, bytes_of, fma, probabilities_ref
 from qtk_kernels.quantized_attention import WHOLE, pack_heads, quantized_attention
+from tests.gpu.attention import KINDS, operands, slack, step_of
 
 FLOAT = {"softmax": "float"}
 ULP = 2.0**-24

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.check_gpu import CHECKS, check, runnable
+from tests.gpu.check import CHECKS, check, runnable
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_gpu_models import MODELS
-from benchmarks.check_gpu import CHECKS
+from benchmarks.speed.gpu_models import MODELS
+from tests.gpu.check import CHECKS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "run_gpu.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -37,11 +37,11 @@ def test_every_step_calls_a_program_that_takes_its_arguments(tmp_path):
     assert status == 0
     modules = {match[1] for line in lines if (match := re.match(r"-m (\S+)", line))}
     assert modules == {
-        "benchmarks.check_gpu", "pytest", "qtk", "benchmarks.bench_kernels",
-        "benchmarks.bench_attention", "benchmarks.bench_gpu_models",
+        "tests.gpu.check", "pytest", "qtk", "benchmarks.speed.gpu_kernels",
+        "benchmarks.speed.gpu_attention", "benchmarks.speed.gpu_models",
     }  # fmt: skip
     for line in lines:
-        match = re.match(r"-m (benchmarks\.\S+)", line)
+        match = re.match(r"-m ((?:benchmarks|tests)\.\S+)", line)
         if match:
             spec = find_spec(match[1])
             source = Path(spec.origin).read_text()
@@ -69,4 +69,4 @@ def test_a_step_that_fails_fails_the_script_but_not_the_others(tmp_path):
 
 def test_without_a_gpu_the_bench_says_what_it_can(tmp_path):
     status, lines = run(tmp_path, gpu=False)
-    assert status == 0 and lines == ["-m benchmarks.bench_kernels"]
+    assert status == 0 and lines == ["-m benchmarks.speed.gpu_kernels"]

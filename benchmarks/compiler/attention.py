@@ -1,0 +1,191 @@
+"""Compiles the attention kernels for GPUs that need not be there, and counts their instructions.
+
+    python -m benchmarks.compiler.attention    sm_80, sm_90 and sm_100: a table, and
+                                               benchmarks/results/aot_attention.csv
+
+"instructions per score" are those of the loops over keys (of the whole kernel where one tile holds
+a row), as the compiler laid them out, over the scores that the program computes in one turn: what
+it issues a score element, all its threads together, both loops where scores are computed twice.
+Beside them stands a plain Triton flash attention written in the same style. Nothing here is a
+timing.
+"""
+
+import csv
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+
+import torch
+import triton
+
+from benchmarks.compiler import report as compiler
+from benchmarks.compiler.flash_attention import flash_attention_kernel
+from benchmarks.result import COMMIT, RESULTS
+from qtk_kernels import quantized_attention
+from qtk_kernels._softmax import OFFSET
+
+HEAD = 64
+SCALES = {"q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32"}
+
+
+@dataclass(frozen=True)
+class Row(compiler.Row):
+    """What the compiler made of a variant, and what a score costs.
+
+    Attributes:
+        scores: that one program computes in one turn of its loop, or of both.
+        per_score: instructions a score.
+        mufu_in_loop: special-function instructions in the loops.
+    """
+
+    scores: int
+    per_score: float
+    mufu_in_loop: int
+
+
+def variant(
+    name: str, T: int, kind: str, qk: str, v: str, *, steps: int = 1, per_head: bool = True,
+    masked: bool = False,
+) -> compiler.Variant:  # fmt: skip
+    """One kernel variant at head size 64.
+
+    Args:
+        qk: "bf16", "i8" or "u8" (packed int4).
+        v: "bf16", "i8" or "fp8"; bytes are stored transposed.
+        per_head: k_scale is one a head, folded into q_scale by the caller.
+        masked: a padding mask, else T keys fill the tiles.
+    """
+    grid = kind == "code" and quantized_attention.WHOLE < T
+    one_pass = grid or kind == "float"
+    row_bytes = HEAD * (2 if v == "bf16" else 1)
+    tile = quantized_attention.attention_tile(T, T, one_pass, v == "fp8", row_bytes)
+    packed = qk == "u8"
+    types = {"q_ptr": f"*{qk}", "k_ptr": f"*{qk}", "v_ptr": "*i8"}
+    if v == "bf16":
+        types["v_ptr"] = "*bf16"
+    if qk != "bf16":
+        types |= {k: t for k, t in SCALES.items() if k != "k_scale_ptr" or not per_head}
+    types["out_ptr"] = "*bf16"
+    if masked:
+        types["mask_ptr"] = "*u8"
+    width = HEAD // 2 if packed else HEAD
+    params = {
+        "KIND": kind, "STEPS": steps, "TOP": 255, "OFFSET": OFFSET.get(steps, 0.0),
+        "RENORMALIZE": False, "ONE_TILE": tile["BLOCK_N"] >= T, "GRID": grid, "CAUSAL": False,
+        "TAIL": masked or T % tile["BLOCK_N"] > 0, "KEY_MASK": masked, "PACKED": packed,
+        "V_FP8": v == "fp8", "EXACT": False,
+        "BLOCK_W": max(width, 32), "BLOCK_D": HEAD, "D": HEAD, "width": width, "Tq": T, "Tk": T,
+        "stride_vt": 3 * HEAD * 12 if v == "bf16" else 1,
+        "stride_vd": 1 if v == "bf16" else T, **tile,
+    }  # fmt: skip
+    params |= {f"stride_{x}t": 3 * HEAD * 12 for x in "qk"}  # numbers that a launch specializes on
+    params |= {f"stride_{x}{axis}": 3 * HEAD * 12 * 16 for x in "qkv" for axis in "bh"}
+    return compiler.Variant(name, quantized_attention.quantized_attention_kernel, types, params)
+
+
+def variants() -> list[compiler.Variant]:
+    """Long sequences (a loop over keys) and ViT's and BERT's (a row in one tile)."""
+    out = [compiler.Variant(
+        "flash bf16 T=4096 (plain)", flash_attention_kernel,
+        dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16"),
+        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": HEAD, "Tq": 4096, "Tk": 4096,
+         "stride_t": 3 * HEAD * 12,
+         "stride_b": 3 * HEAD * 12 * 16, "stride_h": HEAD, "num_warps": 8, "num_stages": 2},
+    )]  # fmt: skip
+    out += [
+        variant("code1 i8 fp8 T=4096", 4096, "code", "i8", "fp8", steps=1),
+        variant("code4 i8 fp8 T=4096", 4096, "code", "i8", "fp8", steps=4),
+        variant("code4 i8 fp8 T=256", 256, "code", "i8", "fp8", steps=4),
+        variant("code4 i8 i8 T=512", 512, "code", "i8", "i8", steps=4),
+        variant("code4 bf16 bf16 T=4096", 4096, "code", "bf16", "bf16", steps=4),
+        variant("float bf16 bf16 T=4096", 4096, "float", "bf16", "bf16"),
+        variant("uniform i8 i8 T=256", 256, "uniform", "i8", "i8"),
+        variant("code4 int4 fp8 T=4096", 4096, "code", "u8", "fp8", steps=4),
+        variant("code4 i8 fp8 token scales T=4096", 4096, "code", "i8", "fp8", steps=4,
+                per_head=False),
+        variant("code4 i8 fp8 masked T=197", 197, "code", "i8", "fp8", steps=4, masked=True),
+        variant("log2 i8 fp8 T=4096", 4096, "log2", "i8", "fp8"),
+        variant("code4 i8 fp8 T=512", 512, "code", "i8", "fp8", steps=4),
+        variant("uniform i8 i8 T=4096", 4096, "uniform", "i8", "i8"),
+        variant("code4 i8 i8 T=128", 128, "code", "i8", "i8", steps=4),
+    ]  # fmt: skip
+    return out
+
+
+def report(variant: compiler.Variant, arch: int) -> Row:
+    """Compiles one variant and counts the instructions of its loops over keys."""
+    row = compiler.report(variant, arch)
+    params = variant.params
+    compiled = compiler.compile_for(variant, arch)  # from Triton's cache
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "k.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        sass = compiler._run(compiler.BIN / "cuobjdump", "-sass", cubin)
+    ops = loops(sass) or instructions(sass)
+    scores = params["BLOCK_M"] * params["BLOCK_N"]
+    threads = 32 * params["num_warps"]
+    return Row(
+        **asdict(row), scores=scores, per_score=round(len(ops) * threads / scores, 2),
+        mufu_in_loop=sum(op.startswith("MUFU") for _, op, _ in ops),
+    )  # fmt: skip
+
+
+Instruction = tuple[int, str, str]
+
+
+def instructions(sass: str) -> list[Instruction]:
+    """(address, operation, operands) of a disassembly, in order."""
+    pattern = r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)\s*([^;]*);"
+    return [(int(a, 16), op, rest) for a, op, rest in re.findall(pattern, sass, re.M)]
+
+
+def loops(sass: str) -> list[Instruction]:
+    """The instructions of the loops over keys: the outermost ones around a matrix instruction.
+
+    What lies behind the last EXIT belongs to none: waits that were moved out of their loops.
+    """
+    every = instructions(sass)
+    end = max((address for address, op, _ in every if op.startswith("EXIT")), default=0)
+    spans = []
+    for address, op, rest in every:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if op.startswith("BRA") and target and int(target[1], 16) < address < end:
+            spans.append((int(target[1], 16), address))
+    found: list[Instruction] = []
+    for first, last in spans:
+        outermost = not any(a <= first and last <= b and (a, b) != (first, last) for a, b in spans)
+        inside = [i for i in every if first <= i[0] <= last]
+        if outermost and any("MMA" in op for _, op, _ in inside):
+            found += inside
+    return found
+
+
+def main() -> None:
+    RESULTS.mkdir(exist_ok=True)
+    torch_version = torch.__version__.split("+")[0]
+    made = {"triton": triton.__version__, "torch": torch_version, "commit": COMMIT}
+    with (RESULTS / "aot_attention.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*made, *(f.name for f in fields(Row))])
+        writer.writeheader()
+        for arch in sorted(compiler.ARCHS, key=lambda arch: arch != 90):  # 90 first: it is slow
+            for item in variants():
+                if arch == 80 and item.params.get("V_FP8"):
+                    continue  # sm_80 has no float8_e4m3fn
+                row = report(item, arch)
+                writer.writerow({**made, **asdict(row)})
+                file.flush()
+                print(
+                    f"{row.variant:34} sm_{row.arch:<4} {row.registers:4} regs "
+                    f"{row.spill_bytes:5} spilled {row.mufu_in_loop:4} MUFU {row.per_score:6.2f} "
+                    f"a score  {row.tensor_core}{'  SERIALIZED' if row.serialized else ''}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

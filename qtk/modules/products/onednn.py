@@ -1,0 +1,52 @@
+"""oneDNN's int8 product, on CPUs that multiply bytes; weights of fewer bits are unpacked once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtk.modules.products import Operands, Product
+from qtk_kernels.dispatch import cpu_has_int8
+from qtk_kernels.int8_linear import prepare_int8, restore_int8
+from qtk_kernels.onednn import onednn_linear
+
+PREFERENCE = 2
+
+
+@dataclass(frozen=True)
+class OneDnn(Product):
+    """Holds the weight in oneDNN's blocked layout; one scale for each output channel."""
+
+    operand: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    offset: int
+    unpacked: bool
+    activation: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"onednn.qlinear_pointwise{' (unpacked)' if self.unpacked else ''}"
+
+    def __call__(
+        self, q: Tensor, scale: Tensor | None, out_dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        return onednn_linear(
+            q, self.operand, self.scale, self.bias, self.offset, x_scale=scale,
+            activation=self.activation, out_dtype=out_dtype,
+        )  # fmt: skip
+
+    def codes(self) -> Tensor:
+        return restore_int8(self.operand)
+
+
+def fits(operands: Operands, backend: str) -> bool:
+    integers = operands.a is not None and backend == "cpu" and cpu_has_int8()
+    return integers and operands.groups == 1 and operands.codes.numel() > 0
+
+
+def prepare(operands: Operands, backend: str) -> OneDnn:
+    return OneDnn(
+        prepare_int8(operands.codes, backend), operands.scale, operands.bias, operands.offset,
+        operands.packs,
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""Attention at random shapes: the cases that `check` draws of it."""
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtk_kernels._softmax import OFFSET
+from qtk_kernels.quantized_attention import attention_weights, pack_heads, quantized_attention
+from tests.gpu.compare import ULP, both, near
+
+OPERANDS = ("float", "int8", "int4", "fp8")
+KINDS: list[dict[str, Any]] = [
+    {"softmax": "float"},
+    {"softmax": "uniform", "bits": 8},
+    {"softmax": "uniform", "bits": 4, "renormalize": True},
+    {"softmax": "matthew", "bits": 6},
+    {"softmax": "log2", "bits": 4},
+    {"softmax": "log2", "bits": 5, "steps": 2, "renormalize": True},
+    *({"softmax": "code", "steps": steps} for steps in (1, 2, 4)),
+    {"softmax": "code", "steps": 4, "grid": True},
+]
+
+
+def codes(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(-1).clamp(min=1e-8) / (2 ** (bits - 1) - 1)
+    return (x / scale[..., None]).round().to(torch.int8), scale
+
+
+def operands(
+    B: int, H: int, Tq: int, Tk: int, D: int, kind: str, device: str = "cpu"
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """q, k, v and their scales: floats, int8, packed int4, or int8 with v in float8."""
+    q, k, v = (torch.randn(B, H, T, D, device=device) for T in (Tq, Tk, Tk))
+    if kind == "float":
+        return (q, k, v), {}
+    q, k = q * 2, k * 2
+    bits = 4 if kind == "int4" else 8
+    (q, q_scale), (k, k_scale) = codes(q, bits), codes(k, bits)
+    if kind == "int4":
+        q, k = pack_heads(q), pack_heads(k)
+    scales = {"q_scale": q_scale, "k_scale": k_scale}
+    if kind == "fp8":
+        return (q, k, v.to(torch.float8_e4m3fn)), scales
+    v, v_scale = codes(v.transpose(2, 3), bits)
+    return (q, k, v.transpose(2, 3)), {**scales, "v_scale": v_scale}
+
+
+def step_of(kind: str, H: int, device: str = "cpu") -> dict[str, Tensor]:
+    return {"step": torch.linspace(0.004, 0.02, H, device=device)} if kind == "matthew" else {}
+
+
+def slack(args: tuple[Tensor, ...], options: dict[str, Any], kind: dict[str, Any]) -> Tensor:
+    """How far outputs may be apart: float32 sums, and codes whose exact value is near a boundary.
+
+    A probability is within 2**-17 (exp2, log2 and sums, relative) of the exact one, so a code
+    differs only that near to a boundary, and then by one step of its grid.
+    """
+    v = args[2].float().abs()
+    if options.get("v_scale") is not None:
+        v = v * options["v_scale"][..., None, :]
+    weights = {k: x for k, x in options.items() if k not in ("softmax", "bits", "steps",
+               "renormalize", "step", "v_scale", "grid")}  # fmt: skip
+    as_float = (args[0], args[1], args[2].float())
+    p = attention_weights(*as_float, **weights).double()
+    T, name, steps = p.shape[-1], kind["softmax"], kind.get("steps", 1)
+    change = p * (T + 64) * ULP
+    if args[2].dtype == torch.int8 and name in ("float", "log2"):
+        change = change + p * 2**-11  # rounded to float16 before or behind a scale of 2**-n
+    if name in ("uniform", "matthew"):
+        step = options.get(
+            "step", torch.ones(p.shape[1], device=p.device) / (2 ** kind["bits"] - 1)
+        )
+        y = p / step[:, None, None]
+        unsure = ((y - y.floor()) - 0.5).abs() < 2**-17 * (1 + y)
+        change = change + unsure * step[:, None, None]
+    elif name == "log2":
+        y = -steps * p.clamp(min=1e-30).log2()
+        unsure = ((y - y.floor()) - 0.5).abs() < 2**-16 * (1 + y)
+        change = change + unsure * p
+    elif name == "code" and args[0].is_floating_point():  # scores are sums in another order
+        u = p.clamp(min=1e-30).log2()
+        u = (u - u.amax(-1, keepdim=True)) * steps + 0.5 - OFFSET[steps]
+        unsure = ((u - u.floor()) - 0.5).abs() > 0.5 - 2**-14
+        change = change + unsure * p
+    worst = (change.sum(-1, keepdim=True) * p + change) * 2  # through the divisor, and directly
+    y = worst.float() @ v
+    return y.transpose(1, 2).flatten(2) + 1e-6
+
+
+def attention(rng: random.Random, device: str) -> None:
+    """Any operands, kinds of softmax, masks and lengths, in views as a model makes them."""
+    old = device == "cuda" and torch.cuda.get_device_capability() < (8, 9)  # has no e4m3
+    operand, kind = rng.choice(OPERANDS[:3] if old else OPERANDS), rng.choice(KINDS)
+    if operand == "fp8" and not takes_fp8(kind):
+        kind = {"softmax": "code", "steps": rng.choice([1, 2, 4])}
+    longest = 700 if device == "cuda" else 80
+    Tq, Tk = (rng.choice([1, 2, 17, 64, 65, rng.randint(1, longest)]) for _ in range(2))
+    D = rng.choice([1, 8, 16, 20, 64, 80, 128])
+    B, H = rng.choice([(1, 1), (2, 1), (1, 3), (2, 2)])
+    args, scales = operands(B, H, Tq, Tk, D, operand, device)
+    options: dict[str, Any] = {**kind, **scales, **step_of(kind["softmax"], H, device)}
+    if rng.random() < 0.4:
+        shape = rng.choice([(B, 1, 1, Tk), (B, H, Tq, Tk), (Tk,)])
+        options["mask"] = torch.rand(shape, device=device) < 0.8
+    options["causal"] = rng.random() < 0.3
+    if rng.random() < 0.5:  # [B, T, H, D] seen as [B, H, T, D]
+        args = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in args)
+    got, want = both(quantized_attention, *args, **options)
+    near(got, want, slack(args, options, kind).double())
+
+
+def takes_fp8(kind: dict[str, Any]) -> bool:
+    """Whether v may be float8 beside such a softmax."""
+    return kind["softmax"] == "code" or (kind["softmax"] == "log2" and kind["bits"] == 4)

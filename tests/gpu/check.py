@@ -1,0 +1,72 @@
+"""Every kernel against its reference, at random odd shapes, dtypes and layouts.
+
+    python -m tests.gpu.check [cases] [--only OP] [--minutes 9]    on a CPU: interpreted
+
+`cases` of each op. Outputs are poisoned before a kernel runs, so that what it does not write is
+seen; on a GPU every case runs twice, and must give the same bits. The bounds are those of the
+tests: equal codes but next to a rounding boundary, and K float32 roundings.
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tests.gpu import attention, linears, quantizers
+
+CHECKS: dict[str, Callable[[random.Random, str], None]] = {
+    **{op: partial(quantizers.quantizer, op) for op in quantizers.QUANTIZERS},
+    **{op: partial(linears.integer_linear, op) for op in ("W8A8", "W4A8", "W4A4")},
+    "fp8": linears.fp8,
+    "weight_only": linears.weight_only,
+    "attention": attention.attention,
+}
+
+
+def check(name: str, seed: int, device: str) -> None:
+    """One random case of an op."""
+    torch.manual_seed(seed)
+    CHECKS[name](random.Random(seed), device)
+
+
+def runnable(device: str) -> list[str]:
+    """The ops that this device has instructions for."""
+    old = device == "cuda" and torch.cuda.get_device_capability() < (8, 9)
+    return [name for name in CHECKS if not (old and name == "fp8")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("cases", type=int, nargs="?", default=100)
+    parser.add_argument("--only", choices=list(CHECKS))
+    parser.add_argument("--minutes", type=float, default=9.0)
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    end, failed = time.monotonic() + 60 * options.minutes, 0
+    done = dict.fromkeys([options.only] if options.only else runnable(device), 0)
+    for seed in range(options.cases):  # all ops keep pace, so that time cuts none of them off
+        for name in done:
+            if time.monotonic() > end:
+                break
+            done[name] += 1
+            try:
+                check(name, seed, device)
+            except Exception as error:  # a kernel that does not compile is a finding, too
+                failed += 1
+                print(f"{name}, seed {seed}: {type(error).__name__}: {error}", flush=True)
+    for name, cases in done.items():
+        print(f"{name}: {cases} random cases" + (", out of time" * (cases < options.cases)))
+    print(f"{failed} of {sum(done.values())} disagree with the reference on {device}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
