@@ -5,13 +5,16 @@ from torch.nn.functional import cosine_similarity
 import qtk
 from qtk.checkpoint import fused_blocks, quantized_layers
 from qtk.discover import available, load
-from qtk.models import describe
+from qtk.models import describe, fold_scales
 from qtk.modules.fused.kernels import norm_quantize
 from qtk.modules.fused.parts import make_parts
 from tests.zoo import build
 
 FAMILIES = available("models")
-TEXT = [name for name in FAMILIES if name not in ("vit", "deit")]
+IMAGES = ("beit", "clip_vision_model", "deit", "dinov2", "ijepa", "siglip_vision_model", "vit")
+TEXT = [name for name in FAMILIES if name not in IMAGES]
+UNFUSED = ("deberta_v2", "mpnet")  # their attention adds what no fused block computes
+FUSED = [name for name in FAMILIES if name not in UNFUSED]
 SCHEMES = {
     "W8A8": {},
     "W8A8 token": {"activations": "token"},
@@ -68,7 +71,7 @@ def test_every_family_is_close_to_floating_point(family, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A8 token", "W4A4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FUSED)
 def test_fused_and_unfused_blocks_agree(family, scheme):
     model, batch = tiny(family)
     qmodel = quantized(model, batch, **SCHEMES[scheme])
@@ -84,7 +87,7 @@ def test_fused_and_unfused_blocks_agree(family, scheme):
     assert (fused - plain).square().mean() <= 2 * error
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FUSED)
 def test_fused_and_unfused_blocks_give_the_same_codes_but_at_ties(family):
     model, batch = tiny(family)
     qmodel = quantized(model, batch)
@@ -205,7 +208,7 @@ def test_a_padded_batch_generates_what_its_rows_do(name):
     assert torch.equal(both[:1], short)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FUSED)
 def test_no_rows_in_no_rows_out(family):
     """transformers' own attention cannot; the fused blocks can."""
     model, batch = tiny(family)
@@ -217,9 +220,9 @@ def test_no_rows_in_no_rows_out(family):
 
 
 @pytest.mark.parametrize("name, changes", [
-    ("BertModel", {"hidden_act": "silu"}),
-    ("ViTForImageClassification", {"hidden_act": "quick_gelu"}),
-    ("OPTForCausalLM", {"activation_function": "silu"}),
+    ("BertModel", {"hidden_act": "mish"}),
+    ("ViTForImageClassification", {"hidden_act": "leaky_relu"}),
+    ("OPTForCausalLM", {"activation_function": "tanh"}),
 ])  # fmt: skip
 def test_an_activation_without_a_kernel_runs_unfused(name, changes):
     model, batch = build(name, **changes)
@@ -232,6 +235,7 @@ def test_an_activation_without_a_kernel_runs_unfused(name, changes):
 
 @pytest.mark.parametrize("name, changes", [
     ("BertModel", {"hidden_act": "gelu_new"}), ("BertModel", {"hidden_act": "relu"}),
+    ("BertModel", {"hidden_act": "silu"}), ("ViTModel", {"hidden_act": "quick_gelu"}),
     ("ViTModel", {"hidden_act": "gelu_pytorch_tanh"}), ("ViTModel", {"qkv_bias": False}),
     ("OPTModel", {"activation_function": "gelu"}), ("OPTModel", {"enable_bias": False}),
     ("OPTModel", {"layer_norm_elementwise_affine": False}),
@@ -270,3 +274,50 @@ def test_a_cached_step_is_the_last_row_of_the_whole_and_stays_fused(monkeypatch)
     rest = qmodel(input_ids=ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
     assert len(fused) == 3 * 2  # three calls of two blocks
     assert torch.allclose(rest.logits, whole[:, 5:], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_comes_back_from_disk_as_it_was(family, tmp_path):
+    model, batch = tiny(family)
+    qmodel = quantized(model, batch)
+    qmodel.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(output(again.eval(), batch), output(qmodel, batch))
+
+
+@pytest.mark.parametrize("family", ["beit", "dinov2"])
+def test_layer_scale_is_folded_exactly(family):
+    """One rounding of the product of a scale and a weight is all that may differ."""
+    model, batch = tiny(family)
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lambda" in name:
+            parameter.data.uniform_(0.5, 2)
+    wanted = output(model.double(), {k: x.double() for k, x in batch.items()})
+    fold_scales(model, describe(model))
+    got = output(model, {k: x.double() for k, x in batch.items()})
+    assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-12)
+    assert all((p == 1).all() for name, p in model.named_parameters() if "lambda" in name)
+
+
+@pytest.mark.parametrize(("family", "changes", "fused"), [
+    ("dinov2", {"use_swiglu_ffn": True}, True),
+    ("beit", {"use_relative_position_bias": True}, False),
+    ("beit", {"layer_scale_init_value": 0.0}, True),
+    ("electra", {"embedding_size": 32}, True),
+    ("clip_text_model", {"hidden_act": "gelu"}, True),
+])  # fmt: skip
+def test_variants_of_the_other_families(family, changes, fused):
+    torch.manual_seed(0)
+    model, batch = load("models", family).tiny(**changes)
+    qmodel = quantized(model, batch)
+    blocks = fused_blocks(qmodel).values()
+    assert (bool(blocks) and all(block.is_fused for block in blocks)) == fused
+    y, y_hat = (tokens(output(m, batch), batch) for m in (model, qmodel))
+    assert cosine_similarity(y, y_hat, dim=-1).min() > 0.999
+
+
+def test_a_deberta_with_a_convolution_between_blocks_is_refused():
+    model, batch = load("models", "deberta_v2").tiny(conv_kernel_size=3, conv_act="tanh")
+    with pytest.raises(qtk.ModelError, match="convolution"):
+        quantized(model, batch)

@@ -36,11 +36,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(q k^T / sqrt(D)) v and the projection after it; names relative to the block.
-
-    Attributes:
-        bias: name of the block's argument that is added to the scores, [B or 1, heads, T, T].
-    """
+    """softmax(q k^T / sqrt(D)) v and the projection after it; names relative to the block."""
 
     q: str
     k: str
@@ -48,7 +44,6 @@ class Attention:
     out: str
     heads: int
     causal: bool = False
-    bias: str | None = None
 
     @property
     def module(self) -> str:
@@ -164,6 +159,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
 

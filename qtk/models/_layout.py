@@ -1,7 +1,7 @@
 """A stack of equal blocks as a table of names: what most family files are."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,8 @@ class Layout:
         first_norm: of post-norm families: what the first block reads, relative to the encoder.
         activation: the field of the config that names it.
         scales: LayerScale's two vectors.
-        bias: the block's argument that is added to the scores.
+        gate: a third linear of the MLP, whose SiLU multiplies what `up` gives.
+        fused: whether a block computes nothing but what the anatomy says.
     """
 
     layers: str
@@ -38,7 +39,8 @@ class Layout:
     first_norm: str | None = None
     activation: str = "hidden_act"
     scales: tuple[str, str] | None = None
-    bias: str | None = None
+    gate: str | None = None
+    fused: bool = True
 
     def blocks(self, model: nn.Module, base: str, causal: bool = False) -> Iterator[Block]:
         """The blocks of a model.
@@ -58,15 +60,16 @@ class Layout:
                 norm = f"{root}{self.layers}.{i - 1}.{self.norm2}"
             else:
                 norm = self.first_norm and f"{root}{self.first_norm}"
-            yield Block.of(name, anatomy, norm)
+            block = Block.of(name, anatomy, norm)
+            yield block if self.fused else replace(block, anatomy=None)
 
     def anatomy(self, config: Any, causal: bool = False) -> Anatomy:
         """What a block of such a config computes."""
-        attention = Attention(
-            self.q, self.k, self.v, self.out, config.num_attention_heads, causal, self.bias
-        )
-        activation = fused_activation(getattr(config, self.activation))
-        mlp = Mlp((self.up,), self.down, activation)
+        attention = Attention(self.q, self.k, self.v, self.out, config.num_attention_heads, causal)
+        if self.gate is None:
+            mlp = Mlp((self.up,), self.down, fused_activation(getattr(config, self.activation)))
+        else:
+            mlp = Mlp((self.gate, self.up), self.down, "silu", gated=True)
         return Anatomy(attention, mlp, self.norm1, self.norm2, self.pre_norm, self.scales)
 
 

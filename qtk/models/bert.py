@@ -27,7 +27,7 @@ LAYOUT = Layout(
 
 def blocks(model: nn.Module, base: str = "bert") -> Iterator[Block]:
     config: Any = model.config
-    return LAYOUT.blocks(model, base, causal=bool(config.is_decoder))
+    return LAYOUT.blocks(model, base, causal=bool(getattr(config, "is_decoder", False)))
 
 
 tiny = partial(text, "BertModel")

@@ -165,17 +165,21 @@ def _run_float(
     rows: dict[str, list[Tensor]] = {group.name: [] for group in block.groups}
     handles = []
     current: list[Call] = []
+    passed: set[str] = set()  # a linear may read something else afterwards: positions, for one
     for group in block.groups:
 
         def keep(_: nn.Module, args: tuple[Tensor, ...], name: str = group.name) -> None:
             mask = current[0].mask
-            if sum(map(len, rows[name])) < max_tokens:
+            first = name not in passed
+            passed.add(name)
+            if first and sum(map(len, rows[name])) < max_tokens:
                 rows[name].append(args[0].reshape(*mask.shape, -1)[mask].float())
 
         linear = module.get_submodule(group.linears[0].removeprefix(f"{block.name}."))
         handles.append(linear.register_forward_pre_hook(keep))
     for call in calls:
         current[:] = [call]
+        passed.clear()
         call.float_hidden = run(module, call.float_hidden, call)
     for handle in handles:
         handle.remove()

@@ -26,6 +26,9 @@ IGNORED = (
     "use_cache",
     "return_dict",
     "output_hidden_states",
+    "is_causal",
+    "resolution",
+    "interpolate_pos_encoding",
 )
 CACHE = ("cache", "past_key_values")  # what transformers calls it from 5.24 on, and before
 
@@ -183,6 +186,8 @@ def _asks_for_more(
     if cache is not None and not (module.block.causal and hasattr(cache, "layers")):
         return True  # a cache of another kind: cross attention, static, a user's own
     known = (*IGNORED, *CACHE)
+    if bool(kwargs.get("is_causal")) and not module.block.causal:
+        return True
     rest = [*args, *(v for k, v in kwargs.items() if k not in known)]
     if any(value is not None and value is not False for value in rest):
         return True
