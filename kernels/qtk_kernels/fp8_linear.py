@@ -19,7 +19,7 @@ from torch import Tensor
 from ._lang import (
     along_m,
     along_n,
-    jit,
+    entry,
     scaled,
     share_of,
     store_linear,
@@ -66,7 +66,7 @@ def fp8_linear_ref(
     return y if bias is None else y + bias.float()
 
 
-@jit
+@entry
 def _fp8_linear_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, parts_ptr,
     M, N, K, steps, stride_xm, stride_xsm,

@@ -17,6 +17,7 @@ from ._lang import (
     along_m,
     along_n,
     dot_int8,
+    entry,
     first_channel,
     first_sum,
     high_nibbles,
@@ -186,7 +187,7 @@ def _odd_groups(
     return y
 
 
-@jit
+@entry
 def _int4_linear_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, parts_ptr,
     M, N, K, steps, x_zero_point, out_step, out_zero_point,

@@ -200,8 +200,8 @@ def _launch_quantized_attention(
     with on_device(q):
         quantized_attention_kernel[plan.grid](
             q, k, v.view(torch.int8) if plan.options["V_FP8"] else v,
-            None if mask is None else mask.view(torch.uint8), q_scale, k_scale, v_scale, step,
-            out, *plan.numbers, **plan.options,
+            None if mask is None else mask.view(torch.uint8), q_scale, k_scale, v_scale,
+            None if step is None else step.contiguous(), out, *plan.numbers, **plan.options,
         )  # fmt: skip
     return out
 
