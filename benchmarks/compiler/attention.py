@@ -147,7 +147,7 @@ def instructions(sass: str) -> list[Instruction]:
 def loops(sass: str) -> list[Instruction]:
     """The instructions of the loops over keys: the outermost ones around a matrix instruction.
 
-    What lies behind the last EXIT belongs to none: waits that were moved out of their loops.
+    What lies after the last EXIT belongs to none: waits that were moved out of their loops.
     """
     every = instructions(sass)
     end = max((address for address, op, _ in every if op.startswith("EXIT")), default=0)

@@ -12,7 +12,7 @@ can come. Speed itself needs a GPU: nothing here is a timing.
 
 "loop" counts the instructions of the innermost loop that multiplies matrices; "per element" is, for
 matrix products, those instructions times threads over weights read (for 1024 products), and for row
-kernels all instructions times threads over elements, but for the subroutines behind the end that
+kernels all instructions times threads over elements, but for the subroutines after the end that
 exact divisions call for subnormal numbers. "unpack" is the ALU's instructions (logic, shifts and
 permutes) in that loop for four weights, those for addresses included; shifts that the compiler
 gives to the multiply-add pipe are not.
@@ -315,13 +315,13 @@ def report(variant: Variant, arch: int) -> Row:
 
 
 def opcodes(sass: str) -> list[str]:
-    """Every instruction but the padding behind the end."""
+    """Every instruction but the padding after the end."""
     pattern = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)"
     return [op for op in re.findall(pattern, sass, re.M) if op != "NOP"]
 
 
 def last_exit(ops: list[str]) -> int:
-    """Instructions before the end: behind it lie subroutines of exact division, for subnormals."""
+    """Instructions before the end: after it lie subroutines of exact division, for subnormals."""
     return len(ops) - ops[::-1].index("EXIT")
 
 
@@ -329,7 +329,7 @@ def matrix_loop(sass: str) -> list[str]:
     """The instructions of the shortest loop around a matrix instruction, none if there is none."""
     pattern = r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);"
     lines = [(int(at, 16), op, rest) for at, op, rest in re.findall(pattern, sass, re.M)]
-    end = max(at for at, op, _ in lines if op == "EXIT")  # behind it lie waits, moved out of loops
+    end = max(at for at, op, _ in lines if op == "EXIT")  # after it lie waits, moved out of loops
     loops = []
     for at, op, rest in lines:
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None

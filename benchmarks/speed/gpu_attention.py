@@ -35,7 +35,7 @@ BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
 
 
 def codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 with one scale a token and head."""
+    """int8 with one scale per token and head."""
     scale = x.float().abs().amax(-1).clamp(min=1e-8) / 127
     return (x / scale[..., None]).round().to(torch.int8), scale
 

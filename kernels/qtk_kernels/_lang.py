@@ -263,7 +263,7 @@ def segment_of(step, K, GROUP: tl.constexpr):
     g = half * 64 // GROUP + step % SEGMENTS
     offs_k = half * 64 + tl.arange(0, 64)
     inside = (offs_k >= g * GROUP) & (offs_k < g * GROUP + GROUP) & (offs_k < K)
-    return half, tl.minimum(g, (K - 1) // GROUP), inside  # nothing is inside behind the last group
+    return half, tl.minimum(g, (K - 1) // GROUP), inside  # nothing is inside after the last group
 
 
 @jit

@@ -41,7 +41,7 @@ BLOCK_K = 128
 
 
 def to_fp8(x: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tensor]:
-    """Rounds to e4m3 with one scale a row (a token, an output channel) or one for everything.
+    """Rounds to e4m3 with one scale per row (token or output channel) or one for everything.
 
     Args:
         x: [..., K], floating point.

@@ -141,7 +141,7 @@ def _even_groups(
                 high = dot_int8(x_high, w_high, first_sum(zeros, HAS_ZERO_POINT), SWAP)
                 if HAS_ZERO_POINT:
                     high -= x_zero_point * along_n(high_sum, SWAP)
-                g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie behind the last group
+                g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie after the last group
                 y = add_group(
                     y, high, x_scale_ptrs, g * stride_xsg, w_scale_ptrs, g * stride_wsg,
                     X_GROUPS, HAS_ZERO_POINT, SWAP,

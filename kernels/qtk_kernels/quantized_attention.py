@@ -230,7 +230,7 @@ def quantized_attention(
         v_scale: [B, H, D] or [B, H, 1], as those.
         scale: of the logits, D ** -0.5 if not given.
         mask: bool, broadcast against [B, H, Tq, Tk], True where a key may be seen.
-        causal: hide keys behind the query, the last query seeing the last key.
+        causal: hide keys after the query, the last query seeing the last key.
         grid: anchor "code" at the maximum's ceiling; None: only beyond WHOLE keys.
         out_dtype: of the result.
         block_n: keys of a tile, for tests.

@@ -279,7 +279,7 @@ def _even_nibbles(
             high_sum += tl.sum(x.to(tl.float32), axis=1)
         p = _dot(x.to(DTYPE), _nibbles_to_float(w, True, DTYPE), p, SWAP)
         if GROUP:
-            g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie behind the last group
+            g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie after the last group
             y = _add_group(
                 y, p, x_sum + high_sum, zero_point_ptrs, w_scale_ptrs, g * stride_sg,
                 HAS_ZERO_POINT, SWAP,
