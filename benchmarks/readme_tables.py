@@ -106,7 +106,7 @@ def _archs(rows: list[dict[str, str]]) -> str:
 
 
 def attention_table(folder: Path) -> str:
-    """What a score element costs in every variant of attention, for all architectures."""
+    """What a score costs in every variant of attention, for all architectures."""
     with (folder / "aot_attention.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     archs = sorted({row["arch"] for row in rows}, key=int)
@@ -114,7 +114,7 @@ def attention_table(folder: Path) -> str:
     spilled = {(row["variant"], row["arch"]) for row in rows if row["spill_bytes"] != "0"}
     hopper = {row["variant"]: row for row in rows if row["arch"] == "90"}
     lines = [
-        "**Attention: instructions a score element, head size 64**",
+        "**Attention: instructions per score, head size 64**",
         "",
         _line(["variant", *(f"sm_{arch}" for arch in archs), "registers", "tensor core (sm_90)"]),
         _line(["---", *["---:"] * len(archs), "---:", "---"]),

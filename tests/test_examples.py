@@ -12,6 +12,7 @@ import pytest
 
 import qtk
 from qtk.demo.sentences import sentences
+from qtk.discover import available
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
@@ -108,6 +109,18 @@ def test_code_of_the_documents_runs(
             exec(compile(code, page, "exec"), namespace)
         elif not language:  # what the code before it prints
             assert words(block) == words(capsys.readouterr().out)
+
+
+def test_the_guide_names_every_family() -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    named = {name.replace("-", "_") for name in re.findall(r"`([\w-]+)`", guide)}
+    assert set(available("models")) <= named
+
+
+def test_the_worked_example_is_the_file_that_it_names() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert shown == (ROOT / "qtk" / "round" / "nearest.py").read_text(encoding="utf-8")
 
 
 def anchor(title: str) -> str:

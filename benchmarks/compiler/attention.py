@@ -5,7 +5,7 @@
 
 "instructions per score" are those of the loops over keys (of the whole kernel where one tile holds
 a row), as the compiler laid them out, over the scores that the program computes in one turn: what
-it issues a score element, all its threads together, both loops where scores are computed twice.
+it issues per score, all its threads together, both loops where scores are computed twice.
 Beside them stands a plain Triton flash attention written in the same style. Nothing here is a
 timing.
 """
@@ -58,7 +58,7 @@ def variant(
     Args:
         qk: "bf16", "i8" or "u8" (packed int4).
         v: "bf16", "i8" or "fp8"; bytes are stored transposed.
-        per_head: k_scale is one a head, folded into q_scale by the caller.
+        per_head: k_scale is one per head, folded into q_scale by the caller.
         masked: a padding mask, else T keys fill the tiles.
     """
     grid = kind == "code" and quantized_attention.WHOLE < T

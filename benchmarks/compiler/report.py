@@ -12,7 +12,7 @@ can come. Speed itself needs a GPU: nothing here is a timing.
 
 "loop" counts the instructions of the innermost loop that multiplies matrices; "per element" is, for
 matrix products, those instructions times threads over weights read (for 1024 products), and for row
-kernels all instructions times threads over elements, but for the subroutines behind the end that
+kernels all instructions times threads over elements, but for the subroutines after the end that
 exact divisions call for subnormal numbers. "unpack" is the ALU's instructions (logic, shifts and
 permutes) in that loop for four weights, those for addresses included; shifts that the compiler
 gives to the multiply-add pipe are not.
