@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from qtk.errors import ModelError
-from qtk.modules.attention import QuantAttention
+from qtk.models import QKV
+from qtk.modules.attention import QuantAttention, install
 from qtk.observe import Site
 from qtk.round import best_steps
 from qtk.scheme import AttentionScheme, Format
@@ -14,24 +15,42 @@ SMALLEST = 0.02  # the last, as a share of the head's largest probability
 SCORES = 4_000_000  # of all heads, that the search looks at
 
 
-@torch.no_grad()
 def quantize_attention(
-    site: Site, model: nn.Module, scheme: AttentionScheme, backend: str
-) -> QuantAttention:
-    """The products of one block, from what its quantized q, k and v are on the site's sequences.
+    model: nn.Module, site: Site, scheme: AttentionScheme | None, backend: str
+) -> None:
+    """Gives the attention of the site's block quantized products, once q, k and v are quantized.
 
     Args:
-        site: of the group "qkv", with data where `scheme.needs_data`.
-        model: whose q, k and v are those that will run.
+        scheme: None for attention that stays in floating point.
+
+    Raises:
+        ModelError: the block's attention is not one that could be replaced.
     """
-    linears = [model.get_submodule(name) for name in site.group.linears]
-    width = next(iter(site.linears.values())).out_features
-    if site.block.anatomy is None:
+    if scheme is None or site.group.name != QKV:
+        return
+    if site.block.anatomy is None or site.block.attention is None:
         raise ModelError(
             f"{site.block.name}: attention of this family cannot be quantized; leave attention and "
             "softmax in floating point"
         )
     heads = site.block.anatomy.attention.heads
+    linears = [model.get_submodule(name) for name in site.group.linears]
+    install(
+        model.get_submodule(site.block.attention), products(site, linears, heads, scheme, backend)
+    )
+
+
+@torch.no_grad()
+def products(
+    site: Site, linears: list[nn.Module], heads: int, scheme: AttentionScheme, backend: str
+) -> QuantAttention:
+    """The products of one block, from what its quantized q, k and v are on the site's sequences.
+
+    Args:
+        site: of the group `QKV`, with data where `scheme.needs_data`.
+        linears: q, k and v as they will run.
+    """
+    width = next(iter(site.linears.values())).out_features
     attention = QuantAttention(
         heads, width // heads, scheme, backend=backend, device=site.weight().device
     )

@@ -3,11 +3,12 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from qtk.checkpoint import Layer
 from qtk.learn.block import learn_block
 from qtk.learn.descent import Learned, Report
 from qtk.learn.model import learn_model
@@ -31,11 +32,18 @@ class Learning:
         if self.request.learn == "block":
             self.results.append(learn_block(module, calls, self.request.seed, self.report))
 
-    def after_all(self, model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> None:
-        """Learns the whole model."""
-        if self.request.learn == "model":
+    def after_all(
+        self, model: nn.Module, teacher: nn.Module, batches: Sequence[Batch] | None,
+        made: dict[str, Layer],
+    ) -> dict[str, Layer]:  # fmt: skip
+        """Learns the whole model; returns what the record says of the layers then."""
+        if self.request.learn == "model" and batches is not None:
             seed, path = self.request.seed, self.request.resume
             self.results.append(learn_model(model, teacher, batches, seed, self.report, path))
+        if not self.changed:
+            return made
+        # what each layer gave before it was learned is of no use
+        return {name: replace(layer, sqnr=None) for name, layer in made.items()}
 
     @property
     def changed(self) -> bool:

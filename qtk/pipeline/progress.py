@@ -1,9 +1,10 @@
 """What a terminal shows while a model is quantized."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from qtk.models import Block
 from qtk.observe import Site
 
 
@@ -14,8 +15,9 @@ class Bar:
         self.bar = bar
         self.task = None if bar is None else bar.add_task("quantizing", total=None)
 
-    def over(self, sites: Iterator[Site], total: int) -> Iterator[Site]:
-        """The sites, shown as they pass."""
+    def over(self, sites: Iterator[Site], blocks: Sequence[Block]) -> Iterator[Site]:
+        """The sites of the blocks, shown as they pass."""
+        total = sum(len(block.groups) for block in blocks)
         for done, site in enumerate(sites):
             block = site.block.name.split(".")[-1]
             self._show(f"{block}.{site.group.name}", done, total)

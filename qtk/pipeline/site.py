@@ -1,6 +1,6 @@
 """One site at a time: transform, input grid, codes, bias, and the integer linear made of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qtk.checkpoint import Layer, LayerRecipe
 from qtk.errors import ModelError
 from qtk.grids import Change, InputGrid, LinearSpec
+from qtk.modules.base import Quantized
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.linear import QuantLinear
 from qtk.modules.patch import QuantPatchConv
@@ -19,15 +20,21 @@ from qtk.pipeline.assign import Assignment
 from qtk.pipeline.recipes import Choice
 from qtk.ranges import CheckedRule, Question
 from qtk.round import Problem, rounder_of
-from qtk.scheme import Format
+from qtk.scheme import Format, Scheme
 
-BY_NEAREST = LayerRecipe("none", "nearest", None)
+ALONE = LayerRecipe("none", "nearest", None)
 
 
-def quantize_site(
-    site: Site, choice: Choice, backend: str
-) -> Iterator[tuple[str, QuantLinear, Layer]]:
-    """The linears of one site by name, quantized, and what was done to each."""
+def quantize_site(model: nn.Module, site: Site, choice: Choice, backend: str) -> dict[str, Layer]:
+    """Replaces the linears of one site by integer ones, in place; says of each how it was made."""
+    made = {}
+    for name, spec, made[name] in quantized(site, choice):
+        model.set_submodule(name, QuantLinear.from_spec(spec, backend))
+    return made
+
+
+def quantized(site: Site, choice: Choice) -> Iterator[tuple[str, LinearSpec, Layer]]:
+    """The linears of one site by name, as values, and how each was made."""
     change = choice.recipe.transform.find(site, choice.scheme)
     grid, rule = input_grid(site, change, choice)
     inputs = grid.fake_quantize(site.rows) if site.has_data else None  # [T, K]
@@ -39,12 +46,10 @@ def quantize_site(
     for name, linear in site.linears.items():
         wanted = site.float_rows @ linear.weight.float().T if len(site.float_rows) else None
         spec, quality = quantize_linear(name, linear, change, grid, inputs, wanted, choice)
-        layer = QuantLinear.from_spec(spec, backend)
-        made = Layer(
+        yield name, spec, Layer(
             choice.scheme, spec.bias is not None, change.shift is not None, change.rotation,
             quality, recipe,
         )  # fmt: skip
-        yield name, layer, made
 
 
 def quantize_linear(
@@ -79,7 +84,7 @@ def input_grid(site: Site, change: Change, choice: Choice) -> tuple[InputGrid, C
     """How the site's input is quantized, and the rule that ended the grid, if one did."""
     fmt = choice.scheme.a
     grid = InputGrid(fmt, change)
-    if fmt is None or not site.has_data:
+    if fmt is None or fmt.kind != "int" or not site.has_data:
         return grid, None
     rule = choice.recipe.rule_for(
         site.group.norm is not None, change.rotation or site.group.rotated
@@ -97,38 +102,48 @@ def input_grid(site: Site, change: Change, choice: Choice) -> tuple[InputGrid, C
     return replace(grid, scale=scale, zero_point=zero_point), rule
 
 
-def quantize_outside(
-    name: str, module: nn.Module, choice: Choice, backend: str
-) -> tuple[nn.Module, Layer]:
-    """A head, an embedding or a patch embedding; inputs are dynamic per token, not calibrated."""
-    scheme = choice.scheme
-    assert scheme.w is not None and isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d))
-    problem = Problem(module.weight.float().flatten(1), scheme.w, name=name)
-    codes, steps = rounder_of("nearest").find(problem)
-    codes = codes.to(torch.int8)
-    if isinstance(module, nn.Embedding):
-        table = QuantEmbedding.from_codes(codes, steps, module.weight.dtype)
-        return table, Layer(replace(scheme, a=None), bias=False, transform=False, recipe=BY_NEAREST)
-    a = scheme.a and Format(scheme.a.bits, granularity="token")
-    if isinstance(module, nn.Conv2d) and not QuantPatchConv.fits(module):
-        raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
-    spec = LinearSpec(codes, steps, InputGrid(a), module.bias)
-    _check_finite(name, spec)
-    linear = QuantLinear.from_spec(spec, backend)
-    made = Layer(spec.scheme, spec.bias is not None, transform=False, recipe=BY_NEAREST)
-    if isinstance(module, nn.Conv2d):
-        return QuantPatchConv(linear, module.kernel_size, module.weight.dtype), made
-    return linear, made
-
-
 def rounded_to_nearest(
     site: Site, found: Assignment, backend: str
 ) -> Iterator[tuple[str, QuantLinear]]:
     """The linears of one site as they would be, rounded to nearest: a first look."""
     for choice, part in found.parts(site):
         quick = replace(choice, recipe=choice.recipe.quick())
-        for name, linear, _ in quantize_site(part, quick, backend):
-            yield name, linear
+        for name, spec, _ in quantized(part, quick):
+            yield name, QuantLinear.from_spec(spec, backend)
+
+
+def quantize_outside(
+    model: nn.Module, outside: Mapping[str, Choice], backend: str
+) -> dict[str, Layer]:
+    """Replaces heads, embeddings and patch embeddings, in place; says of each how it was made."""
+    made = {}
+    for name, choice in outside.items():
+        layer = _alone(name, model.get_submodule(name), choice.scheme, backend)
+        model.set_submodule(name, layer)
+        inner = layer.linear if isinstance(layer, QuantPatchConv) else layer
+        bias = isinstance(inner, QuantLinear) and inner.bias is not None
+        made[name] = Layer(layer.scheme, bias, transform=False, recipe=ALONE)
+    return made
+
+
+def _alone(name: str, module: nn.Module, scheme: Scheme, backend: str) -> Quantized:
+    """What stands for a module outside the blocks; inputs are dynamic per token, not calibrated."""
+    assert scheme.w is not None and isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d))
+    problem = Problem(module.weight.float().flatten(1), scheme.w, name=name)
+    codes, steps = rounder_of("nearest").find(problem)
+    codes = codes.to(torch.int8)
+    if isinstance(module, nn.Embedding):
+        return QuantEmbedding.from_codes(codes, steps, module.weight.dtype)
+    if isinstance(module, nn.Conv2d) and not QuantPatchConv.fits(module):
+        raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
+    a = scheme.a and Format(scheme.a.bits, granularity="token", kind=scheme.a.kind)
+    bias = None if module.bias is None else module.bias.float()
+    spec = LinearSpec(codes, steps, InputGrid(a), bias)
+    _check_finite(name, spec)
+    linear = QuantLinear.from_spec(spec, backend)
+    if isinstance(module, nn.Conv2d):
+        return QuantPatchConv(linear, module.kernel_size, module.weight.dtype)
+    return linear
 
 
 def _check_finite(name: str, value: Any) -> None:
