@@ -176,13 +176,13 @@ def demo(
 ) -> None:
     """Quantize a real BERT, check it, time it, save it, load it: one table, one report."""
     from qtk.demo import measure, run
-    from qtk.demo.show import print_table
+    from qtk.demo.show import table
 
     results = run(out, similarity=measure.find_stsb(), progress=not as_json)
     if as_json:
         _print_json({**results.to_dict(), "report": str(out / "report.html")})
     else:
-        print_table(results)
+        typer.echo(table(results))
         typer.echo(f"{out / 'report.html'} shows more; {results.seconds:.0f} seconds in all.")
 
 

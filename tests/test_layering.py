@@ -17,6 +17,8 @@ ALLOWED = {
     "qtk.errors": set(),
     "qtk.discover": {"qtk.errors"},
     "qtk.scheme": {"qtk.errors"},
+    "qtk.table": set(),
+    "qtk.timing": set(),
     "qtk.numerics": {"qtk.scheme"},
     "qtk.grids": {"qtk.errors", "qtk.numerics", "qtk.scheme"},
     "qtk.models": {"qtk.discover", "qtk.errors", "qtk.models"},
@@ -38,12 +40,16 @@ ALLOWED = {
         "qtk.integrations",
         "qtk.pipeline",
     },
-    "qtk.fidelity": LOW | {"qtk.observe", "qtk.fidelity"},
-    "qtk.report": LOW | {"qtk.checkpoint", "qtk.integrations", "qtk.fidelity", "qtk.report"},
+    "qtk.fidelity": LOW
+    | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
+    "qtk.report": LOW | {"qtk.checkpoint", "qtk.integrations", "qtk.table", "qtk.report"},
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
-    "observe": ["probe", "site", "walk", "imagine", "gradients", "__init__", "batches"],
+    "observe": [
+        "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "beside", "files",
+        "images", "items", "tokens", "check", "batches",
+    ],
     "learn": ["__init__", "descent", "objective", "resume", "trainable", "block", "model"],
     "pipeline": [
         "progress", "recipes", "assign", "attention", "sensitivity", "request", "site", "learning",

@@ -156,6 +156,17 @@ def load_float(model: Any) -> Any:
     return model
 
 
+def open_model(model: Any) -> Any:
+    """A model as it is, or one read from a folder or hub name, quantized by qtk or not.
+
+    Raises:
+        ModelError, CheckpointError: as `load_float` and `load`.
+    """
+    if isinstance(model, (str, os.PathLike)) and _is_quantized(Path(model)):
+        return load(model)
+    return load_float(model)
+
+
 def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Reads a model that `save_pretrained` of a quantized model wrote, and checks every tensor.
 
@@ -235,6 +246,16 @@ def _read(path: str) -> Any:
         return _class(config.to_dict()).from_pretrained(path, dtype="auto")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot load {path!r}: {error}") from error
+
+
+def _is_quantized(folder: Path) -> bool:
+    """Whether a config.json says that qtk made what lies beside it."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(found, dict) and found.get("quant_method") == "qtk"
 
 
 def _class(config: dict[str, Any]) -> Any:
