@@ -104,7 +104,7 @@ def test_sentences_are_distinct_and_split_without_overlap() -> None:
 
 def test_absent_model_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "PACKAGE", "no_such_package")
-    with pytest.raises(qtk.ModelError, match=r"pip install 'qtk\[demo\]'"):
+    with pytest.raises(qtk.ModelError, match=r"pip install 'qtk-torch\[demo\]'"):
         measure.minilm()
 
 

@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtk import checkpoint
 from qtk.errors import CheckpointError, ModelError
+from qtk.models import check_whole
 
 
 @register_quantization_config("qtk")
@@ -95,6 +96,8 @@ class AtomicSave:
         try:
             type(self.model).save_pretrained(self.model, work, **kwargs)
             _put_in_place(work, target)
+        except SafetensorError as error:
+            raise CheckpointError(f"{target} cannot be written: {error}") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
             if is_new and not any(target.iterdir()):
@@ -146,7 +149,9 @@ def load_float(model: Any) -> Any:
     """
     if isinstance(model, (str, os.PathLike)):
         return _read(str(model))
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+    if isinstance(model, nn.Module):
+        check_whole(model)
+    else:
         raise ModelError(
             f"a {type(model).__name__} is not a transformers model; give a model, a folder or a "
             "hub name"
@@ -203,6 +208,8 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
 def _read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder that qtk has saved."""
     file = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     if not file.is_file():
         raise CheckpointError(f"{folder} has no config.json: not a saved model")
     try:
@@ -241,6 +248,8 @@ def _check_all_read(model: nn.Module) -> None:
 def _read(path: str) -> Any:
     from transformers import AutoConfig
 
+    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".")):
+        raise ModelError(f"cannot load {path!r}: no such folder")
     try:
         config = AutoConfig.from_pretrained(path)
         return _class(config.to_dict()).from_pretrained(path, dtype="auto")
