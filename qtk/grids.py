@@ -100,14 +100,14 @@ class InputGrid:
             return None
         return self.scale, self.zero_point
 
-    def affines(self, lift: int = 0) -> tuple[Affine | None, Affine | None]:
+    def affines(self, offset: int = 0) -> tuple[Affine | None, Affine | None]:
         """The maps before and after the rotation; the second ends in units of codes.
 
-        Without a rotation there is only the second. `lift` is added to every code.
+        Without a rotation there is only the second. `offset` is added to every code.
         """
         first, second = self.change.affine, None
         if self.static is not None:
-            second = (1 / self.static[0], self.static[1].float() + lift)
+            second = (1 / self.static[0], self.static[1].float() + offset)
         if self.change.rotation or first is None:
             return first, second
         if second is None:

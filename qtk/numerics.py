@@ -48,7 +48,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, fmt: Forma
 
 
 def fake_quantize_token(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
-    """x rounded with one symmetric scale a row, taken from the row itself.
+    """x rounded with one symmetric scale per row, taken from the row itself.
 
     Args:
         x: [..., K].

@@ -175,7 +175,7 @@ class AttentionScheme:
 
     Attributes:
         bits: of the codes of q, k and v, None for floating point; fewer than 8 are stored as int8.
-            q and k have one dynamic scale a token and head, v a static one a channel.
+            q and k have one dynamic scale per token and head, v a static one per channel.
         softmax: one of SOFTMAXES.
         softmax_bits: of a probability's code, None for floating point.
     """

@@ -81,7 +81,7 @@ class Summary:
         """Plain text, a line a layer, and the totals.
 
         What lines would repeat - the start of the names, the kernel, whether it is fused, what is
-        in brackets behind a kernel - stands once, below.
+        in brackets after a kernel - stands once, below.
         """
         root = common_prefix([layer.name for layer in self.layers])
         kernels = {(layer.kernel, layer.fused) for layer in self.layers}
