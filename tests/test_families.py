@@ -112,7 +112,14 @@ def test_fused_and_unfused_blocks_give_the_same_codes_but_at_ties(family):
         x = x + x
     plain, _ = reader.quantize(norm(x))
     difference = (fused.int() - plain.int()).abs()
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.005
+    assert difference.max() <= 1
+    # A channel that Outlier Suppression+ has scaled ends in the middle of two codes, so that ties are
+    # not rare; a sum over K channels errs by K roundings of its largest term.
+    folded, K = parts.norm1, x.shape[-1]
+    weight, bias = folded.q_weight.double(), folded.q_bias.double()
+    exact = torch.nn.functional.layer_norm(x.double(), (K,), weight, bias, folded.eps)
+    to_a_tie = (exact - exact.floor() - 0.5).abs()
+    assert (to_a_tie <= K * 2.0**-24 * (exact.abs() + bias.abs() + 1))[difference > 0].all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
