@@ -17,6 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ON_A_GPU = ("gpu_kernels", "gpu_slower", "gpu_attention", "gpu_models")  # of run_gpu.sh
 NOT_MEASURED = "Speed on a GPU: **not measured**; `benchmarks/run_gpu.sh` measures it."
+COMPILED = (  # one variant a kernel, of the hundreds in aot.csv
+    "layer_norm_quantize w8 token K=768", "gelu_quantize w8 token K=4096",
+    "hadamard_quantize w8 token K=768 block=768 (24x32)", "int8_linear M=8192 g=0",
+    "int4_linear W4A8 M=8192 g=0", "int4_linear W4A4 M=256 g=128",
+    "weight_only_linear W4A16 M=1 g=128 split=8", "fp8_linear M=8192 g=0",
+)  # fmt: skip
 KEYS = {"title", "hardware", "versions", "columns", "rows", "notes"}
 
 
@@ -69,10 +75,11 @@ def on_a_gpu(folder: Path) -> list[str]:
 
 
 def kernel_table(folder: Path) -> str:
-    """What the compiler made of every kernel for sm_90, and what a GPU measured, if one did."""
+    """What the compiler made of the kernels for sm_90, and what a GPU measured, if one did."""
     with (folder / "aot.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    compiled = [row for row in rows if row["arch"] == "90"]
+    found = {row["variant"]: row for row in rows if row["arch"] == "90"}
+    compiled = [found[name] for name in COMPILED]
     columns = ["kernel", "registers", "spilled", "shared", "occupancy", "loop", "per element",
                "unpack", "tensor core"]  # fmt: skip
     keys = ("variant", "registers", "spill_bytes", "shared", "occupancy", "loop", "per_element",
@@ -81,7 +88,8 @@ def kernel_table(folder: Path) -> str:
     lines += [_line([row[key] for key in keys]) for row in compiled]
     lines += [
         "",
-        f"<sub>sm_90, triton {compiled[0]['triton']}. In `aot.csv`: {_archs(rows)}.</sub>",
+        f"<sub>sm_90, triton {compiled[0]['triton']}. In [aot.csv](../benchmarks/results/aot.csv): "
+        f"{_archs(rows)}.</sub>",
         "",
     ]
     return "\n".join([*lines, "\n\n".join(on_a_gpu(folder) or [NOT_MEASURED])])
@@ -98,7 +106,7 @@ def _archs(rows: list[dict[str, str]]) -> str:
 
 
 def attention_table(folder: Path) -> str:
-    """What a score element costs in every variant of attention, for all architectures."""
+    """What a score costs in every variant of attention, for all architectures."""
     with (folder / "aot_attention.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     archs = sorted({row["arch"] for row in rows}, key=int)
@@ -106,7 +114,7 @@ def attention_table(folder: Path) -> str:
     spilled = {(row["variant"], row["arch"]) for row in rows if row["spill_bytes"] != "0"}
     hopper = {row["variant"]: row for row in rows if row["arch"] == "90"}
     lines = [
-        "**Attention: instructions a score element, head size 64**",
+        "**Attention: instructions per score, head size 64**",
         "",
         _line(["variant", *(f"sm_{arch}" for arch in archs), "registers", "tensor core (sm_90)"]),
         _line(["---", *["---:"] * len(archs), "---:", "---"]),

@@ -5,6 +5,9 @@
 Importing this package also teaches transformers to load what qtk has saved.
 """
 
+from qtk.integrations import quiet as _quiet  # noqa: F401, before all that imports transformers
+
+# isort: split
 from qtk.errors import (
     BackendError,
     CalibrationError,

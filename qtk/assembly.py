@@ -1,6 +1,7 @@
 """How a quantized model is put together again: built empty, looked at once filled, made ready."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.fused.block import FusedBlock, fuse
 from qtk.modules.linear import QuantLinear
 from qtk.record import Record
-from qtk.scheme import Format, Scheme
+from qtk.scheme import Scheme
 
 POSITIVE = ("input_scale", "input_channel_scale", "input_clip", "softmax_step")
 NOT_ZERO = ("weight_scale", "v_scale")
@@ -119,7 +120,7 @@ def _fitted(scheme: Scheme, K: int) -> Scheme:
     w = scheme.w
     if w is None or w.group_size is None or w.group_size <= K:
         return scheme
-    return Scheme(Format(w.bits, w.symmetric, "group", max(K, 1)), scheme.a)
+    return Scheme(replace(w, group_size=max(K, 1)), scheme.a)
 
 
 def check_tensors(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,10 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import qtk
-from qtk.errors import CheckpointError, QtkError, SchemeError
+from qtk.discover import available
+from qtk.errors import CheckpointError, ModelError, QtkError, SchemeError
+from qtk.pipeline.recipes import LEARNERS, LEARNING, METHODS
+from qtk.scheme import SOFTMAXES
 
 errors = Console(stderr=True)
 
@@ -49,6 +53,12 @@ class Weights(StrEnum):
     asymmetric = "asymmetric"
 
 
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class Backend(StrEnum):
     auto = "auto"
     triton = "triton"
@@ -57,8 +67,25 @@ class Backend(StrEnum):
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-Model = Annotated[str, typer.Argument(help="Folder or hub name of a floating-point model.")]
-Quantized = Annotated[Path, typer.Argument(help="Folder of a model saved by qtk.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub name of a floating-point model.")
+]
+Quantized = Annotated[
+    Path, typer.Argument(metavar="QUANTIZED", help="Folder of a model saved by qtk.")
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub name of it, or of the image processor, if not MODEL's."),
+]
+Device = Annotated[str | None, typer.Option(help="Such as cuda; the CPU if none.")]
+
+
+OPERANDS = ("float", "int8", "int7", "int6", "int5", "int4")
+TRANSFORMS = (*METHODS, *sorted(set(available("transform")) - set(METHODS.values())))
+
+
+def one_of(what: str, names: Iterable[str]) -> str:
+    return f"{what}: {', '.join(names)}."
 
 
 @app.callback(invoke_without_command=True)
@@ -79,20 +106,34 @@ def main(
 @app.command()
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Folder to save into.")],
-    w: Annotated[int, typer.Option("--w", help="Bits of weights, 2 to 8.")] = 8,
-    a: Annotated[int, typer.Option("--a", help="Bits of activations, 4 to 8; 16 is float.")] = 8,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to save into.")],
+    w: Annotated[str, typer.Option("--w", help="Bits of weights: 2 to 8, 16 or fp8.")] = "8",
+    a: Annotated[str, typer.Option("--a", help="Bits of activations: 4 to 8, 16 or fp8.")] = "8",
     calib: Annotated[Path | None, typer.Option(help="Text file or folder of images.")] = None,
     preset: Annotated[str | None, typer.Option(help="fast, balanced or best.")] = None,
-    method: Annotated[str | None, typer.Option(help="Equivalent transform.")] = None,
-    rounding: Annotated[str | None, typer.Option(help="How weights become codes.")] = None,
-    ranges: Annotated[str | None, typer.Option(help="Where activation grids end.")] = None,
+    tokenizer: Tokenizer = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of what stays floating point.")] = None,
+    device: Device = None,
+    method: Annotated[
+        str | None, typer.Option(help=one_of("Equivalent transform", TRANSFORMS))
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(help=one_of("How weights become codes", (*available("round"), *LEARNING))),
+    ] = None,
+    ranges: Annotated[
+        str | None,
+        typer.Option(help=one_of("Where activation grids end", ("auto", *available("ranges")))),
+    ] = None,
+    learn: Annotated[
+        str | None, typer.Option(help=one_of("What learns after rounding", LEARNERS))
+    ] = None,
     activations: Annotated[Activations, typer.Option()] = Activations.static,
     weights: Annotated[Weights, typer.Option()] = Weights.symmetric,
     attention: Annotated[
-        str, typer.Option(help="Operands of its products: float, int8.")
+        str, typer.Option(help=one_of("Operands of its products", OPERANDS))
     ] = "float",
-    softmax: Annotated[str, typer.Option(help="float, uniform, matthew, log2, code.")] = "float",
+    softmax: Annotated[str, typer.Option(help=one_of("Of attention", SOFTMAXES))] = "float",
     softmax_bits: Annotated[int | None, typer.Option(help="Of the softmax's codes.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
     bits: Annotated[
@@ -107,6 +148,7 @@ def quantize(
         Path | None, typer.Option(help="File to go on from, with --rounding tuned.")
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Of a model in OUT.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL and save it, tokenizer included, into OUT."""
@@ -114,14 +156,19 @@ def quantize(
 
     if Path(model).is_dir() and out.exists() and out.samefile(model):
         raise CheckpointError(f"{out} is the model itself: give another folder to save into")
+    if (out / "config.json").exists() and not overwrite:
+        raise CheckpointError(f"{out} holds a model already: give another folder, or --overwrite")
     qmodel = qtk.quantize(
-        model, w, a, calib=calib, method=method, rounding=rounding, ranges=ranges,
+        _load(model, dtype, device), _number(w), _number(a), calib=calib, tokenizer=tokenizer,
+        method=method, rounding=rounding, ranges=ranges, learn=learn, inplace=True,
         activations=activations.value, weights=weights.value, attention=attention, softmax=softmax,
         softmax_bits=softmax_bits, group_size=group_size, bits=_mixed(bits or []), skip=skip,
         backend=backend.value, preset=preset, resume=resume, seed=seed, progress=not as_json,
     )  # fmt: skip
     qmodel.save_pretrained(out)  # type: ignore[operator]
     copied = copy_companions(model, out)
+    if tokenizer is not None:
+        copied = sorted({*copied, *copy_companions(tokenizer, out)})
     result = qtk.summary(qmodel)
     if as_json:
         _print_json({"out": str(out), "files": copied, **result.to_dict()})
@@ -136,14 +183,22 @@ def evaluate(
     float_model: Annotated[str, typer.Argument(metavar="FLOAT", help="Folder or hub name.")],
     quantized: Quantized,
     data: Annotated[Path, typer.Option(help="Text file or folder of images.")],
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    samples: Annotated[int | None, typer.Option(help="Drawn from the data; all if none.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Perplexity of the whole text, in windows so far apart.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how far QUANTIZED is from FLOAT on some data."""
-    from qtk.integrations.transformers import load_float
-
-    qmodel = qtk.load(quantized)
+    qmodel = _moved(qtk.load(quantized), None, device)
     with errors.status("comparing"):
-        result = qtk.evaluate(load_float(float_model), qmodel, data)
+        result = qtk.evaluate(
+            _load(float_model, None, device), qmodel, data, tokenizer, samples=samples,
+            stride=stride, window=window,
+        )  # fmt: skip
     _show(result, as_json)
 
 
@@ -176,13 +231,13 @@ def demo(
 ) -> None:
     """Quantize a real BERT, check it, time it, save it, load it: one table, one report."""
     from qtk.demo import measure, run
-    from qtk.demo.show import print_table
+    from qtk.demo.show import table
 
     results = run(out, similarity=measure.find_stsb(), progress=not as_json)
     if as_json:
         _print_json({**results.to_dict(), "report": str(out / "report.html")})
     else:
-        print_table(results)
+        typer.echo(table(results))
         typer.echo(f"{out / 'report.html'} shows more; {results.seconds:.0f} seconds in all.")
 
 
@@ -199,6 +254,26 @@ def _mixed(texts: list[str]) -> dict[str, tuple[int, int]] | str:
             raise SchemeError(f"--bits {text!r}: write PATTERN=W,A such as '*.0.*=8,8'") from None
         found[pattern] = (w, a)
     return found
+
+
+def _number(text: str) -> int | str:
+    """ "8" -> 8; "fp8" stays."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def _load(model: str, dtype: Dtype | None, device: str | None) -> Any:
+    from qtk.integrations.transformers import load_float
+
+    return _moved(load_float(model), dtype, device)
+
+
+def _moved(model: Any, dtype: Dtype | None, device: str | None) -> Any:
+    import torch
+
+    try:
+        return model.to(device=device, dtype=dtype and getattr(torch, dtype.value))
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise ModelError(f"--device {device}: {error}") from None
 
 
 def _show(result: Any, as_json: bool) -> None:

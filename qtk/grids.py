@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qtk.errors import SchemeError
-from qtk.numerics import dequantize, expand_groups, fake_quantize_token
+from qtk.numerics import dequantize, expand_groups, fake_quantize_fp8, fake_quantize_token
 from qtk.scheme import Format, Scheme
 from qtk_kernels.hadamard import rotate
 
@@ -100,14 +100,14 @@ class InputGrid:
             return None
         return self.scale, self.zero_point
 
-    def affines(self, lift: int = 0) -> tuple[Affine | None, Affine | None]:
+    def affines(self, offset: int = 0) -> tuple[Affine | None, Affine | None]:
         """The maps before and after the rotation; the second ends in units of codes.
 
-        Without a rotation there is only the second. `lift` is added to every code.
+        Without a rotation there is only the second. `offset` is added to every code.
         """
         first, second = self.change.affine, None
         if self.static is not None:
-            second = (1 / self.static[0], self.static[1].float() + lift)
+            second = (1 / self.static[0], self.static[1].float() + offset)
         if self.change.rotation or first is None:
             return first, second
         if second is None:
@@ -118,6 +118,8 @@ class InputGrid:
         """x' on its grid, float32, with the very rounding that the kernels do."""
         if self.fmt is None:
             return self.change.inputs(x)
+        if self.fmt.kind == "e4m3":
+            return fake_quantize_fp8(self.change.inputs(x))
         if self.static is None:
             return fake_quantize_token(self.change.inputs(x), self.fmt.bits, self.clip)
         first, second = self.affines()
@@ -182,6 +184,8 @@ class Steps:
     def dequantize(self, codes: Tensor) -> Tensor:
         """[N, K] codes -> w_hat, float32."""
         K = codes.shape[1]
+        if self.fmt.kind == "e4m3":
+            codes = codes.to(torch.int8).view(torch.float8_e4m3fn)
         zero_point = 0 if self.zero_point is None else self._expanded(self.zero_point, K)
         return dequantize(codes, self._expanded(self.scale, K), zero_point)
 
@@ -196,7 +200,7 @@ class LinearSpec:
         y = x' w_hat^T + bias,   x' on `grid`,   w_hat = steps.dequantize(codes)
 
     Attributes:
-        codes: [N, K] int8.
+        codes: [N, K] int8; the bytes of e4m3 weights.
         steps: of the weight.
         grid: of the input.
         bias: [N] float32 with the shift's share in it, or None.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qtk.scheme import Format
 
+LARGEST_FP8 = 448.0  # of e4m3
 EPS = 1e-8  # smallest range: an all-zero tensor gets a tiny scale, not a division by zero
 
 
@@ -47,7 +48,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, fmt: Forma
 
 
 def fake_quantize_token(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
-    """x rounded with one symmetric scale a row, taken from the row itself.
+    """x rounded with one symmetric scale per row, taken from the row itself.
 
     Args:
         x: [..., K].
@@ -57,6 +58,20 @@ def fake_quantize_token(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
     fmt = Format(bits, granularity="token")
     amax = x.float().abs().amax(-1, keepdim=True).clamp(min=EPS) * clip
     return fake_quantize(x, amax / fmt.qmax, 0, fmt)
+
+
+def fake_quantize_fp8(x: Tensor) -> Tensor:
+    """x [..., K] rounded to e4m3 with one scale per row, float32."""
+    codes, scale = to_fp8(x)
+    return codes.float() * scale
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K] -> e4m3 [..., K] and its scale [..., 1] float32, which lays the row's largest
+    magnitude on 448."""
+    limit = x.float().abs().amax(-1, keepdim=True).clamp(min=EPS)
+    scale = limit / LARGEST_FP8
+    return (x.float() / scale).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn), scale
 
 
 def in_groups(w: Tensor, group_size: int | None) -> Tensor:

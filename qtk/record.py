@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qtk.errors import CheckpointError, SchemeError
-from qtk.scheme import AttentionScheme, Scheme
+from qtk.scheme import FP8, AttentionScheme, Scheme
 
 VERSION = 3  # of the layout on disk; a newer one is refused
 # 2 brought quantized attention and patch embeddings, 3 each layer's own recipe and what was learned
@@ -40,6 +40,7 @@ def _or_none(check: Check) -> Check:
 BOOL: Check = ("true or false", lambda x: isinstance(x, bool))
 TEXT: Check = ("a short text", lambda x: isinstance(x, str) and len(x) <= LONGEST)
 COUNT: Check = ("a number from 0", lambda x: _is_int(x) and 0 <= x < 2**63)
+BITS: Check = ("a number of bits or 'fp8'", lambda x: COUNT[1](x) or x == FP8)
 SEED: Check = ("an integer of 64 bits", lambda x: _is_int(x) and -(2**63) <= x < 2**63)
 DECIBELS: Check = ("a number of dB", lambda x: _is_number(x) and abs(x) <= LOUDEST)
 DICT: Check = ("an object", lambda x: isinstance(x, dict))
@@ -61,7 +62,7 @@ LAYER = {
 LEARNING = {"of": TEXT, "changed": BOOL, "held_out_loss": LOSSES}
 RECIPE = {
     "method": TEXT, "rounding": TEXT, "ranges": _or_none(TEXT), "learning": _or_none(DICT),
-    "w": COUNT, "a": COUNT, "seed": SEED, "calibration_batches": COUNT,
+    "w": BITS, "a": BITS, "seed": SEED, "calibration_batches": COUNT,
 }  # fmt: skip
 ATTENTION = {"bits": _or_none(COUNT), "softmax": TEXT, "softmax_bits": _or_none(COUNT)}
 RECORD = {

@@ -9,25 +9,33 @@ WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8)
 ACTIVATION_BITS = (4, 5, 6, 7, 8)
 GRANULARITIES = ("tensor", "channel", "token", "group")
 FLOAT = 16  # bits=16 stands for "left in floating point"
+FP8 = "fp8"  # in place of bits: e4m3, one sign, four bits of exponent, three of mantissa
+KINDS = ("int", "e4m3")
 
 
 @dataclass(frozen=True)
 class Format:
-    """One integer grid.
+    """One grid of eight bits or fewer.
 
     Attributes:
         bits: width of a code.
         symmetric: no zero point. Either way all 2**bits codes are used.
         granularity: what shares a scale: "tensor", "channel" (a row of W), "token", "group".
         group_size: length of a group along the input channels, for "group" only.
+        kind: "int", or "e4m3" whose codes are the bytes of such floats.
     """
 
     bits: int
     symmetric: bool = True
     granularity: str = "channel"
     group_size: int | None = None
+    kind: str = "int"
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SchemeError(f"kind={self.kind!r}: choose from {KINDS}")
+        if self.kind != "int" and (self.bits, self.symmetric, self.group_size) != (8, True, None):
+            raise SchemeError(f"{self.kind} has 8 bits and neither zero points nor groups")
         size, grouped = self.group_size, self.granularity == "group"
         if not isinstance(self.granularity, str) or self.granularity not in GRANULARITIES:
             raise SchemeError(f"granularity={self.granularity!r}: choose from {GRANULARITIES}")
@@ -54,16 +62,21 @@ class Scheme:
 
     @classmethod
     def of(
-        cls, w: int, a: int, activations: str = "static", group_size: int | None = None,
+        cls, w: int | str, a: int | str, activations: str = "static", group_size: int | None = None,
         weights: str = "symmetric",
     ) -> "Scheme":  # fmt: skip
         """The scheme that `quantize(w=, a=, activations=, group_size=, weights=)` asks for.
 
+        FP8 weights have scales per channel, FP8 activations dynamic ones per token.
+
         Raises:
             SchemeError: bits, group size or granularity out of range, or what has no kernel.
         """
+        if FP8 in (w, a):
+            return cls._of_fp8(w, a, group_size, weights)
         _check_bits("w", w, WEIGHT_BITS)
         _check_bits("a", a, ACTIVATION_BITS)
+        w, a = int(w), int(a)
         if activations not in ("static", "token"):
             raise SchemeError(f"activations={activations!r}: choose 'static' or 'token'")
         if group_size is not None and not is_positive_int(group_size):
@@ -81,6 +94,14 @@ class Scheme:
         activation = Format(a, symmetric=not tensor, granularity="tensor" if tensor else "token")
         return cls(None if w == FLOAT else weight, None if a == FLOAT else activation)._checked()
 
+    @classmethod
+    def _of_fp8(cls, w: object, a: object, group_size: int | None, weights: str) -> "Scheme":
+        if w != a:
+            raise SchemeError(f"w={w!r} with a={a!r}: FP8 weights go with FP8 activations")
+        if group_size is not None or weights != "symmetric":
+            raise SchemeError(f"{FP8!r} has scales per channel, without groups or zero points")
+        return cls(Format(8, kind="e4m3"), Format(8, granularity="token", kind="e4m3"))
+
     def _checked(self) -> "Scheme":
         if self.w is not None and not self.w.symmetric and self.a is not None:
             raise SchemeError(
@@ -94,6 +115,8 @@ class Scheme:
         """In words: W4A8, W4A16 g128, W8A8 token."""
         if self.w is None:
             return "float"
+        if self.w.kind != "int":
+            return "FP8"
         text = f"W{self.w.bits}A{self.a.bits if self.a else FLOAT}"
         if self.w.group_size:
             text += f" g{self.w.group_size}"
@@ -102,7 +125,12 @@ class Scheme:
         return text + (" token" if self.a and self.a.granularity == "token" else "")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON; integers are the kind that is not said."""
+        data = asdict(self)
+        for fmt in filter(None, data.values()):
+            if fmt["kind"] == "int":
+                del fmt["kind"]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Scheme":
@@ -124,6 +152,8 @@ class Scheme:
             raise SchemeError(f"weights with one scale a {w.granularity}")
         if a is not None and a.granularity not in ("tensor", "token"):
             raise SchemeError(f"activations with one scale a {a.granularity}")
+        if (w is not None and w.kind != "int") != (a is not None and a.kind != "int"):
+            raise SchemeError("FP8 weights go with FP8 activations")
         return cls(w, a)._checked()
 
 
@@ -134,7 +164,8 @@ def is_positive_int(value: object) -> bool:
 def _check_bits(name: str, bits: object, allowed: tuple[int, ...]) -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*allowed, FLOAT):
         raise SchemeError(
-            f"{name}={bits!r}: choose {allowed[0]} to {allowed[-1]} bits, or 16 for floating point"
+            f"{name}={bits!r}: choose {allowed[0]} to {allowed[-1]} bits, 16 for floating point, "
+            f"or {FP8!r}"
         )
 
 
@@ -148,7 +179,7 @@ class AttentionScheme:
 
     Attributes:
         bits: of the codes of q, k and v, None for floating point; fewer than 8 are stored as int8.
-            q and k have one dynamic scale a token and head, v a static one a channel.
+            q and k have one dynamic scale per token and head, v a static one per channel.
         softmax: one of SOFTMAXES.
         softmax_bits: of a probability's code, None for floating point.
     """
@@ -159,7 +190,7 @@ class AttentionScheme:
 
     @classmethod
     def of(
-        cls, attention: object, softmax: object, softmax_bits: object, a: int
+        cls, attention: object, softmax: object, softmax_bits: object, a: int | str
     ) -> "AttentionScheme | None":
         """The scheme that `quantize(attention=, softmax=, softmax_bits=)` asks for, None for none.
 
@@ -175,7 +206,7 @@ class AttentionScheme:
         if not isinstance(softmax, str) or softmax not in SOFTMAXES:
             raise SchemeError(f"softmax={softmax!r}: choose {', '.join(map(repr, SOFTMAXES))}")
         if softmax_bits is None and softmax != "float":
-            uniform = 8 if a == FLOAT else a
+            uniform = 8 if a in (FLOAT, FP8) else a
             softmax_bits = {"log2": 4, "log-sqrt2": 4, "code": 7}.get(softmax, uniform)
         if names[attention] is None and softmax == "float" and softmax_bits is None:
             return None

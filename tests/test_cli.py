@@ -1,10 +1,13 @@
 """The command line, in this process, on a small BERT."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import AutoModel
 from typer.testing import CliRunner, Result
 
 import qtk
@@ -37,7 +40,7 @@ def quantized(tiny_bert: Path, text: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_quantize_leaves_a_complete_folder(quantized: Path) -> None:
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
     model = AutoModel.from_pretrained(quantized)
     tokenizer = AutoTokenizer.from_pretrained(quantized)
@@ -74,6 +77,60 @@ def test_info_lists_the_layers(quantized: Path) -> None:
     assert len(json.loads(call("info", quantized, "--json").stdout)["layers"]) == 12
 
 
+def test_an_out_that_holds_another_model_is_kept(
+    tiny_bert: Path, quantized: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(quantized, out)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    refused = call("quantize", tiny_bert, out)
+    assert refused.exit_code == 1 and "holds a model already" in refused.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert call("quantize", tiny_bert, out, "--w", 4, "--overwrite").exit_code == 0
+    assert qtk.summary(out).layers[0].scheme.startswith("W4")
+
+
+def test_a_tokenizer_from_elsewhere_is_used_and_saved(
+    tiny_bert: Path, text: Path, tmp_path: Path
+) -> None:
+    bare, words, out = tmp_path / "bare", tmp_path / "words", tmp_path / "out"
+    shutil.copytree(tiny_bert, words)
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.move(words / name, bare / name)
+    args = ("quantize", bare, out, "--calib", text, "--preset", "fast", "--dtype", "bfloat16")
+    assert "tokenizer" in call(*args).stderr
+    result = call(*args, "--tokenizer", words, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert (out / "tokenizer.json").is_file()
+    assert qtk.load(out).embeddings.word_embeddings.weight.dtype == torch.bfloat16
+    compared = call(
+        "eval", bare, out, "--data", text, "--tokenizer", words, "--samples", 7, "--json"
+    )
+    assert json.loads(compared.stdout)["samples"] == 7
+
+
+def test_every_choice_is_in_the_help() -> None:
+    shown = " ".join(call("quantize", "--help").stdout.replace("│", " ").split())
+    named = ("os+", "equalize+rotate", "rotate", "smoothquant", "gptq", "tuned", "hessian", "auto",
+             "int4", "log-sqrt2", "fp8", "16", "model", "MODEL", "OUT", "--overwrite")  # fmt: skip
+    assert not [name for name in named if name not in shown]
+    assert "{model}" not in shown
+
+
+def test_a_full_disk_is_one_line(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(AutoModel.from_pretrained(tiny_bert)), "save_pretrained", full)
+    result = call("quantize", tiny_bert, tmp_path / "out")
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert result.exit_code == 1 and "cannot be written" in line and "No space left" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_version_and_help() -> None:
     assert call("--version").stdout.strip() == qtk.__version__
     for args in (["--help"], ["quantize", "--help"], ["eval", "--help"], ["demo", "--help"]):
@@ -84,7 +141,10 @@ def test_version_and_help() -> None:
     ("args", "message"),
     [
         (["info", "{model}"], "was not saved by qtk"),
-        (["info", "/nowhere"], "has no config.json"),
+        (["info", "/nowhere"], "no such folder"),
+        (["quantize", "/nowhere", "{out}"], "no such folder"),
+        (["quantize", "{model}", "{out}", "--device", "cuda:99"], "--device cuda:99"),
+        (["quantize", "{model}", "{out}", "--learn", "much"], "learn='much'"),
         (["quantize", "{model}", "{model}"], "is the model itself"),
         (["quantize", "{model}", "{out}", "--w", "9"], "w=9"),
         (["quantize", "{model}", "{out}", "--method", "magic"], "choose"),

@@ -209,18 +209,18 @@ DATA = {
         "cannot read calibration batch 0.*16"),
     "positions that are not": (
         lambda: run(calib=[{"input_ids": ids(1, 2), "position_ids": ids(999, 999)}]),
-        "cannot read calibration batch 0"),
+        "position_ids from 999"),
     "the same where gradients come first": (
         lambda: run(calib=[{"input_ids": ids(1)}, {"input_ids": ids(1), "token_type_ids": ids(9)}],
-                    ranges="hessian"), "cannot read calibration batch 1"),
+                    ranges="hessian"), "batch 1: token_type_ids from 9"),
     "the same where bits come first": (
         lambda: run(w=4, calib=[{"inputs_embeds": torch.ones(1, 2, 5)}], bits="auto"),
-        "cannot read calibration batch 0"),
+        "inputs_embeds have shape"),
     "ids and embeddings": (
         lambda: run(calib=[{"input_ids": ids(1), "inputs_embeds": torch.ones(1, 1, 32)}]),
-        "cannot read calibration batch 0"),
+        "leave one out"),
     "a tensor without data": (
-        lambda: run(calib=[{"input_ids": ids(1).to("meta")}]), "on the meta device; give dense"),
+        lambda: run(calib=[{"input_ids": ids(1).to("meta")}]), "on the meta device; give an"),
     "sparse": (
         lambda: run(calib=[{"input_ids": ids(1).to_sparse()}]), "of layout torch.sparse_coo; give"),
     "embeddings that overflow": (lambda: run(with_embeddings(3e38)), "check the calibration data"),
@@ -341,7 +341,7 @@ def test_nothing_is_changed_when_a_mistake_is_found():
     (lambda f: f.write_text("\n \n"), "holds no text lines"),
     (lambda f: f.write_bytes(b"\xff\xfe\xff"), "not a UTF-8 text file"),
     (lambda f: f.mkdir(), "holds no text lines and no images"),
-    (lambda f: (f.mkdir(), (f / "a.png").write_text("no")), r"a\.png is not an image"),
+    (lambda f: (f.mkdir(), (f / "a.png").write_text("no")), "calib holds images"),
 ])  # fmt: skip
 def test_calibration_files_that_cannot_be_read(tmp_path, write, told):
     write(tmp_path / "calib")

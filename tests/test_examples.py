@@ -12,6 +12,7 @@ import pytest
 
 import qtk
 from qtk.demo.sentences import sentences
+from qtk.discover import available
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
@@ -108,6 +109,13 @@ def test_code_of_the_documents_runs(
             exec(compile(code, page, "exec"), namespace)
         elif not language:  # what the code before it prints
             assert words(block) == words(capsys.readouterr().out)
+
+
+def test_the_guide_names_every_family() -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").lower()
+    words = re.sub(r"[^a-z0-9|,]", "", guide)
+    for family in available("models"):
+        assert family.removesuffix("_model").replace("_", "") in words, family
 
 
 def anchor(title: str) -> str:

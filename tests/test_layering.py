@@ -17,6 +17,8 @@ ALLOWED = {
     "qtk.errors": set(),
     "qtk.discover": {"qtk.errors"},
     "qtk.scheme": {"qtk.errors"},
+    "qtk.table": set(),
+    "qtk.timing": set(),
     "qtk.numerics": {"qtk.scheme"},
     "qtk.grids": {"qtk.errors", "qtk.numerics", "qtk.scheme"},
     "qtk.models": {"qtk.discover", "qtk.errors", "qtk.models"},
@@ -40,14 +42,18 @@ ALLOWED = {
         "qtk.integrations",
         "qtk.pipeline",
     },
-    "qtk.fidelity": LOW | {"qtk.observe", "qtk.fidelity"},
+    "qtk.fidelity": LOW
+    | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
     "qtk.report": LOW
-    | {"qtk.record", "qtk.assembly", "qtk.integrations", "qtk.fidelity", "qtk.report"},
+    | {"qtk.record", "qtk.assembly", "qtk.integrations", "qtk.table", "qtk.report"},
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
-    "integrations": ["__init__", "companions", "folder", "saving", "transformers"],
-    "observe": ["probe", "site", "walk", "imagine", "gradients", "__init__", "batches"],
+    "integrations": ["__init__", "companions", "quiet", "folder", "saving", "transformers"],
+    "observe": [
+        "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "beside", "files",
+        "images", "items", "tokens", "check", "batches",
+    ],
     "learn": ["__init__", "descent", "objective", "resume", "trainable", "block", "model"],
     "pipeline": [
         "progress", "recipes", "assign", "attention", "sensitivity", "request", "site", "learning",

@@ -12,7 +12,7 @@ from qtk.models import bert
 from qtk.record import Layer, LayerRecipe, Record
 from qtk.scheme import AttentionScheme, Scheme
 
-SCHEMES = [Scheme.of(8, 8), Scheme.of(4, 16, group_size=32, weights="asymmetric"),
+SCHEMES = [Scheme.of(8, 8), Scheme.of("fp8", "fp8"), Scheme.of(4, 16, group_size=32, weights="asymmetric"),
            Scheme.of(3, 6, "token")]  # fmt: skip
 RECIPE = {
     "method": "os+", "rounding": "gptq", "ranges": "auto", "w": 8, "a": 8, "seed": -3,
@@ -41,7 +41,12 @@ def test_a_record_survives_json():
 def test_what_quantize_writes_is_read_back():
     torch.manual_seed(0)
     model, batch = bert.tiny()
-    for options in ({}, {"attention": "int8"}, {"rounding": "tuned", "w": 4, "a": 4}):
+    for options in (
+        {},
+        {"attention": "int8"},
+        {"w": "fp8", "a": "fp8"},
+        {"rounding": "tuned", "w": 4, "a": 4},
+    ):
         made = record_of(qtk.quantize(model, calib=[batch], progress=False, **options))
         assert Record.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 

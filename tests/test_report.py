@@ -2,13 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import qtk
 from qtk.discover import load
-from qtk.report.summary import LayerSummary, Summary, align, common_prefix
+from qtk.report.summary import LayerSummary, Summary, common_prefix
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,9 @@ def test_common_prefix_ends_at_a_dot() -> None:
     assert common_prefix([]) == ""
 
 
-def test_align_puts_numbers_to_the_right() -> None:
-    lines = align([["name", "n"], ["a", "1"], ["b", "100"]])
-    assert lines == ["name    n", "----  ---", "a       1", "b     100"]
+def test_a_folder_has_a_summary(quantized: torch.nn.Module, tmp_path: Path) -> None:
+    quantized.save_pretrained(tmp_path / "saved")
+    for folder in (tmp_path / "saved", str(tmp_path / "saved")):
+        assert qtk.summary(folder).to_dict() == qtk.summary(quantized).to_dict()
+    with pytest.raises(qtk.CheckpointError, match="no config"):
+        qtk.summary(tmp_path)

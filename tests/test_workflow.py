@@ -50,6 +50,13 @@ def test_two_pythons_and_the_oldest_and_newest_transformers_are_tested(jobs, pro
     assert str(newest.specifier) == f"<{bounds['<']}"
 
 
+def test_the_readme_installs_what_pyproject_names(project):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf'"{project["name"]}\[?\w* ?@ git\+', readme)
+    for extra in re.findall(r"'\.\[(\w+)\]'", readme):
+        assert extra in project["optional-dependencies"]
+
+
 def test_every_expression_names_something_of_the_matrix(jobs):
     for job in jobs.values():
         matrix = job.get("strategy", {}).get("matrix", {})

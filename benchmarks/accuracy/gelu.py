@@ -54,8 +54,8 @@ def gelu() -> Table:
         ["{:.2f}", "{:+.2f}", "{:.1f}"],
         [(name, {"grid": grid}) for name, grid in cases],
         measure,
-        "Static grids a layer, the rest in floating point; ends with the smallest squared error of "
-        "the grid itself",
+        "Static grids per layer, the rest in floating point; ends with the smallest squared error "
+        "of the grid itself",
         ["float32", f"{base:.2f}", "", ""],
     )
 

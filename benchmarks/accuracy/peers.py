@@ -108,7 +108,7 @@ def quanto(weights: str, activations: str | None, hqq: bool = False) -> Peer:
 
 
 def llm_compressor(scheme: str, rotate: bool = False) -> Peer:
-    """GPTQ on one layer after the other, behind QuIP's Hadamard matrices if asked for.
+    """GPTQ on one layer after the other, and after QuIP's Hadamard matrices if asked for.
 
     Its SmoothQuant and AWQ fold scales into norms, which a post-norm BERT does not allow.
     """

@@ -32,7 +32,7 @@ def seeds_where_calibrated(options: Options) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Table:
-    """A row a case, a column a figure; a row is the mean over its calibration draws.
+    """A row per case, a column per figure; a row is the mean over its calibration draws.
 
     Attributes:
         name: the result is `results/<name>.json`.

@@ -5,14 +5,13 @@
 
 "instructions per score" are those of the loops over keys (of the whole kernel where one tile holds
 a row), as the compiler laid them out, over the scores that the program computes in one turn: what
-it issues a score element, all its threads together, both loops where scores are computed twice.
+it issues per score, all its threads together, both loops where scores are computed twice.
 Beside them stands a plain Triton flash attention written in the same style. Nothing here is a
 timing.
 """
 
 import csv
 import os
-import re
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,7 +23,9 @@ import torch
 import triton
 
 from benchmarks.compiler import report as compiler
+from benchmarks.compiler.disassembly import instructions, outermost
 from benchmarks.compiler.flash_attention import flash_attention_kernel
+from benchmarks.compiler.variants import Variant
 from benchmarks.result import COMMIT, RESULTS
 from qtk_kernels import quantized_attention
 from qtk_kernels._softmax import OFFSET
@@ -51,13 +52,13 @@ class Row(compiler.Row):
 def variant(
     name: str, T: int, kind: str, qk: str, v: str, *, steps: int = 1, per_head: bool = True,
     masked: bool = False,
-) -> compiler.Variant:  # fmt: skip
+) -> Variant:  # fmt: skip
     """One kernel variant at head size 64.
 
     Args:
         qk: "bf16", "i8" or "u8" (packed int4).
         v: "bf16", "i8" or "fp8"; bytes are stored transposed.
-        per_head: k_scale is one a head, folded into q_scale by the caller.
+        per_head: k_scale is one per head, folded into q_scale by the caller.
         masked: a padding mask, else T keys fill the tiles.
     """
     grid = kind == "code" and quantized_attention.WHOLE < T
@@ -85,12 +86,12 @@ def variant(
     }  # fmt: skip
     params |= {f"stride_{x}t": 3 * HEAD * 12 for x in "qk"}  # numbers that a launch specializes on
     params |= {f"stride_{x}{axis}": 3 * HEAD * 12 * 16 for x in "qkv" for axis in "bh"}
-    return compiler.Variant(name, quantized_attention.quantized_attention_kernel, types, params)
+    return Variant(name, quantized_attention.quantized_attention_kernel, types, params)
 
 
-def variants() -> list[compiler.Variant]:
+def variants() -> list[Variant]:
     """Long sequences (a loop over keys) and ViT's and BERT's (a row in one tile)."""
-    out = [compiler.Variant(
+    out = [Variant(
         "flash bf16 T=4096 (plain)", flash_attention_kernel,
         dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16"),
         {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": HEAD, "Tq": 4096, "Tk": 4096,
@@ -117,7 +118,7 @@ def variants() -> list[compiler.Variant]:
     return out
 
 
-def report(variant: compiler.Variant, arch: int) -> Row:
+def report(variant: Variant, arch: int) -> Row:
     """Compiles one variant and counts the instructions of its loops over keys."""
     row = compiler.report(variant, arch)
     params = variant.params
@@ -125,44 +126,14 @@ def report(variant: compiler.Variant, arch: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "k.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        sass = compiler._run(compiler.BIN / "cuobjdump", "-sass", cubin)
-    ops = loops(sass) or instructions(sass)
+        code = instructions(compiler.run(compiler.BIN / "cuobjdump", "-sass", cubin))
+    ops = outermost(code) or code
     scores = params["BLOCK_M"] * params["BLOCK_N"]
     threads = 32 * params["num_warps"]
     return Row(
         **asdict(row), scores=scores, per_score=round(len(ops) * threads / scores, 2),
         mufu_in_loop=sum(op.startswith("MUFU") for _, op, _ in ops),
     )  # fmt: skip
-
-
-Instruction = tuple[int, str, str]
-
-
-def instructions(sass: str) -> list[Instruction]:
-    """(address, operation, operands) of a disassembly, in order."""
-    pattern = r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)\s*([^;]*);"
-    return [(int(a, 16), op, rest) for a, op, rest in re.findall(pattern, sass, re.M)]
-
-
-def loops(sass: str) -> list[Instruction]:
-    """The instructions of the loops over keys: the outermost ones around a matrix instruction.
-
-    What lies behind the last EXIT belongs to none: waits that were moved out of their loops.
-    """
-    every = instructions(sass)
-    end = max((address for address, op, _ in every if op.startswith("EXIT")), default=0)
-    spans = []
-    for address, op, rest in every:
-        target = re.search(r"0x([0-9a-f]+)", rest)
-        if op.startswith("BRA") and target and int(target[1], 16) < address < end:
-            spans.append((int(target[1], 16), address))
-    found: list[Instruction] = []
-    for first, last in spans:
-        outermost = not any(a <= first and last <= b and (a, b) != (first, last) for a, b in spans)
-        inside = [i for i in every if first <= i[0] <= last]
-        if outermost and any("MMA" in op for _, op, _ in inside):
-            found += inside
-    return found
 
 
 def main() -> None:

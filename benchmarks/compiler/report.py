@@ -12,7 +12,7 @@ can come. Speed itself needs a GPU: nothing here is a timing.
 
 "loop" counts the instructions of the innermost loop that multiplies matrices; "per element" is, for
 matrix products, those instructions times threads over weights read (for 1024 products), and for row
-kernels all instructions times threads over elements, but for the subroutines behind the end that
+kernels all instructions times threads over elements, but for the subroutines after the end that
 exact divisions call for subnormal numbers. "unpack" is the ALU's instructions (logic, shifts and
 permutes) in that loop for four weights, those for addresses included; shifts that the compiler
 gives to the multiply-add pipe are not.
@@ -35,25 +35,21 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from benchmarks.result import COMMIT, RESULTS
-from qtk_kernels import (
-    _split_k,
-    fp8_linear,
-    hadamard_quantize,
-    int4_linear,
-    int8_linear,
-    layer_norm_quantize,
-    shift_scale_quantize,
+from benchmarks.compiler.disassembly import (
+    Instruction,
+    before_the_end,
+    innermost,
+    instructions,
+    tensor_core,
 )
-from qtk_kernels import weight_only_linear as weight_only
-from qtk_kernels._launch import gemm_launch
-from qtk_kernels.codes import Codes, channels_of
-from qtk_kernels.hadamard import split
+from benchmarks.compiler.variants import Variant, gemm_variants, row_variants
+from benchmarks.result import COMMIT, RESULTS
+from qtk_kernels.layer_norm_quantize import _layer_norm_quantize_kernel
+from qtk_kernels.weight_only_linear import _weight_only_linear_kernel
 
 ARCHS = (80, 90, 100)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -61,20 +57,9 @@ TABLE = RESULTS / "aot.csv"
 
 FLOATS = ("eps", "clip", "out_step", "norm", "step")
 ALIGNED = ("K", "N", "width", "stride_xm", "stride_rm", "stride_wn")  # multiples of 16 in models
-MATRIX = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
 UNPACKING = ("LOP3", "PRMT", "SHF", "SHL", "SHR", "I2F", "I2I", "SGXT")  # of the ALU pipe
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a processor, from sm_80 on
 PER_SM = {80: 167936, 90: 233472, 100: 233472}  # bytes of shared memory of a processor
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel with its compile-time parameters."""
-
-    name: str
-    kernel: Any
-    types: dict[str, str]  # of pointers, "*i8" and so on; a pointer not named is None
-    params: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -104,151 +89,6 @@ class Row:
 COLUMNS = ["triton", "torch", "commit", *(field.name for field in fields(Row))]
 
 
-def row_variants() -> list[Variant]:
-    """LayerNorm and elementwise quantizers."""
-    specs = {
-        "w8 tensor": Codes(8), "w8 token": Codes(8, "token"), "w4 g128": Codes(4, 128, packed=True),
-        "w8 g100": Codes(8, 100),
-    }  # fmt: skip
-    out = []
-    for label, codes in specs.items():
-        for K in (768, 4096, 32768):
-            launch = codes.launch(4096, K)
-            walk = channels_of(launch) < K
-            q = "*u8" if codes.packed else "*i8"
-            scale = {} if codes.static else {"scale_ptr": "*fp32"}
-            out.append(Variant(
-                f"layer_norm_quantize {label} K={K}",
-                layer_norm_quantize._layer_norm_quantize_kernel,
-                {"x_ptr": "*bf16", "residual_ptr": "*bf16", "weight_ptr": "*fp32",
-                 "bias_ptr": "*fp32", "q_ptr": q, "emitted_ptr": "*bf16", **scale},
-                {**launch, "WALK": walk},
-            ))  # fmt: skip
-            for activation in ("", "gelu", "gelu_tanh"):
-                out.append(Variant(
-                    f"{activation or 'shift_scale'}_quantize {label} K={K}",
-                    shift_scale_quantize._shift_scale_quantize_kernel,
-                    {"x_ptr": "*bf16", "multiplier_ptr": "*fp32", "offset_ptr": "*fp32",
-                     "q_ptr": q, **scale},
-                    {**launch, "ACTIVATION": activation,
-                     "WALK": walk and codes.granularity == "token"},
-                ))  # fmt: skip
-        for K, block in ((4096, 128), (768, 768)):
-            fused = hadamard_quantize.hadamard_launch(4096, K, block, codes)
-            if fused is None:  # PyTorch rotates
-                continue
-            types = {"x_ptr": "*bf16", "multiplier_ptr": "*fp32", "out_multiplier_ptr": "*fp32",
-                     "q_ptr": "*u8" if codes.packed else "*i8"}  # fmt: skip
-            types |= {} if codes.static else {"scale_ptr": "*fp32"}
-            types |= {"left_ptr": "*fp32", "right_ptr": "*fp32"} if fused["BLOCKS"] else {}
-            _, f, p = split(block)
-            out.append(Variant(
-                f"hadamard_quantize {label} K={K} block={block} ({f}x{p})",
-                hadamard_quantize._hadamard_quantize_kernel, types, fused,
-            ))  # fmt: skip
-    codes = Codes(8)
-    for K in (768, 1024, 4096):
-        launch = codes.launch(4096, K)
-        out.append(Variant(
-            f"layer_norm_quantize w8 tensor K={K}, no residual",
-            layer_norm_quantize._layer_norm_quantize_kernel,
-            {"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "q_ptr": "*i8"},
-            {**launch, "WALK": False},
-        ))  # fmt: skip
-    return out
-
-
-def gemm_variants() -> list[Variant]:
-    """Matrix products, for a few tokens and for many; odd groups; the second phase of a split."""
-    out = []
-    for M in (1, 32, 64, 256, 8192):
-        for group in (0, 128):
-            out += [_int8(M, group), _weight_only(M, group, False), _weight_only(M, group, True)]
-            out += [_int4(M, group, packed) for packed in (False, True)]
-        out.append(_fp8(M))
-    out += [_int8(8192, 100), _int4(16, 100, False), _weight_only(16, 100, True)]
-    requantize = {"ACTIVATION": "gelu", "QMIN": -128, "QMAX": 127}
-    name = "gelu requantize M=8192"
-    out += [_int8(8192, 0, name, "*i8", HAS_ZERO_POINT=True, **requantize),
-            _int4(8192, 0, False, name, "*i8", **requantize)]  # fmt: skip
-    for parts in ("*i32", "*fp32"):
-        types = {"parts_ptr": parts, "bias_ptr": "*fp32", "out_ptr": "*bf16"}
-        types |= {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32"} if parts == "*i32" else {}
-        out.append(Variant(
-            f"add_parts {parts[1:]}", _split_k._add_parts_kernel, types,
-            {"SPLIT_K": 8, "RIGHT_SHIFT": 4 if parts == "*i32" else 0, "ACTIVATION": "", "QMIN": 0,
-             "QMAX": 0, "BLOCK_N": _split_k.BLOCK, "num_warps": 2},
-        ))  # fmt: skip
-    return out
-
-
-SCALES = {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
-PLAIN = {
-    "EVEN": True,
-    "X_GROUPS": False,
-    "HAS_ZERO_POINT": False,
-    "ACTIVATION": "",
-    "QMIN": 0,
-    "QMAX": 0,
-}
-
-
-def _outputs(tile: dict[str, Any], integers: bool, out: str = "*bf16") -> dict[str, str]:
-    """The result, or the parts of a split sum."""
-    parts = {"parts_ptr": "*i32" if integers else "*fp32"} if tile["SPLIT_K"] > 1 else {}
-    return {"out_ptr": out, **parts}
-
-
-def _name(op: str, M: int, group: int, tile: dict[str, Any]) -> str:
-    return f"{op} M={M} g={group}" + (f" split={tile['SPLIT_K']}" if tile["SPLIT_K"] > 1 else "")
-
-
-def _int8(M: int, group: int, name: str = "", out: str = "*bf16", **params: Any) -> Variant:
-    tile = gemm_launch("int8_linear", M, 4096, 4096, grouped=group > 0, computed_weights=False)
-    return Variant(
-        f"int8_linear {name}" if name else _name("int8_linear", M, group, tile),
-        int8_linear._int8_linear_kernel,
-        {"x_ptr": "*i8", "w_ptr": "*i8", **SCALES, **_outputs(tile, not group, out)},
-        {**PLAIN, "EVEN": group % 128 == 0, "GROUP": group, "BLOCK_K": 128, **tile, **params},
-    )  # fmt: skip
-
-
-def _int4(
-    M: int, group: int, packed: bool, name: str = "", out: str = "*bf16", **params: Any
-) -> Variant:
-    op = f"int4_linear W4A{4 if packed else 8}"
-    tile = gemm_launch(op, M, 4096, 4096, grouped=group > 0, weight_bits=4, computed_weights=True,
-                       computed_tokens=packed)  # fmt: skip
-    return Variant(
-        f"{op} {name}" if name else _name(op, M, group, tile), int4_linear._int4_linear_kernel,
-        {"x_ptr": "*u8" if packed else "*i8", "w_ptr": "*u8", **SCALES,
-         **_outputs(tile, not group, out)},
-        {**PLAIN, "GROUP": group, "X_PACKED": packed, "BYTES": 64, **tile, **params},
-    )  # fmt: skip
-
-
-def _weight_only(M: int, group: int, packed: bool) -> Variant:
-    op = f"weight_only_linear W{4 if packed else 8}A16"
-    tile = gemm_launch(op, M, 4096, 4096, grouped=group > 0, weight_bits=4 if packed else 8,
-                       computed_weights=True, wide=True)  # fmt: skip
-    return Variant(
-        _name(op, M, group, tile), weight_only._weight_only_linear_kernel,
-        {"x_ptr": "*bf16", "w_ptr": "*u8" if packed else "*i8", "w_scale_ptr": "*fp32",
-         "bias_ptr": "*bf16", **_outputs(tile, False)},
-        {"GROUP": group, "PACKED": packed, "EVEN": packed or group % 64 == 0,
-         "HAS_ZERO_POINT": False, "DTYPE": tl.bfloat16, "WIDTH": 64, **tile},
-    )  # fmt: skip
-
-
-def _fp8(M: int) -> Variant:
-    tile = gemm_launch("fp8_linear", M, 4096, 4096, grouped=False, computed_weights=False)
-    return Variant(
-        _name("fp8_linear", M, 0, tile), fp8_linear._fp8_linear_kernel,
-        {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", **SCALES, **_outputs(tile, False)},
-        {"ACTIVATION": "", "EVEN": True, "BLOCK_K": 128, **tile},
-    )  # fmt: skip
-
-
 def compile_for(variant: Variant, arch: int) -> Any:
     """The compiled kernel of Triton; needs no GPU."""
     options = {k: v for k, v in variant.params.items() if k in ("num_warps", "num_stages")}
@@ -264,10 +104,7 @@ def compile_for(variant: Variant, arch: int) -> Any:
         if name in variant.types or name in ALIGNED:
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constexprs, attrs)
-    fused = (
-        weight_only._weight_only_linear_kernel,
-        layer_norm_quantize._layer_norm_quantize_kernel,
-    )
+    fused = (_weight_only_linear_kernel, _layer_norm_quantize_kernel)
     options["enable_fp_fusion"] = variant.kernel in fused
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -279,13 +116,12 @@ def report(variant: Variant, arch: int) -> Row:
         cubin, ptx = Path(folder) / "k.cubin", Path(folder) / "k.ptx"
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
-        usage = _run(BIN / "cuobjdump", "-res-usage", cubin)
-        sass = _run(BIN / "cuobjdump", "-sass", cubin)
+        usage = run(BIN / "cuobjdump", "-res-usage", cubin)
+        code = instructions(run(BIN / "cuobjdump", "-sass", cubin))
         assembler = get_ptxas(arch).path
         suffix = "a" if arch >= 90 else ""
-        log = _run(assembler, "-v", f"--gpu-name=sm_{arch}{suffix}", ptx, "-o", Path(folder) / "o")
-    ops = opcodes(sass)
-    loop = matrix_loop(sass)
+        log = run(assembler, "-v", f"--gpu-name=sm_{arch}{suffix}", ptx, "-o", Path(folder) / "o")
+    ops, loop = operations(code), operations(innermost(code))
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
     threads = 32 * variant.params["num_warps"]
@@ -309,35 +145,13 @@ def report(variant: Variant, arch: int) -> Row:
         narrow_loads=len(loads) - wide,
         loop=len(loop),
         loop_i2f=sum(op.startswith("I2F") for op in loop),
-        per_element=round((len(loop) or last_exit(ops)) * threads / elements(variant), 2),
+        per_element=round((len(loop) or before_the_end(code)) * threads / elements(variant), 2),
         unpack=round(4 * unpacking * threads / weights(variant), 2) if loop else 0.0,
     )
 
 
-def opcodes(sass: str) -> list[str]:
-    """Every instruction but the padding behind the end."""
-    pattern = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)"
-    return [op for op in re.findall(pattern, sass, re.M) if op != "NOP"]
-
-
-def last_exit(ops: list[str]) -> int:
-    """Instructions before the end: behind it lie subroutines of exact division, for subnormals."""
-    return len(ops) - ops[::-1].index("EXIT")
-
-
-def matrix_loop(sass: str) -> list[str]:
-    """The instructions of the shortest loop around a matrix instruction, none if there is none."""
-    pattern = r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);"
-    lines = [(int(at, 16), op, rest) for at, op, rest in re.findall(pattern, sass, re.M)]
-    end = max(at for at, op, _ in lines if op == "EXIT")  # behind it lie waits, moved out of loops
-    loops = []
-    for at, op, rest in lines:
-        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
-        if target and int(target[1], 16) < at < end:
-            body = [name for here, name, _ in lines if int(target[1], 16) <= here <= at]
-            if any(name.startswith(MATRIX) for name in body):
-                loops.append(body)
-    return min(loops, key=len, default=[])
+def operations(code: list[Instruction]) -> list[str]:
+    return [op for _, op, _ in code]
 
 
 def occupancy(registers: int, shared: int, threads: int, arch: int) -> float:
@@ -366,14 +180,8 @@ def elements(variant: Variant) -> float:
     return p["ROWS"] * min(lanes, int(re.findall(r"K=(\d+)", variant.name)[0]))
 
 
-def tensor_core(ptx: str) -> str:
-    """The matrix instructions in the PTX, shortest form."""
-    found = set(re.findall(r"(wgmma\.mma_async\S*|tcgen05\.mma\S*|mma\.sync\S*)", ptx))
-    return " ".join(sorted(re.sub(r"\.sync\.aligned|\.row\.col|\.cta_group::1", "", f).rstrip(";")
-                           for f in found))  # fmt: skip
-
-
-def _run(*command: Any) -> str:
+def run(*command: Any) -> str:
+    """What a program says."""
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 

@@ -91,7 +91,7 @@ def floor(model: nn.Module, size: Size, what: str, rate: dict[str, float]) -> fl
 
 
 def shares(forward: Forward, inputs: dict[str, Tensor], calls: int) -> dict[str, float]:
-    """Milliseconds a call of each kind, by the profiler."""
+    """Milliseconds per call of each kind, by the profiler."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(calls):
             forward(inputs)

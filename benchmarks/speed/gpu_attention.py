@@ -35,7 +35,7 @@ BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
 
 
 def codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 with one scale a token and head."""
+    """int8 with scales per token and head."""
     scale = x.float().abs().amax(-1).clamp(min=1e-8) / 127
     return (x / scale[..., None]).round().to(torch.int8), scale
 
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         "Attention on a GPU",
         ["tokens", "causal", "what", "us", "over the best library", "relative error"],
         rows,
-        f"{HEADS} heads of {HEAD}, {TOKENS} tokens a call; quantizing q, k and v is not "
+        f"{HEADS} heads of {HEAD}, {TOKENS} tokens per call; quantizing q, k and v is not "
         "in the time; errors on random numbers",
         **head(this_run()),
     )

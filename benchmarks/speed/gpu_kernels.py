@@ -178,7 +178,7 @@ def work_of(name: str, shape: tuple[int, ...]) -> dict[str, float]:
 
 
 def from_float_calls(M: int, N: int, K: int) -> Calls:
-    """A scale a token, then the product."""
+    """Quantized per token, then the product."""
     x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
     w, w_scale = random_codes(N, K, 127, DEVICE), torch.rand(N, 1, device=DEVICE)
     out: dict[str, Any] = {"out_dtype": torch.bfloat16, "backend": "triton"}
@@ -195,7 +195,7 @@ def from_float_calls(M: int, N: int, K: int) -> Calls:
 
 
 def quantizer(name: str, x: Tensor, a: Tensor, b: Tensor, how: str) -> Any:
-    """A row kernel with a scale a token."""
+    """A row kernel with scales per token."""
     codes = Codes(8, "token")
     if name == "gelu_quantize":
         return shift_scale_quantize(x, a, b, codes, activation="gelu", backend=how)

@@ -81,7 +81,7 @@ def time_of(model: nn.Module, inputs: Inputs) -> float:
 
 
 def measured(name: str, end: float) -> Iterator[Row]:
-    """A line a batch and contender."""
+    """A line per batch and contender."""
     torch.manual_seed(0)
     model, make = MODELS[name]()
     model = model.eval().to(DEVICE)

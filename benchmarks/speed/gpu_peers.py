@@ -23,7 +23,7 @@ GROUP = 128
 
 
 def library(name: str, M: int, N: int, K: int, device: str = "cuda") -> Calls | None:
-    """torch's products: "bf16", "int8" (`_int_mm`) and "fp8" (`_scaled_mm`, one scale a row)."""
+    """torch's products: "bf16", "int8" (`_int_mm`) and "fp8" (`_scaled_mm`, scales per row)."""
     x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
     w = torch.randn(N, K, device=device, dtype=torch.bfloat16)
     if name == "bf16":

@@ -1,7 +1,7 @@
 """From measured rows to tables and roofline plots. Needs no GPU: tests feed it made-up rows.
 
 A row is a dict: kernel, shape ("MxNxK" or "MxK"), us, bytes, ops, the roofs of its own run
-(roof_bytes, roof_ops, a microsecond), first_call_s, the commit, and <peer>_us for every peer that
+(roof_bytes, roof_ops, per microsecond), first_call_s, the commit, and <peer>_us for every peer that
 ran.
 """
 
@@ -38,7 +38,7 @@ def peers_of(row: Row) -> dict[str, float]:
 
 
 def summary(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
-    """A line a kernel and number of rows: shares of the roof, and speed over each peer."""
+    """A line per kernel and number of rows: shares of the roof, and speed over each peer."""
     names = list(dict.fromkeys(name for row in rows for name in peers_of(row)))
     lines = []
     for kernel, M in dict.fromkeys((row["kernel"], rows_in(row)) for row in rows):
@@ -135,7 +135,7 @@ def read_csv(path: Path, run: dict[str, str]) -> list[Row]:
 
 
 def plot(rows: list[Row], path: Path) -> bool:
-    """Operations a byte against the rate, below the measured roofs."""
+    """Operations per byte against the rate, below the measured roofs."""
     try:
         import matplotlib
     except ImportError:
@@ -152,7 +152,7 @@ def plot(rows: list[Row], path: Path) -> bool:
     x = [2.0**i for i in range(-1, 13)]
     for memory, compute in sorted({(row["roof_bytes"], row["roof_ops"]) for row in products}):
         axes.loglog(x, [min(i * memory, compute) / 1e6 for i in x], "k-", linewidth=0.5)
-    axes.set_xlabel("operations a byte")
+    axes.set_xlabel("operations per byte")
     axes.set_ylabel("TOPS")
     if products:
         axes.legend(fontsize=7)

@@ -44,7 +44,7 @@ class Nothing:
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """One call of each op, 16 tokens, 768 channels; "split" has a second launch behind it."""
+    """One call of each op, 16 tokens, 768 channels; "split" is followed by a second launch."""
     M, N, K = 16, 768, 768
     x, v = torch.randn(M, K), torch.rand(K)
     x_q = torch.randint(-8, 8, (M, K), dtype=torch.int8)

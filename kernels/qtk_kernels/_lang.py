@@ -13,14 +13,19 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
+# counts of tokens and zero points: the JIT would make constants of those that are 1, which have no
+# methods, and a binary for each kind of them
+RUN_TIME = ("M", "Tq", "steps", "x_zero_point", "out_zero_point")
+
 try:
     triton: Any = import_module("triton")
     tl: Any = import_module("triton.language")
     jit: Any = triton.jit
+    entry: Any = triton.jit(do_not_specialize=RUN_TIME)  # of what the host launches
     constexpr_function: Any = triton.constexpr_function
 except Exception:  # a broken installation raises what it likes
     triton, tl = None, SimpleNamespace(constexpr=int)
-    jit = constexpr_function = lambda kernel: kernel
+    jit = entry = constexpr_function = lambda kernel: kernel
 
 
 # Inline PTX works on four bytes at once; the interpreter cannot run it and takes the other branch.
@@ -258,7 +263,7 @@ def segment_of(step, K, GROUP: tl.constexpr):
     g = half * 64 // GROUP + step % SEGMENTS
     offs_k = half * 64 + tl.arange(0, 64)
     inside = (offs_k >= g * GROUP) & (offs_k < g * GROUP + GROUP) & (offs_k < K)
-    return half, tl.minimum(g, (K - 1) // GROUP), inside  # nothing is inside behind the last group
+    return half, tl.minimum(g, (K - 1) // GROUP), inside  # nothing is inside after the last group
 
 
 @jit

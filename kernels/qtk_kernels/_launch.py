@@ -119,7 +119,7 @@ def gemm_launch(
     """Tiles of a matrix product of M tokens and N output channels: measured, else by rule.
 
     Args:
-        kernel: name of the op, with "grouped" behind it in the tables where that applies.
+        kernel: name of the op, with "grouped" after it in the tables where that applies.
         device: whose table to read.
         grouped: there are two accumulators, one for a group and one for all of them.
         weight_bits: of a stored weight.

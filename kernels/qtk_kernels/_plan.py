@@ -27,7 +27,7 @@ class Plan:
         copy: the rows of the activations are not evenly spaced: they are copied first.
         results: shape and dtype of what the launcher allocates.
         grid: programs.
-        numbers: the kernel's run-time numbers, in its order, behind the pointers.
+        numbers: the kernel's run-time numbers, in its order, after the pointers.
         options: compile-time parameters, warps and stages.
         pack: the codes are packed by a pass of its own.
     """

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._lang import jit, scaled, store_linear, tl
+from ._lang import entry, scaled, store_linear, tl
 from ._launch import cdiv
 from ._plan import Plan, row_step
 from .dispatch import on_device
@@ -22,7 +22,7 @@ from .dispatch import on_device
 BLOCK = 256  # output channels of a program
 
 
-@jit
+@entry
 def _add_parts_kernel(
     parts_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, M, N, out_step, out_zero_point,
     SPLIT_K: tl.constexpr, RIGHT_SHIFT: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -108,6 +108,7 @@ def launch_linear(
 ) -> Tensor:
     """Runs a linear's kernel on x and its other operands, and adds the parts if there are any."""
     y, *parts = plan.empty(x.device)
+    bias = None if bias is None else bias.contiguous()
     with on_device(x):
         kernel[plan.grid](
             x.contiguous() if plan.copy else x, *operands, bias, y, *(parts or (None,)),

@@ -26,7 +26,7 @@ class FewRows:
 
     Attributes:
         packed: [N, K / 2] uint8, in the kernel's layout for this CPU.
-        scales: [G, N, 2] bfloat16: a scale, and what is added behind it.
+        scales: [G, N, 2] bfloat16: a scale, and what is added after it.
         group_size: channels in a group.
     """
 
@@ -50,8 +50,8 @@ def prepare_few_rows(
     sizes = [g for g in GROUPS if K % g == 0 and (G == 1 or g == group_size)]
     if not sizes or N % 16 or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return None
-    behind = torch.zeros_like(w_scale) if w_zero_point is None else -w_zero_point * w_scale
-    pairs = torch.stack([w_scale, behind], -1).expand(N, K // sizes[0], 2)
+    offset = torch.zeros_like(w_scale) if w_zero_point is None else -w_zero_point * w_scale
+    pairs = torch.stack([w_scale, offset], -1).expand(N, K // sizes[0], 2)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((w_q + 8).to(torch.int32), 1)
     scales = pairs.transpose(0, 1).to(torch.bfloat16).contiguous()
     return FewRows(packed, scales, sizes[0])

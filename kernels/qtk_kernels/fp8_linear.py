@@ -19,7 +19,7 @@ from torch import Tensor
 from ._lang import (
     along_m,
     along_n,
-    jit,
+    entry,
     scaled,
     share_of,
     store_linear,
@@ -41,7 +41,7 @@ BLOCK_K = 128
 
 
 def to_fp8(x: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tensor]:
-    """Rounds to e4m3 with one scale a row (a token, an output channel) or one for everything.
+    """Rounds to e4m3 with one scale per row (token or output channel) or one for everything.
 
     Args:
         x: [..., K], floating point.
@@ -66,7 +66,7 @@ def fp8_linear_ref(
     return y if bias is None else y + bias.float()
 
 
-@jit
+@entry
 def _fp8_linear_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, parts_ptr,
     M, N, K, steps, stride_xm, stride_xsm,

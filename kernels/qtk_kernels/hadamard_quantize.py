@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._lang import jit, tl
+from ._lang import entry, jit, tl
 from ._launch import cdiv, next_power_of_2
 from ._one_part import dynamic_divide, dynamic_limit, lanes, store_codes, store_scale
 from ._plan import Plan, opaque, planned, row_step, shape_of
@@ -136,7 +136,7 @@ def _two_products(
     return tl.reshape(y, (ROWS, BLOCKS * F * P))
 
 
-@jit
+@entry
 def _hadamard_quantize_kernel(
     x_ptr, multiplier_ptr, offset_ptr, left_ptr, right_ptr, out_multiplier_ptr, out_offset_ptr,
     q_ptr, scale_ptr,

@@ -17,6 +17,7 @@ from ._lang import (
     along_m,
     along_n,
     dot_int8,
+    entry,
     first_channel,
     first_sum,
     high_nibbles,
@@ -140,7 +141,7 @@ def _even_groups(
                 high = dot_int8(x_high, w_high, first_sum(zeros, HAS_ZERO_POINT), SWAP)
                 if HAS_ZERO_POINT:
                     high -= x_zero_point * along_n(high_sum, SWAP)
-                g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie behind the last group
+                g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie after the last group
                 y = add_group(
                     y, high, x_scale_ptrs, g * stride_xsg, w_scale_ptrs, g * stride_wsg,
                     X_GROUPS, HAS_ZERO_POINT, SWAP,
@@ -186,7 +187,7 @@ def _odd_groups(
     return y
 
 
-@jit
+@entry
 def _int4_linear_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, parts_ptr,
     M, N, K, steps, x_zero_point, out_step, out_zero_point,

@@ -22,8 +22,8 @@ from ._lang import (
     along_n,
     block_of,
     dot_int8,
+    entry,
     first_sum,
-    jit,
     scaled,
     share_of,
     store_linear,
@@ -131,7 +131,7 @@ def int8_linear_kernel_name(operand: Tensor, *, groups: int = 1, backend: str | 
     return "triton int8_linear" if name == "triton" else "reference"
 
 
-@jit
+@entry
 def _int8_linear_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, parts_ptr,
     M, N, K, steps, x_zero_point, out_step, out_zero_point,

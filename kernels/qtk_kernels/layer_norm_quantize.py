@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._lang import jit, rsqrt, tl
+from ._lang import entry, jit, rsqrt, tl
 from ._launch import cdiv
 from ._plan import Plan, opaque, planned, row_step, shape_of
 from ._rows import (
@@ -179,7 +179,7 @@ def _finish(
     )  # fmt: skip
 
 
-@jit
+@entry
 def _layer_norm_quantize_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr,
     q_ptr, scale_ptr, emitted_ptr,

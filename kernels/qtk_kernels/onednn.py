@@ -20,7 +20,7 @@ def is_onednn(operand: Tensor, groups: int = 1) -> bool:
     """Whether `prepare_int8` made this operand for oneDNN."""
     if torch.compiler.is_compiling():
         # a traced tensor has lost its layout, so this goes by what the CPU can do; weights in
-        # groups are left as they are, since oneDNN has one scale a row
+        # groups are left as they are, since oneDNN has one scale per row
         return cpu_has_int8() and groups == 1
     return operand.is_mkldnn
 

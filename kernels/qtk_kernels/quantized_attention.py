@@ -200,8 +200,8 @@ def _launch_quantized_attention(
     with on_device(q):
         quantized_attention_kernel[plan.grid](
             q, k, v.view(torch.int8) if plan.options["V_FP8"] else v,
-            None if mask is None else mask.view(torch.uint8), q_scale, k_scale, v_scale, step,
-            out, *plan.numbers, **plan.options,
+            None if mask is None else mask.view(torch.uint8), q_scale, k_scale, v_scale,
+            None if step is None else step.contiguous(), out, *plan.numbers, **plan.options,
         )  # fmt: skip
     return out
 
@@ -230,7 +230,7 @@ def quantized_attention(
         v_scale: [B, H, D] or [B, H, 1], as those.
         scale: of the logits, D ** -0.5 if not given.
         mask: bool, broadcast against [B, H, Tq, Tk], True where a key may be seen.
-        causal: hide keys behind the query, the last query seeing the last key.
+        causal: hide keys after the query, the last query seeing the last key.
         grid: anchor "code" at the maximum's ceiling; None: only beyond WHOLE keys.
         out_dtype: of the result.
         block_n: keys of a tile, for tests.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._lang import activate_tile, jit, tl
+from ._lang import activate_tile, entry, jit, tl
 from ._launch import cdiv
 from ._plan import Plan, opaque, planned, row_step, shape_of
 from ._rows import append, divided, largest, load_rows, none, store_rows, store_scales
@@ -70,7 +70,7 @@ def _load_y(
     return ys
 
 
-@jit
+@entry
 def _shift_scale_quantize_kernel(
     x_ptr, multiplier_ptr, offset_ptr, q_ptr, scale_ptr,
     M, K, G, width, stride_xm, clip,

@@ -20,6 +20,7 @@ from ._lang import (
     along_n,
     block_of,
     constexpr_function,
+    entry,
     first_channel,
     jit,
     segment_of,
@@ -180,10 +181,11 @@ def _widen_fp16_ptx():
 
 @jit
 def _dot(x, w, acc, SWAP: tl.constexpr):
+    """acc + x w^T, or its transpose; float32 in three products of tensor cores, within 2**-21."""
     if SWAP:
-        return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        return tl.dot(w, tl.trans(x), acc, input_precision="tf32x3")
     else:
-        return tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        return tl.dot(x, tl.trans(w), acc, input_precision="tf32x3")
 
 
 @jit
@@ -255,6 +257,7 @@ def _even_nibbles(
     y = zeros
     p = zeros
     x_sum = x_zeros
+    high_sum = x_zeros  # of its own: the compiler takes no two reductions into one sum
     first, last = share_of(steps, SPLIT_K)
     for step in range(first, last):
         b = step * WIDTH
@@ -273,18 +276,21 @@ def _even_nibbles(
             x_sum = x_zeros
         x = _load_x(x_ptrs, k + 64, offs_b, K, EVEN)
         if HAS_ZERO_POINT:
-            x_sum += tl.sum(x.to(tl.float32), axis=1)
+            high_sum += tl.sum(x.to(tl.float32), axis=1)
         p = _dot(x.to(DTYPE), _nibbles_to_float(w, True, DTYPE), p, SWAP)
         if GROUP:
-            g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie behind the last group
+            g = tl.minimum(k + 64, K - 1) // GROUP  # padding may lie after the last group
             y = _add_group(
-                y, p, x_sum, zero_point_ptrs, w_scale_ptrs, g * stride_sg,
+                y, p, x_sum + high_sum, zero_point_ptrs, w_scale_ptrs, g * stride_sg,
                 HAS_ZERO_POINT, SWAP,
             )  # fmt: skip
             p = zeros
             x_sum = x_zeros
+            high_sum = x_zeros
     if not GROUP:
-        y = _add_group(y, p, x_sum, zero_point_ptrs, w_scale_ptrs, 0, HAS_ZERO_POINT, SWAP)
+        y = _add_group(
+            y, p, x_sum + high_sum, zero_point_ptrs, w_scale_ptrs, 0, HAS_ZERO_POINT, SWAP
+        )
     return y
 
 
@@ -312,7 +318,7 @@ def _odd_nibbles(
     return y
 
 
-@jit
+@entry
 def _weight_only_linear_kernel(
     x_ptr, w_ptr, w_scale_ptr, zero_point_ptr, bias_ptr, out_ptr, parts_ptr,
     M, N, K, steps, stride_xm, stride_wn, stride_sn, stride_sg,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import qtk
 from qtk.demo import measure
 from qtk.demo.sentences import split
 from qtk.fidelity import Fidelity
-from qtk.fidelity.speed import hardware, race
 from qtk.integrations.companions import copy_companions
 from qtk.integrations.transformers import load_float
 from qtk.observe.batches import prepare
 from qtk.report.summary import Summary
+from qtk.timing import hardware, race
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ def _time(results: Results, model: Any) -> None:
         ids = torch.randint(3, model.config.vocab_size, (B, T), generator=generator)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         rounds = results.sizes.rounds * (1 if B > 1 else 2)
-        seconds = race(models, batch, rounds)
+        calls = {name: partial(other, **batch) for name, other in models.items()}
+        seconds = race(calls, rounds)
         results.times[f"{B}x{T}"] = seconds["float"]
         for variant in results.variants:
             variant.times[f"{B}x{T}"] = seconds[variant.name]

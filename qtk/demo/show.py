@@ -1,4 +1,4 @@
-"""What the demo shows: one table on the terminal, one page to read."""
+"""What the demo shows: one table as text, one page to read."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtk import __version__
 from qtk.report import page, plots
+from qtk.table import ruled
 
 if TYPE_CHECKING:
     from qtk.demo import Results, Variant
@@ -14,18 +15,10 @@ KINDS = ("query", "key", "value", "attention out", "MLP in", "MLP out")
 Row = tuple[str, str, Callable[["Variant"], str]]  # what, for the float model, for a variant
 
 
-def print_table(results: "Results") -> None:
-    """The measured figures, a column a model."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{results.model}, quantized", title_justify="left", header_style="bold")
-    table.add_column("")
-    for name in ("float", *(v.name for v in results.variants)):
-        table.add_column(name, justify="right")
-    for row in rows(results):
-        table.add_row(*row)
-    Console().print(table)
+def table(results: "Results") -> str:
+    """The measured figures as plain text, a column a model."""
+    head = ["", "float", *_names(results)]
+    return "\n".join([f"{results.model}, quantized", "", *ruled(head, rows(results))])
 
 
 def rows(results: "Results") -> list[list[str]]:

@@ -1,5 +1,6 @@
-"""How far a quantized model is from the float one, measured on data; and how fast each is."""
+"""How far a quantized model is from the float one, measured on data."""
 
-from qtk.fidelity.compare import Fidelity, evaluate
+from qtk.fidelity.compare import evaluate
+from qtk.fidelity.result import Fidelity
 
 __all__ = ["Fidelity", "evaluate"]

@@ -1,104 +1,85 @@
 """Float model against quantized model, batch by batch.
 
 An encoder without a head is judged by its embedding (masked mean pooling, then L2 norm), a
-classifier by its logits, a language model by its next-token distributions. Logits are summed up and
-forgotten, so that the memory needed does not grow with the data; embeddings are kept, as each
-one is compared with all others.
+classifier by its logits, a language model by its next-token distributions. Data is read as it
+is needed and logits are summed up and forgotten, so that the memory needed does not grow
+with the data; embeddings are kept, as each one is compared with all others.
 """
 
-import math
+import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qtk.errors import CalibrationError
-from qtk.fidelity.tally import CHUNK, Tally
+from qtk.errors import CalibrationError, ModelError
+from qtk.fidelity.clipping import Clipping
+from qtk.fidelity.labels import as_tensor, check_labels, class_numbers
+from qtk.fidelity.result import Fidelity
+from qtk.fidelity.tally import CHUNK, EMBEDDING, LOGITS, SCORE, Tally
+from qtk.fidelity.windows import windows
+from qtk.integrations.transformers import open_model
 from qtk.models import describe
+from qtk.modules.linear import QuantLinear
 from qtk.observe import Batch
-from qtk.observe.batches import prepare
+from qtk.observe.batches import Labelled, stream
+from qtk.observe.guard import reading
 
 MAX_LOGITS = 2**26  # numbers that one forward pass may predict: 256 MB in float32
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """What quantization cost.
-
-    Attributes:
-        samples: outputs compared: sentences, images or tokens.
-        cosine: mean cosine between float and quantized outputs; `worst_cosine` of the worst one.
-        sqnr: signal to quantization noise of all outputs, dB; infinite when nothing differs.
-        kl: mean KL(float || quantized) of the predicted distributions, nats; None for embeddings.
-        agreement: share of samples with the same answer: the arg max of the logits, or the nearest
-            other sample for embeddings; None where there is nothing to choose from.
-        metric_name, metric_float, metric_quantized: "accuracy" or "perplexity" where there are
-            labels; None otherwise.
-    """
-
-    samples: int
-    cosine: float
-    worst_cosine: float
-    sqnr: float
-    kl: float | None = None
-    agreement: float | None = None
-    metric_name: str | None = None
-    metric_float: float | None = None
-    metric_quantized: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: a figure that is not finite becomes None."""
-        return {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in asdict(self).items()
-        }
-
-    def table(self) -> str:
-        """Two columns of plain text."""
-        rows = [
-            ("samples", f"{self.samples}"),
-            ("cosine, mean", f"{self.cosine:.5f}"),
-            ("cosine, worst", f"{self.worst_cosine:.5f}"),
-            ("SQNR", f"{self.sqnr:.2f} dB"),
-        ]
-        if self.kl is not None:
-            rows.append(("KL divergence", f"{self.kl:.5f} nats"))
-        if self.agreement is not None:
-            rows.append(("same answer", f"{100 * self.agreement:.2f} %"))
-        if self.metric_name and self.metric_float is not None:
-            rows.append((f"{self.metric_name}, float", f"{self.metric_float:.4f}"))
-            rows.append((f"{self.metric_name}, quantized", f"{self.metric_quantized:.4f}"))
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, qmodel: nn.Module, data: Any, tokenizer: Any = None) -> Fidelity:
+def evaluate(
+    model: nn.Module | str | os.PathLike[str],
+    qmodel: nn.Module | str | os.PathLike[str],
+    data: Any,
+    tokenizer: Any = None,
+    *,
+    samples: int | None = None,
+    stride: int | None = None,
+    window: int | None = None,
+    seed: int = 0,
+) -> Fidelity:
     """Compares the two models on data in any form that `quantize` takes for `calib`.
 
-    Of a text file every line counts; of a folder of images, 256 that are drawn. Batches may carry
-    `labels` (a tuple's second tensor), -100 where there is none; then the task metric is measured
-    as well: accuracy for classifiers, perplexity for language models, which without labels
-    predict their own input.
+    Where samples have labels the task metric is measured as well: accuracy for classifiers,
+    perplexity for language models, which without labels predict their own input. Labels are a
+    batch's `labels` or `label`, a tuple's second part, the field of a row, or the class folders
+    that images lie in; -100 stands for none.
+
+    Args:
+        model: in floating point, or the path or hub name of one.
+        qmodel: quantized from it, or the path or hub name of one.
+        data: what to compare them on.
+        tokenizer: tokenizer or image processor, or its folder; looked for beside the float model.
+        samples: how many a file or folder gives at most, drawn; None for all.
+        stride: reads the data as one text in overlapping windows, each of which predicts so many
+            new tokens: the perplexity that papers report. For language models only.
+        window: tokens of such a window; None for as many as the model has positions.
+        seed: of the samples that are drawn.
 
     Raises:
         CalibrationError: the data is empty or not what the model reads.
+        ModelError: the models are not of one kind, or in the wrong order.
     """
-    items = _items(data)
-    labels = [_labels(item) for item in items] if isinstance(items, list) else []
-    batches = prepare(model, items, tokenizer)
-    if len(labels) != len(batches):  # texts and images, regrouped into batches
-        labels = [None] * len(batches)
-    was = model.training, qmodel.training
-    model.eval(), qmodel.eval()
+    reference, quantized = open_model(model), open_model(qmodel)
+    _check_pair(reference, quantized)
+    causal = type(reference).__name__.endswith("ForCausalLM")
+    if stride is None:
+        parts = stream(reference, data, tokenizer, seed, samples)
+    elif causal:
+        parts = windows(reference, data, tokenizer, stride, window)
+    else:
+        raise ModelError(f"stride is for language models; {type(reference).__name__} is none")
+    numbers = class_numbers(reference, data)
+    was = reference.training, quantized.training
+    reference.eval(), quantized.eval()
     try:
-        return _compare_batches(model, qmodel, batches, labels)
+        return _compare(reference, quantized, parts, numbers, causal)
     finally:
-        model.train(was[0]), qmodel.train(was[1])
+        reference.train(was[0]), quantized.train(was[1])
 
 
 def embed(model: nn.Module, batch: Batch) -> Tensor:
@@ -127,94 +108,112 @@ def nearest(embeddings: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _compare_batches(
-    model: nn.Module, qmodel: nn.Module, batches: list[Batch], labels: list[Tensor | None]
-) -> Fidelity:
-    causal = type(model).__name__.endswith("ForCausalLM")
+def _check_pair(model: nn.Module, qmodel: nn.Module) -> None:
+    """Raises ModelError for two models that cannot be compared."""
+    quantized = [any(isinstance(m, QuantLinear) for m in x.modules()) for x in (model, qmodel)]
+    if quantized == [True, False]:
+        raise ModelError(
+            "the first model is quantized, the second is not: give the float one first"
+        )
+    types = [getattr(x.config, "model_type", None) for x in (model, qmodel)]
+    if types[0] != types[1]:
+        names = [
+            f"{type(x).__name__} ({kind})" for x, kind in zip((model, qmodel), types, strict=True)
+        ]
+        raise ModelError(
+            f"{names[0]} and {names[1]} are of different kinds; give a model and what was "
+            "quantized from it"
+        )
+
+
+def _compare(
+    model: nn.Module, qmodel: nn.Module, parts: Iterator[Labelled], numbers: dict[str, int],
+    causal: bool,
+) -> Fidelity:  # fmt: skip
     extra = {"use_cache": False} if describe(model)[0].causal else {}
-    tally, embeddings = Tally(causal=causal), []
-    for batch, target in _pieces(model, batches, labels):
-        out = model(**batch, **extra, return_dict=True)
-        q_out = qmodel(**_like(qmodel, batch), **extra, return_dict=True)
+    tally, embeddings, clipping = Tally(causal=causal), [], Clipping(qmodel)
+    for index, part in enumerate(_pieces(model, parts)):
+        q_batch = _like(qmodel, part.batch)
+        with reading(f"batch {index}"):
+            out = model(**part.batch, **extra, return_dict=True)
+            q_out = qmodel(**q_batch, **extra, return_dict=True)
+        clipping.look(q_batch, **extra)
+        labels, mask = as_tensor(part.labels, numbers), part.batch.get("attention_mask")
         want, got = _logits(out), _logits(q_out)
+        _check_outputs(out[0] if want is None else want, q_out[0] if got is None else got)
         if want is None or got is None:
-            mask = batch.get("attention_mask")
             pair = pool(out[0], mask), pool(q_out[0].to(out[0].device), mask)
-            tally.add(*pair)
+            tally.add(*pair, names=part.names)
             embeddings.append(pair)
         elif want.dim() == 2:
-            tally.add(want, got, target, answers=want.shape[1] > 1)
+            kind = LOGITS if want.shape[1] > 1 else SCORE
+            labels = check_labels(labels, want) if kind == LOGITS else None
+            tally.add(want, got, labels, kind, part.names)
         else:
-            tally.add(*_tokens(want, got, batch, target, causal), answers=True)
-    agreement = None
-    if tally.samples > 1 and embeddings:
-        floats, quantized = (torch.cat(side) for side in zip(*embeddings, strict=True))
-        agreement = float((nearest(floats) == nearest(quantized)).double().mean())
+            want, got, labels, owners = _tokens(want, got, part, labels, causal)
+            tally.add(want, got, labels, LOGITS, part.names, owners)
     if not tally.samples:
         raise CalibrationError("evaluate: the data holds no sample")
     figures = tally.figures()
-    if embeddings:
-        figures["agreement"] = agreement
-    return Fidelity(**figures)
+    if tally.kind == EMBEDDING and tally.samples > 1:
+        floats, quantized = (torch.cat(side) for side in zip(*embeddings, strict=True))
+        figures["agreement"] = float((nearest(floats) == nearest(quantized)).double().mean())
+    return Fidelity(**figures, clipped=clipping.shares())
+
+
+def _check_outputs(want: Tensor, got: Tensor) -> None:
+    if want.shape != got.shape:
+        raise ModelError(
+            f"the models' outputs have shapes {list(want.shape)} and {list(got.shape)}; "
+            "give a model and what was quantized from it, heads included"
+        )
 
 
 def _tokens(
-    want: Tensor, got: Tensor, batch: Batch, labels: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[B, T, V] of both models -> [tokens, V] of the real ones, and what they should predict."""
-    mask = batch.get("attention_mask")
+    want: Tensor, got: Tensor, part: Labelled, labels: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """[B, T, V] of both models -> [tokens, V], what they should predict, and whose they are.
+
+    Only tokens that are no padding count. The last of the four, [tokens], names the batch's row.
+    """
+    mask = part.batch.get("attention_mask")
     keep = torch.ones(want.shape[:2], device=want.device) if mask is None else mask
     keep = keep.bool()
-    if causal:  # position t predicts token t + 1
-        labels = batch.get("input_ids") if labels is None else labels
-        want, got, keep = want[:, :-1], got[:, :-1], keep[:, 1:]
+    if causal:  # position t predicts token t + 1, and padding on the left predicts nothing
+        labels = part.batch.get("input_ids") if labels is None else labels
+        labels = check_labels(labels, want)
+        want, got, keep = want[:, :-1], got[:, :-1], keep[:, 1:] & keep[:, :-1]
+        if part.judged is not None:
+            keep = keep & part.judged[:, 1:].to(keep.device)
         labels = None if labels is None else labels[:, 1:]
+    else:
+        labels = check_labels(labels, want)
     if want.shape[:2] != keep.shape:  # predictions about patches, which no mask speaks of
         keep = torch.ones(want.shape[:2], dtype=torch.bool, device=want.device)
-    return want[keep], got[keep.to(got.device)], None if labels is None else labels[keep]
+    owners = keep.nonzero()[:, 0]
+    return want[keep], got[keep.to(got.device)], None if labels is None else labels[keep], owners
 
 
-def _pieces(
-    model: nn.Module, batches: list[Batch], labels: list[Tensor | None]
-) -> Iterator[tuple[Batch, Tensor | None]]:
+def _pieces(model: nn.Module, parts: Iterator[Labelled]) -> Iterator[Labelled]:
     """The batches, cut where a prediction for every token of a vocabulary would not fit."""
     config: Any = model.config
     per_token = getattr(config, "vocab_size", 1) if hasattr(model, "lm_head") else 1
-    for batch, target in zip(batches, labels, strict=True):
-        main = batch.get("input_ids", next(iter(batch.values())))
+    for part in parts:
+        main = part.batch.get("input_ids", next(iter(part.batch.values())))
         B, tokens = main.shape[0], main.shape[1] if main.dim() == 2 else 1
         rows = max(1, MAX_LOGITS // max(1, tokens * per_token))
         for start in range(0, B, rows):
-            piece = {k: v[start : start + rows] if len(v) == B else v for k, v in batch.items()}
-            part = None if target is None else target[start : start + rows].to(main.device)
-            yield piece, part
+            cut = slice(start, start + rows)
+            batch = {k: v[cut] if v.dim() and len(v) == B else v for k, v in part.batch.items()}
+            labels = None if part.labels is None else part.labels[cut]
+            judged = None if part.judged is None else part.judged[cut]
+            yield Labelled(batch, labels, part.names[cut], judged)
 
 
 def _logits(out: Any) -> Tensor | None:
     """What the model predicts, None for an encoder without a head."""
     found = (getattr(out, name, None) for name in ("logits", "start_logits", "prediction_logits"))
     return next((logits.float() for logits in found if logits is not None), None)
-
-
-def _items(data: Any) -> Any:
-    """The data as a list, or as a path that `prepare` reads."""
-    if isinstance(data, (str, Path)):
-        path = Path(data)
-        if not path.is_file():
-            return path
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise CalibrationError(f"{path} is not a UTF-8 text file") from None
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    single = isinstance(data, Tensor) or hasattr(data, "keys")
-    return [data] if single else list(data)
-
-
-def _labels(item: Any) -> Tensor | None:
-    if isinstance(item, (tuple, list)):
-        return item[1] if len(item) > 1 and isinstance(item[1], Tensor) else None
-    return item.get("labels") if hasattr(item, "get") else None
 
 
 def _like(model: nn.Module, batch: Batch) -> Batch:

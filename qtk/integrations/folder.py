@@ -62,6 +62,8 @@ def read(path: Any, variant: str | None = None) -> Saved:
         CheckpointError: no such folder, not saved by qtk, or not what it says it is.
     """
     folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     config = _json(folder / "config.json", f"{folder} has no config.json: not a saved model")
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qtk":
@@ -73,6 +75,16 @@ def read(path: Any, variant: str | None = None) -> Saved:
     _check_sizes(config, record, stored)
     _check_dtypes(record, stored)
     return Saved({k: v for k, v in config.items() if k not in NOT_THEIRS}, record, stored)
+
+
+def is_quantized(path: Any) -> bool:
+    """Whether a config.json says that qtk made what lies beside it."""
+    try:
+        config = _json(Path(path) / "config.json", "")
+    except CheckpointError:
+        return False
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == "qtk"
 
 
 def _json(file: Path, missing: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from qtk.errors import CheckpointError, ModelError
 
 
@@ -29,6 +31,8 @@ class AtomicSave:
         try:
             type(self.model).save_pretrained(self.model, work, **kwargs)
             _put_in_place(work, target)
+        except SafetensorError as error:
+            raise CheckpointError(f"{target} cannot be written: {error}") from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
             if is_new and not any(target.iterdir()):

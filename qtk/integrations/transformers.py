@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from qtk import assembly
 from qtk.errors import BackendError, CheckpointError, ModelError
 from qtk.integrations import folder
 from qtk.integrations.saving import AtomicSave, Unfinished
+from qtk.models import check_whole
 from qtk.record import Record
 
 
@@ -111,7 +113,9 @@ def load_float(model: Any) -> Any:
     """
     if isinstance(model, (str, os.PathLike)):
         return _read(str(model))
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+    if isinstance(model, nn.Module):
+        check_whole(model)
+    else:
         raise ModelError(
             f"a {type(model).__name__} is not a transformers model; give a model, a folder or a "
             "hub name"
@@ -119,6 +123,17 @@ def load_float(model: Any) -> Any:
     if any(p.is_meta for p in model.parameters()):
         raise ModelError("the model's parameters are on the meta device: load its weights first")
     return model
+
+
+def open_model(model: Any) -> Any:
+    """A model as it is, or one read from a folder or hub name, quantized by qtk or not.
+
+    Raises:
+        ModelError, CheckpointError: as `load_float` and `load`.
+    """
+    if isinstance(model, (str, os.PathLike)) and folder.is_quantized(model):
+        return load(model)
+    return load_float(model)
 
 
 def load(path: str | os.PathLike[str], *, backend: str | None = None, **kwargs: Any) -> Any:
@@ -188,6 +203,8 @@ def _check_all_read(model: nn.Module) -> None:
 def _read(path: str) -> Any:
     from transformers import AutoConfig
 
+    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".")):
+        raise ModelError(f"cannot load {path!r}: no such folder")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         return _class(config.to_dict()).from_pretrained(path, dtype="auto", trust_remote_code=False)

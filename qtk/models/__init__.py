@@ -175,18 +175,43 @@ def describe(model: nn.Module) -> tuple[Block, ...]:
     """The blocks of a transformers model, in order.
 
     Raises:
-        ModelError: the architecture is not supported, or its family file names what is not there.
+        ModelError: not a whole model, not a supported architecture, or one whose family file names
+            what is not there.
     """
+    check_whole(model)
     family = _family(model)
     if family not in available("models"):
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         raise ModelError(
             f"{type(model).__name__} (model_type {model_type!r}) is not supported; "
-            f"supported: {', '.join(available('models'))}"
+            f"supported: {', '.join(available('models'))}. A family is one file of names: "
+            "CONTRIBUTING.md says what stands in it"
         )
     blocks = tuple(load("models", family).blocks(model))
     _check(model, blocks, family)
     return blocks
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises ModelError for what is no model of transformers, but holds one or is a part of one."""
+    import transformers
+
+    cls = type(model).__name__
+    if isinstance(model, transformers.PreTrainedModel):
+        return
+    if hasattr(model, "merge_and_unload"):
+        raise ModelError(f"a {cls} is a model with adapters: give model.merge_and_unload()")
+    for name, module in model.named_modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            steps = (f"[{step}]" if step.isdigit() else f".{step}" for step in name.split("."))
+            raise ModelError(
+                f"a {cls} is a wrapper: give the transformers model inside it, "
+                f"model{''.join(steps)}"
+            )
+    raise ModelError(
+        f"a {cls} is not a transformers model, or only a part of one; give a model, a folder or a "
+        "hub name"
+    )
 
 
 def stream_of(model: nn.Module) -> Stream | None:
@@ -231,6 +256,12 @@ def _check(model: nn.Module, blocks: tuple[Block, ...], family: str) -> None:
             norms = (block.anatomy.norm1, block.anatomy.norm2)
             names += [f"{block.name}.{norm}" for norm in norms]
         missing = [name for name in names if name not in modules]
+        for name in block.linears:
+            if hasattr(modules.get(name), "base_layer"):
+                raise ModelError(
+                    f"{name} is a {type(modules[name]).__name__} around a linear: merge the "
+                    "adapters, as merge_and_unload() does, and give the plain model"
+                )
         if missing:
             raise ModelError(
                 f"qtk/models/{family}.py does not fit {type(model).__name__}: no {missing}; "

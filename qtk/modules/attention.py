@@ -1,7 +1,7 @@
 """Attention's two products and softmax on integers: what replaces the float function between q, k
 and v and the output projection, in fused blocks and in transformers' own modules alike.
 
-q and k become codes with one scale a token and head, found when they are there, so that neither
+q and k become codes with one scale per token and head, found when they are there, so that neither
 padding nor later tokens change a result; v has one static scale a channel, because its tokens are
 what the product sums over. Probabilities are divided by the sum of their quantized values.
 
@@ -66,7 +66,7 @@ class QuantAttention(Float32Buffers):
             scale: of the logits, D ** -0.5 if not given.
             mask: bool, or float with 0 where a key may be seen and a large negative number
                 elsewhere; broadcast against [B, H, Tq, Tk].
-            causal: hide the keys behind each query.
+            causal: hide the keys after each query.
 
         Returns:
             [B, Tq, H * D] in q's dtype.

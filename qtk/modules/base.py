@@ -7,12 +7,12 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from qtk_kernels.dispatch import backend_of
 from torch import Tensor, nn
 
 from qtk.discover import available, load
 from qtk.errors import BackendError, ModelError
 from qtk.scheme import Scheme
+from qtk_kernels.dispatch import backend_of
 
 
 class Float32Buffers(nn.Module):

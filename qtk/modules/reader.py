@@ -9,6 +9,7 @@ from qtk.grids import Affine, Change, InputGrid
 from qtk.scheme import Format
 from qtk_kernels.activation import activate
 from qtk_kernels.codes import Codes
+from qtk_kernels.fp8_linear import to_fp8
 from qtk_kernels.hadamard import rotate
 from qtk_kernels.hadamard_quantize import hadamard_quantize
 from qtk_kernels.shift_scale_quantize import shift_scale_quantize
@@ -21,13 +22,14 @@ class Reader:
     """x -> codes: before, rotation, after, rounding.
 
     Attributes:
-        codes: what is written, None where floats stay floats.
+        codes: what is written, None where floats stay floats or become e4m3.
         before: x * multiplier + offset before a rotation; [K] each, or None.
         rotation: whether there is one.
         after: the same after it, in units of codes where the grid is static. Without a rotation
             there is only this one.
         backend: of the kernels.
         uniform: step and zero point of a static grid without a change of variable before it.
+        fp8: each token becomes e4m3, with a scale of its own.
     """
 
     codes: Codes | None
@@ -36,6 +38,7 @@ class Reader:
     after: Affine | None
     backend: str
     uniform: tuple[float, int] | None = None
+    fp8: bool = False
 
     @classmethod
     def of(cls, grid: InputGrid, K: int, backend: str) -> "Reader":
@@ -44,7 +47,8 @@ class Reader:
         Args:
             backend: "triton", "cpu" or "reference".
         """
-        codes = None if grid.fmt is None else codes_of(grid.fmt, grid.clip, backend)
+        fp8 = grid.fmt is not None and grid.fmt.kind == "e4m3"
+        codes = None if fp8 or grid.fmt is None else codes_of(grid.fmt, grid.clip, backend)
         before, after = grid.affines(codes.offset if codes is not None and grid.static else 0)
         if after is not None:
             after = (after[0].expand(K).contiguous(), after[1].expand(K).contiguous())
@@ -52,7 +56,7 @@ class Reader:
         if codes is not None and grid.static is not None and grid.change == Change():
             step, zero_point = grid.static
             uniform = float(step), int(zero_point) + codes.offset
-        return cls(codes, before, grid.change.rotation, after, backend, uniform)
+        return cls(codes, before, grid.change.rotation, after, backend, uniform, fp8)
 
     @property
     def folded(self) -> Affine | None:
@@ -62,7 +66,8 @@ class Reader:
     def __call__(self, x: Tensor, activation: str | None = None) -> Read:
         """[..., K] -> what the product reads of activation(x)."""
         if self.codes is None:
-            return self._floats(x), None
+            x = self._floats(activate(x, activation))
+            return to_fp8(x) if self.fp8 else (x, None)
         if self.rotation:
             multiplier, offset = self.before or (None, None)
             out_multiplier, out_offset = self.after or (None, None)
@@ -77,7 +82,8 @@ class Reader:
 
     def rotated(self, x: Tensor) -> Read:
         """What `__call__` does after the rotation, or all of it where there is none."""
-        assert self.codes is not None
+        if self.codes is None:
+            return to_fp8(x)
         multiplier, offset = self.after or (None, None)
         return shift_scale_quantize(x, multiplier, offset, self.codes, backend=self.backend)
 

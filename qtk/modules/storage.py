@@ -5,8 +5,9 @@ byte.
 """
 
 import torch
-from qtk_kernels.packing import pack_int4, unpack_int4
 from torch import Tensor
+
+from qtk_kernels.packing import pack_int4, unpack_int4
 
 
 def stored_shape(K: int, bits: int) -> tuple[torch.dtype, tuple[int, int]]:

@@ -21,7 +21,7 @@ def tune(
     if not torch.cuda.is_available():
         raise BackendError("tune measures kernels on a GPU, and there is none on this machine")
     if not has_triton():
-        raise BackendError("tune needs the package triton, which cannot be imported here")
+        raise BackendError("tune needs the package triton: pip install 'qtk-torch[gpu]'")
     from qtk_kernels.tune import tune as tune_kernels
 
     return tune_kernels(folder, minutes, log)

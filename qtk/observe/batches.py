@@ -1,20 +1,55 @@
 """Calibration data in any form to batches that the model reads."""
 
+import logging
+import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qtk.errors import CalibrationError
-from qtk.observe import Batch
+from qtk.observe.check import check
+from qtk.observe.files import IMAGES, class_of, draw_lines, image_files, is_image, lines
+from qtk.observe.guard import reading
+from qtk.observe.images import (
+    Unreadable,
+    find_processor,
+    is_image_object,
+    pixel_values,
+    reads_images,
+)
+from qtk.observe.items import KINDS, Item, columns, is_row, recognise
+from qtk.observe.tokens import Batch, Unknown, encode, find_tokenizer
+
+logger = logging.getLogger("qtk")
 
 SAMPLES = 256  # sentences or images taken from a file or folder
 BATCH_SIZE = 32
-MAX_LENGTH = 256  # tokens
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SORTED = 4096  # texts that are sorted by length at once
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One batch of B rows.
+
+    Attributes:
+        batch: what the model is called with.
+        labels: a tensor as it was given, a list of B, or None.
+        names: of the B rows: their positions in a list, "line 7" of a file, an image's path.
+        judged: [B, T] bool, the tokens that count; None for all that are no padding.
+    """
+
+    batch: Batch
+    labels: Any
+    names: list[int | str]
+    judged: Tensor | None = None
 
 
 def prepare(
@@ -23,183 +58,184 @@ def prepare(
     """Batches on the model's device, checked.
 
     Args:
-        calib: an iterable of batches (dicts of tensors, or tensors), a list of strings, or a path
+        calib: one batch or an iterable of batches (dicts of tensors, or tensors), of strings, of
+            images or their paths; pairs of one of these and a label; rows of a data set; or a path
             to a text file (one sample a line) or a folder of images.
-        tokenizer: a tokenizer or image processor; looked for beside the model when it is needed.
+        tokenizer: a tokenizer or image processor, or its folder; looked for beside the model when
+            it is needed.
         samples: how many a file or folder gives at most.
 
     Raises:
         CalibrationError: empty, not finite, of the wrong kind, or tokens beyond the vocabulary.
     """
-    if isinstance(calib, (str, Path)):
-        calib = _read(Path(calib), seed, samples)
-    if isinstance(calib, (dict, Tensor)):
-        calib = [calib]
-    if not isinstance(calib, Iterable):
+    return [part.batch for part in stream(model, calib, tokenizer, seed, samples)]
+
+
+def stream(
+    model: nn.Module, data: Any, tokenizer: Any = None, seed: int = 0, samples: int | None = None
+) -> Iterator[Labelled]:
+    """What `prepare` gives, one batch after the other, with labels and names.
+
+    Args:
+        samples: how many a file or folder gives at most; None for all, in order.
+
+    Raises:
+        CalibrationError: as `prepare`.
+    """
+    items = _items(model, data, seed, samples)
+    first = next(items, None)
+    if first is None:
+        raise CalibrationError("calib is empty: give at least one batch, or calib=None for none")
+    items = _alike(first.kind, chain([first], items))
+    make = {"text": _texts, "image": _images, "batch": _batches}[first.kind]
+    for index, part in enumerate(make(model, items, tokenizer)):
+        yield replace(part, batch=check(model, part.batch, index))
+
+
+def _items(model: nn.Module, data: Any, seed: int, samples: int | None) -> Iterator[Item]:
+    """The data as samples or batches, whatever form it has."""
+    if isinstance(data, (str, os.PathLike)):
+        yield from _of_path(Path(data), seed, samples)
+        return
+    if is_row(data):
+        data = columns(data) or [data]
+    elif isinstance(data, Tensor) or hasattr(data, "convert"):
+        data = [data]
+    elif is_image_object(data):
+        data = _of_array(data)
+    if not isinstance(data, Iterable):
         raise CalibrationError(
-            f"calib is a {type(calib).__name__}; give batches (dicts of tensors), a list of "
+            f"calib is a {type(data).__name__}; give batches (dicts of tensors), a list of "
             "strings, or a path to a text file or a folder of images"
         )
-    items = list(calib)
-    if not items:
-        raise CalibrationError("calib is empty: give at least one batch, or calib=None for none")
-    if all(isinstance(item, str) for item in items):
-        items = tokenize(model, items, tokenizer)
-    elif all(hasattr(item, "__array_interface__") for item in items):  # of PIL or numpy
-        items = process_images(model, items, tokenizer)
-    return [_check(model, _as_dict(model, item), i) for i, item in enumerate(items)]
+    for i, item in enumerate(data):
+        yield replace(recognise(model, item), name=i)
 
 
-def tokenize(model: nn.Module, texts: Sequence[str], tokenizer: Any = None) -> list[Batch]:
-    """Texts to padded batches, longest with longest so that little is padding."""
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise CalibrationError("calib holds only empty strings; give sentences")
-    tokenizer = tokenizer or _beside(model, "AutoTokenizer")
-    if not callable(tokenizer) or not hasattr(tokenizer, "pad_token"):
-        raise CalibrationError(f"a {type(tokenizer).__name__} is not a tokenizer; pass tokenizer=")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    length = min(MAX_LENGTH, _positions(model) or MAX_LENGTH)
-    ordered = sorted(texts, key=len)
-    return [
-        dict(tokenizer(
-            ordered[i : i + BATCH_SIZE], padding=True, truncation=True, max_length=length,
-            return_tensors="pt",
-        ))
-        for i in range(0, len(ordered), BATCH_SIZE)
-    ]  # fmt: skip
+def _of_array(data: Any) -> Iterable[Any]:
+    """An array of numpy: of strings, of ids [B, T], of images [B, H, W, C], or one image."""
+    if data.dtype.kind in "USO" or (data.ndim == 4 and data.dtype.kind != "f"):
+        return data.tolist() if data.ndim == 1 else list(data)
+    return [data]
 
 
-def process_images(model: nn.Module, images: Sequence[Any], processor: Any = None) -> list[Batch]:
-    """PIL images to batches of pixel values."""
-    processor = processor or _beside(model, "ViTImageProcessorPil")
-    return [
-        dict(processor(list(images[i : i + BATCH_SIZE]), return_tensors="pt"))
-        for i in range(0, len(images), BATCH_SIZE)
-    ]
-
-
-def _read(path: Path, seed: int, samples: int) -> list[Any]:
-    """At most `samples` lines of a text file, or images of a folder, drawn without repetition."""
-    if not path.exists():
-        raise CalibrationError(f"calib path {str(path)!r} does not exist")
-    if path.is_file():
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except UnicodeDecodeError:
-            raise CalibrationError(f"{path} is not a UTF-8 text file") from None
-        found: list[Any] = [line for line in lines if line]
+def _of_path(path: Path, seed: int, samples: int | None) -> Iterator[Item]:
+    """The lines of a text file, the images of a folder, or one image."""
+    try:
+        exists = path.exists()
+    except OSError:  # a text for a name, perhaps
+        exists = False
+    if not exists:
+        raise CalibrationError(f"calib path {str(path)[:200]!r} does not exist")
+    if is_image(path):
+        yield Item("image", path, name=path.name)
+    elif path.is_file():
+        found = lines(path) if samples is None else iter(draw_lines(path, seed, samples))
+        empty = True
+        for number, text in found:
+            empty = False
+            yield Item("text", text, name=f"line {number}")
+        if empty:
+            raise CalibrationError(f"{path} holds no text lines")
     else:
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
-    if not found:
-        raise CalibrationError(f"{path} holds no text lines and no images {IMAGES}")
-    chosen = random.Random(seed).sample(found, min(samples, len(found)))
-    if path.is_file():
-        return chosen
-    from PIL import Image
-
-    return [_open(Image, p) for p in chosen]
+        yield from _of_folder(path, seed, samples)
 
 
-def _open(library: Any, path: Path) -> Any:
-    try:
-        return library.open(path).convert("RGB")
-    except OSError as error:
-        raise CalibrationError(f"{path} is not an image that can be read ({error})") from None
+def _of_folder(folder: Path, seed: int, samples: int | None) -> Iterator[Item]:
+    files = image_files(folder)
+    if not files:
+        raise CalibrationError(f"{folder} holds no text lines and no images {IMAGES}")
+    if samples is not None:
+        files = random.Random(seed).sample(files, min(samples, len(files)))
+    for path in files:
+        name = str(path.relative_to(folder))
+        yield Item("image", path, class_of(folder, path), name)
 
 
-def _positions(model: nn.Module) -> int | None:
-    """The longest sequence that the model has positions for."""
-    config: Any = model.config
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and config.model_type == "roberta":  # counts from behind the padding index
-        limit -= config.pad_token_id + 1
-    return limit
+def _alike(kind: str, items: Iterable[Item]) -> Iterator[Item]:
+    """The items, all of one kind."""
+    for item in items:
+        if item.kind != kind:
+            raise CalibrationError(f"calib holds both {kind} and {item.kind}; give {KINDS}")
+        yield item
 
 
-def _beside(model: nn.Module, loader: str) -> Any:
-    """The tokenizer or processor in the folder or hub repository that the model came from."""
-    import transformers
-
-    source = getattr(model.config, "_name_or_path", "") or ""
-    try:
-        if not source:
-            raise OSError("the model was not loaded from a folder")
-        return getattr(transformers, loader).from_pretrained(source)
-    except Exception as error:
-        raise CalibrationError(
-            f"calib needs a tokenizer or image processor and none was found beside the model "
-            f"({error}); pass tokenizer="
-        ) from error
-
-
-def _as_dict(model: nn.Module, item: Any) -> Batch:
-    if isinstance(item, Tensor):
-        name = getattr(model, "main_input_name", "input_ids")
-        return {name: item}
-    if isinstance(item, (tuple, list)):
-        return _as_dict(model, item[0]) if item else {}
-    if not hasattr(item, "keys"):
-        raise CalibrationError(
-            f"calib holds a {type(item).__name__}; give batches (dicts of tensors), only strings, "
-            "or only images"
-        )
-    return {k: v for k, v in dict(item).items() if k != "labels" and v is not None}
+def _texts(model: nn.Module, items: Iterator[Item], tokenizer: Any) -> Iterator[Labelled]:
+    """Texts, longest with longest so that little is padding."""
+    parts = _in_parts((item for item in items if item.content.strip()), SORTED)
+    first = next(parts, None)
+    if first is None:
+        raise CalibrationError("calib holds only empty strings; give sentences")
+    tokenizer = find_tokenizer(model, tokenizer)
+    unknown = Unknown(tokenizer)
+    for part in chain([first], parts):
+        ordered = sorted(part, key=lambda item: len(item.content))
+        found = []
+        for rows in _in_parts(ordered, BATCH_SIZE):
+            batch = encode(model, tokenizer, [item.content for item in rows])
+            unknown.count(batch)
+            found.append(_labelled(batch, rows))
+        unknown.check()
+        yield from found
 
 
-def _check(model: nn.Module, batch: Batch, index: int) -> Batch:
-    where = f"calibration batch {index}"
-    main = getattr(model, "main_input_name", "input_ids")
-    if main not in batch and "inputs_embeds" not in batch:
-        raise CalibrationError(
-            f"{where} has {sorted(batch)}, but {type(model).__name__} reads {main!r}; "
-            "is this the right tokenizer or image processor?"
-        )
-    for name, value in batch.items():
-        if not isinstance(value, Tensor):
-            raise CalibrationError(
-                f"{where}: {name!r} is a {type(value).__name__}, not a tensor; "
-                "call the tokenizer with return_tensors='pt'"
-            )
-        if value.is_meta or value.layout != torch.strided:
-            kind = "on the meta device" if value.is_meta else f"of layout {value.layout}"
-            raise CalibrationError(f"{where}: {name!r} is {kind}; give dense tensors with data")
-        if value.numel() == 0:
-            raise CalibrationError(f"{where}: {name!r} is empty, shape {list(value.shape)}")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CalibrationError(f"{where}: {name!r} holds nan or inf; drop or repair the batch")
-    ids, vocabulary = batch.get("input_ids"), getattr(model.config, "vocab_size", None)
-    if ids is not None:
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise CalibrationError(f"{where}: input_ids are {ids.dtype}; they must be int64")
-        if ids.dim() != 2:
-            raise CalibrationError(
-                f"{where}: input_ids have shape {list(ids.shape)}; it must be [batch, tokens]"
-            )
-        lowest, highest = int(ids.min()), int(ids.max())
-        if vocabulary and (highest >= vocabulary or lowest < 0):
-            worst = lowest if lowest < 0 else highest
-            raise CalibrationError(
-                f"{where}: token id {worst} is outside the model's vocabulary of {vocabulary}; "
-                "this is another model's tokenizer"
-            )
-        limit = _positions(model)
-        if limit and ids.shape[-1] > limit:
-            raise CalibrationError(
-                f"{where}: {ids.shape[-1]} tokens, but the model has {limit} positions; "
-                "truncate to that length"
-            )
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() == 2 and ids is not None and mask.shape != ids.shape:
-        raise CalibrationError(
-            f"{where}: attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}"
-        )
-    if mask is not None and not mask.bool().any():
-        raise CalibrationError(f"{where}: attention_mask hides every token")
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    device = next(model.parameters()).device
-    return {
-        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-        for name, value in batch.items()
-    }
+def _images(model: nn.Module, items: Iterator[Item], processor: Any) -> Iterator[Labelled]:
+    """Images, of which files that cannot be read are left out."""
+    if not reads_images(model):
+        main = getattr(model, "main_input_name", "input_ids")
+        raise CalibrationError(f"calib holds images, but {type(model).__name__} reads {main!r}")
+    unreadable: list[Unreadable] = []
+    read = 0
+    for part in _in_parts(_pixels(model, items, processor, unreadable), BATCH_SIZE):
+        with reading("images of different sizes"):
+            batch = {"pixel_values": torch.cat([pixels for _, pixels in part])}
+        read += len(part)
+        yield _labelled(batch, [item for item, _ in part])
+    if unreadable and not read:
+        raise CalibrationError(f"none of {len(unreadable)} images can be read: {unreadable[0]}")
+    if unreadable:
+        logger.warning(
+            "%d of %d images cannot be read and are left out; the first: %s",
+            len(unreadable), len(unreadable) + read, unreadable[0],
+        )  # fmt: skip
+
+
+def _pixels(
+    model: nn.Module, items: Iterator[Item], processor: Any, unreadable: list[Unreadable]
+) -> Iterator[tuple[Item, Tensor]]:
+    """[1, C, H, W] of each image; files that cannot be read go to the list."""
+    found = None
+    for item in items:
+        if isinstance(item.content, Tensor):
+            yield item, item.content[None]
+            continue
+        found = found or find_processor(model, processor)
+        try:
+            pixels = pixel_values(model, item.content, found, item.name)
+        except Unreadable as error:
+            unreadable.append(error)
+            continue
+        yield item, pixels
+
+
+def _batches(model: nn.Module, items: Iterator[Item], _: Any) -> Iterator[Labelled]:
+    """Batches as they are, their rows counted."""
+    row = 0
+    for item in items:
+        sizes = (len(v) for v in item.content.values() if isinstance(v, Tensor) and v.dim())
+        size = next(sizes, 1)
+        yield Labelled(item.content, item.label, list(range(row, row + size)))
+        row += size
+
+
+def _labelled(batch: Batch, items: list[Item]) -> Labelled:
+    labels = [item.label for item in items]
+    known = any(label is not None for label in labels)
+    return Labelled(batch, labels if known else None, [item.name for item in items])
+
+
+def _in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size`, the last one shorter."""
+    items = iter(items)
+    while part := list(islice(items, size)):
+        yield part

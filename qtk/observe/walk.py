@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtk.errors import CalibrationError, QtkError
+from qtk.errors import CalibrationError
 from qtk.models import Block, Group
+from qtk.observe.guard import reading
 from qtk.observe.probe import Gradients, Probe, parts_of
 from qtk.observe.site import Batch, Site, linears_of
 
 MAX_TOKENS = 16384  # rows kept of one site for searches; extremes are taken over all tokens
-CANNOT_READ = (
-    ValueError, TypeError, LookupError, RuntimeError, AttributeError, AssertionError,
-)  # fmt: skip
 
 
 @dataclass
@@ -89,6 +87,8 @@ def _first_calls(model: nn.Module, block: Block, batches: Sequence[Batch]) -> li
                 "check the calibration data and the model's embeddings"
             )
         mask = batches[len(calls)].get("attention_mask")
+        if mask is not None and mask.dim() == 3:  # of [B, choices, T], which the model flattens
+            mask = mask.flatten(0, 1)
         if mask is None or tuple(mask.shape) != tuple(hidden.shape[:2]):
             mask = torch.ones(hidden.shape[:2])
         mask = mask.bool().to(hidden.device)
@@ -115,14 +115,8 @@ def forward(model: nn.Module, batch: Batch, index: int, **options: Any) -> Any:
     Raises:
         CalibrationError: the model cannot read it; the message has its number.
     """
-    try:
+    with reading(f"calibration batch {index}"):
         return model(**batch, **options)
-    except (QtkError, torch.OutOfMemoryError):
-        raise
-    except CANNOT_READ as error:
-        raise CalibrationError(
-            f"the model cannot read calibration batch {index}: {error}"
-        ) from error
 
 
 def run(module: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -153,7 +147,8 @@ def _run_float(
     for i, call in enumerate(calls):
         current[:] = [call]
         passed.clear()
-        call.float_hidden = run(module, call.float_hidden, call)
+        with reading(f"calibration batch {i}"):  # a mask of another shape shows only here
+            call.float_hidden = run(module, call.float_hidden, call)
         _check_finite(call.float_hidden, call, f"{block.name}, in floating point,", i)
     for handle in handles:
         handle.remove()

@@ -33,8 +33,8 @@ Part = Any  # a name, a module with `find`, or such a function
 
 def quantize(
     model: nn.Module | str | Path,
-    w: int = 8,
-    a: int = 8,
+    w: int | str = 8,
+    a: int | str = 8,
     calib: Any = None,
     tokenizer: Any = None,
     *,
@@ -62,6 +62,7 @@ def quantize(
     Args:
         model: a model in floating point, or the path or hub name of one.
         w, a: bits of weights (2 to 8, or 16) and activations (4 to 8, or 16); 16 is floating point.
+            "fp8" for both is e4m3: weights per channel, activations per token.
         calib: batches (dicts of tensors), strings, or a path to a text file or image folder.
             Without any, activations are dynamic and the norms' own parameters give shift and scale.
         tokenizer: tokenizer or image processor for `calib`; looked for beside the model.

@@ -96,7 +96,7 @@ def _fitted(model: nn.Module, found: Assignment) -> Assignment:
         if size > longest:
             raise SchemeError(
                 f"group_size={size}: the longest row that it is for has {longest} weights; leave "
-                "it out for one scale a row"
+                "it out for one scale per row"
             )
 
     def fitted(name: str, choice: Choice) -> Choice:

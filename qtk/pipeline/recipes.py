@@ -6,7 +6,7 @@ from qtk.discover import available
 from qtk.errors import SchemeError
 from qtk.ranges import CheckedRule, rule_of
 from qtk.round import CheckedRounder, rounder_of
-from qtk.scheme import FLOAT, Scheme
+from qtk.scheme import FLOAT, FP8, Scheme
 from qtk.transform import CheckedTransform, transform_of
 
 # the public name of a method -> the file in qtk/transform; any file there is a method by itself
@@ -24,16 +24,19 @@ LEARNERS = ("none", "block", "model")
 # Times and cosines are of MiniLM with 256 sentences; see benchmarks/results/README.md.
 PRESETS: dict[str, dict[str, tuple[str, str, str]]] = {
     "fast": {
+        "fp8": ("none", "nearest", "auto"),
         "float": ("none", "nearest", "auto"),
         "wide": ("os+", "nearest", "minmax"),
         "narrow": ("os+", "nearest", "minmax"),
     },
     "balanced": {
+        "fp8": ("none", "nearest", "auto"),
         "float": ("none", "gptq", "auto"),
         "wide": ("os+", "gptq", "auto"),  # at 8 bits what costs nothing when the model runs
         "narrow": ("equalize+rotate", "gptq", "auto"),  # below, what keeps the accuracy
     },
     "best": {  # minutes: learns, and gains by it from some thousand samples on
+        "fp8": ("none", "nearest", "auto"),
         "float": ("none", "gptq", "auto"),
         "wide": ("rotate", "gptq", "auto"),
         "narrow": ("equalize+rotate", "tuned", "auto"),
@@ -59,7 +62,7 @@ class Recipe:
 
     @classmethod
     def of(
-        cls, a: int, method: object = None, rounding: object = None, ranges: object = None,
+        cls, a: int | str, method: object = None, rounding: object = None, ranges: object = None,
         learn: str | None = None, preset: str | None = None,
     ) -> "Recipe":  # fmt: skip
         """What was asked for, the rest as the preset ("balanced" by default) says for `a` bits.
@@ -72,8 +75,9 @@ class Recipe:
         """
         _check("preset", "balanced" if preset is None else preset, list(PRESETS))
         given = (method, rounding, ranges)
-        width = "float" if a == FLOAT else "wide" if a >= 8 else "narrow"
-        defaults = PRESETS[preset or "balanced"][width]
+        defaults = PRESETS[preset or "balanced"][_width(a)]
+        if a == FP8:
+            _check_fp8(*given, learn)
         chosen = [d if g is None else g for g, d in zip(given, defaults, strict=True)]
         rounder, learns = _rounding(chosen[1], learn, asked=rounding is not None)
         return cls(_transform(chosen[0]), rounder, _rule(chosen[2]), learns)
@@ -117,6 +121,22 @@ class Choice:
 
     scheme: Scheme
     recipe: Recipe
+
+
+def _width(a: int | str) -> str:
+    """The column of PRESETS."""
+    if isinstance(a, str):
+        return FP8
+    return "float" if a == FLOAT else "wide" if a >= 8 else "narrow"
+
+
+def _check_fp8(method: object, rounding: object, ranges: object, learn: str | None) -> None:
+    """Raises SchemeError where a part is asked for that knows integer grids alone."""
+    only = {"method": (method, "none"), "rounding": (rounding, "nearest"),
+            "ranges": (ranges, "auto"), "learn": (learn, "none")}  # fmt: skip
+    for what, (given, fits) in only.items():
+        if given not in (None, fits):
+            raise SchemeError(f"{what}={given!r} is for integer grids; w='fp8' rounds to nearest")
 
 
 def _transform(given: object) -> CheckedTransform:

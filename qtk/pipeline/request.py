@@ -14,7 +14,7 @@ from qtk.pipeline.assign import Assignment
 from qtk.pipeline.recipes import Choice, Recipe
 from qtk.pipeline.sensitivity import KEPT_BITS, share_of
 from qtk.ranges import clip_tokens
-from qtk.scheme import FLOAT, AttentionScheme, Scheme
+from qtk.scheme import FLOAT, FP8, AttentionScheme, Scheme
 
 FLOATS = Scheme(None, None)  # of what is skipped
 SEEDS = 2**63  # what a generator takes, of either sign
@@ -53,7 +53,7 @@ class Request:
 
     @classmethod
     def of(
-        cls, w: int, a: int, calib: object, *, attention: str, softmax: str,
+        cls, w: int | str, a: int | str, calib: object, *, attention: str, softmax: str,
         softmax_bits: int | None, bits: Any, skip: Any, resume: Any, seed: Any, **options: Any,
     ) -> "Request":  # fmt: skip
         """The arguments of `quantize` but for model, data and backend.
@@ -79,10 +79,12 @@ class Request:
         options = {"w": w, "a": a, **options}
         default = wide = _choice(has_data, **options)
         share = share_of(bits) if isinstance(bits, str) else None
+        if share is not None and FP8 in (w, a):
+            raise SchemeError(f"bits={bits!r} chooses among integers; leave it out with {FP8!r}")
         if share is not None and not has_data:
             raise SchemeError(f"bits={bits!r} measures on data: give calib")
         if share is not None:
-            more = {"w": max(w, KEPT_BITS), "a": max(a, KEPT_BITS)}
+            more = {"w": max(int(w), KEPT_BITS), "a": max(int(a), KEPT_BITS)}
             wide = _choice(has_data, **{**options, **more})
         learn = default.recipe.learn
         if learn is not None and not has_data:
@@ -153,8 +155,9 @@ class Request:
 
 
 def _choice(
-    has_data: bool, *, w: int, a: int, activations: str, weights: str, group_size: int | None,
-    method: object, rounding: object, ranges: object, learn: str | None, preset: str | None,
+    has_data: bool, *, w: int | str, a: int | str, activations: str, weights: str,
+    group_size: int | None, method: object, rounding: object, ranges: object, learn: str | None,
+    preset: str | None,
 ) -> Choice:  # fmt: skip
     """What the options say of one layer.
 

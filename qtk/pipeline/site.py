@@ -84,7 +84,7 @@ def input_grid(site: Site, change: Change, choice: Choice) -> tuple[InputGrid, C
     """How the site's input is quantized, and the rule that ended the grid, if one did."""
     fmt = choice.scheme.a
     grid = InputGrid(fmt, change)
-    if fmt is None or not site.has_data:
+    if fmt is None or fmt.kind != "int" or not site.has_data:
         return grid, None
     rule = choice.recipe.rule_for(
         site.group.norm is not None, change.rotation or site.group.rotated
@@ -136,7 +136,7 @@ def _alone(name: str, module: nn.Module, scheme: Scheme, backend: str) -> Quanti
         return QuantEmbedding.from_codes(codes, steps, module.weight.dtype)
     if isinstance(module, nn.Conv2d) and not QuantPatchConv.fits(module):
         raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
-    a = scheme.a and Format(scheme.a.bits, granularity="token")
+    a = scheme.a and Format(scheme.a.bits, granularity="token", kind=scheme.a.kind)
     bias = None if module.bias is None else module.bias.float()
     spec = LinearSpec(codes, steps, InputGrid(a), bias)
     _check_finite(name, spec)

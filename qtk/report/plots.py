@@ -133,7 +133,7 @@ def _style() -> Iterator[None]:
     try:
         from matplotlib import rc_context
     except ImportError:
-        raise QtkError("plots need matplotlib: pip install 'qtk[plots]'") from None
+        raise QtkError("plots need matplotlib: pip install 'qtk-torch[plots]'") from None
     with rc_context(STYLE):
         yield
 

@@ -1,6 +1,6 @@
 """What every layer of a quantized model is, and what really runs it."""
 
-import math
+import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from qtk import assembly
-from qtk.integrations.transformers import record_of
+from qtk.integrations.transformers import load, record_of
 from qtk.models import describe
 from qtk.record import Layer
+from qtk.table import finite, ruled
 
 BRACKETS = re.compile(r"(.*?) \((.*?)\)")  # "kernel (remark)"
 
@@ -67,22 +68,21 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: an error that is not finite becomes None."""
-        layers = [{**asdict(layer), "sqnr": _finite(layer.sqnr)} for layer in self.layers]
-        return {
-            "layers": layers,
+        return finite({
+            "layers": [asdict(layer) for layer in self.layers],
             "recipe": self.recipe,
             "attention": self.attention,
             "attention_kernel": self.attention_kernel,
             "bytes": self.bytes,
             "float_bytes": self.float_bytes,
             "other_bytes": self.other_bytes,
-        }
+        })  # fmt: skip
 
     def table(self) -> str:
         """Plain text, a line a layer, and the totals.
 
         What lines would repeat - the start of the names, the kernel, whether it is fused, what is
-        in brackets behind a kernel - stands once, below.
+        in brackets after a kernel - stands once, below.
         """
         root = common_prefix([layer.name for layer in self.layers])
         kernels = {(layer.kernel, layer.fused) for layer in self.layers}
@@ -104,38 +104,43 @@ class Summary:
         totals += _made_with(self.layers, self.recipe)
         if root:
             totals.append(f"names start with {root!r}")
-        return "\n".join([*align([head, *rows]), "", *totals, "SQNR in dB, on calibration data"])
+        return "\n".join([*ruled(head, rows), "", *totals, "SQNR in dB, on calibration data"])
 
 
-def summary(qmodel: nn.Module) -> Summary:
+def summary(qmodel: nn.Module | str | os.PathLike[str]) -> Summary:
     """Every linear of the blocks, and what else is quantized: scheme, kernel, size and error.
+
+    Args:
+        qmodel: a quantized model, or the folder of one.
 
     Raises:
         ModelError: the model was not quantized by qtk.
+        CheckpointError: the folder holds no such model.
     """
-    record = record_of(qmodel)
-    quantized = assembly.quantized_layers(qmodel)
-    blocks = assembly.fused_blocks(qmodel)
+    model = load(qmodel) if isinstance(qmodel, (str, os.PathLike)) else qmodel
+    record = record_of(model)
+    quantized = assembly.quantized_layers(model)
+    blocks = assembly.fused_blocks(model)
     for fused in blocks.values():
         if not fused.is_fused:
             fused.prepare()  # moving a model drops what its first call would build again
     layers = []
-    for block in describe(qmodel):
+    for block in describe(model):
         is_fused = block.name in blocks and blocks[block.name].is_fused
         for name in (n for group in block.groups for n in group.linears):
             if name in quantized:
-                made = record.layers[assembly.base_name(qmodel, name)]
+                made = record.layers[assembly.base_name(model, name)]
                 layers.append(_quantized(name, quantized[name], is_fused, made))
             else:
-                layers.append(_float(name, qmodel.get_submodule(name)))
+                layers.append(_float(name, model.get_submodule(name)))
     shown = {layer.name for layer in layers}
     others = [name for name in quantized if name not in shown]  # heads and embeddings asked for
     for name in others:
-        made = record.layers[assembly.base_name(qmodel, name.removesuffix(".linear"))]
+        made = record.layers[assembly.base_name(model, name.removesuffix(".linear"))]
         layers.append(_quantized(name, quantized[name], False, made))
-    parts = {t.data_ptr(): t.numel() * t.element_size() for t in qmodel.state_dict().values()}
+    parts = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
     rest = sum(parts.values()) - sum(layer.bytes for layer in layers)  # tied weights count once
-    products = next(iter(assembly.quantized_attentions(qmodel).values()), None)
+    products = next(iter(assembly.quantized_attentions(model).values()), None)
     if products is None:
         return Summary(tuple(layers), record.recipe, rest)
     return Summary(tuple(layers), record.recipe, rest, products.scheme.name, products.kernel)
@@ -150,20 +155,6 @@ def common_prefix(names: list[str]) -> str:
             break
         shared.append(f"{parts[0]}.")
     return "".join(shared)
-
-
-def align(rows: list[list[str]]) -> list[str]:
-    """Lines of equal columns under a ruled head: text to the left, numbers to the right."""
-    columns = list(zip(*rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    numeric = [all(_is_number(cell) for cell in column[1:]) for column in columns]
-
-    def line(row: list[str]) -> str:
-        cells = zip(row, widths, numeric, strict=True)
-        return "  ".join(c.rjust(n) if right else c.ljust(n) for c, n, right in cells).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return [line(rows[0]), rule, *map(line, rows[1:])]
 
 
 def _quantized(name: str, layer: Any, fused: bool, made: Layer) -> LayerSummary:
@@ -206,13 +197,5 @@ def _row(layer: LayerSummary, root: str, with_kernel: bool) -> list[str]:
     ]  # fmt: skip
 
 
-def _is_number(cell: str) -> bool:
-    return cell in ("-", "inf") or cell.lstrip("-").replace(".", "", 1).isdigit()
-
-
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -14,6 +14,7 @@ from torch import Tensor
 from qtk import discover
 from qtk.errors import CalibrationError, SchemeError
 from qtk.grids import Steps
+from qtk.numerics import to_fp8
 from qtk.round._steps import best_steps as best_steps
 from qtk.scheme import Format
 
@@ -99,6 +100,9 @@ def rounder_of(given: object) -> CheckedRounder:
 def to_nearest(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Rounded:
     """Rounded to nearest, on the grids of `best_steps`. Not called as its file: importing that
     would put the module in the function's place."""
+    if fmt.kind == "e4m3":
+        codes, scale = to_fp8(weight)
+        return Rounded(codes.view(torch.int8).float(), Steps(fmt, scale))
     steps = best_steps(weight, fmt, importance)
     return Rounded(steps.codes(steps.grid(weight.shape[1]).nearest(weight)), steps)
 

@@ -67,7 +67,7 @@ def slack(args: tuple[Tensor, ...], options: dict[str, Any], kind: dict[str, Any
     T, name, steps = p.shape[-1], kind["softmax"], kind.get("steps", 1)
     change = p * (T + 64) * ULP
     if args[2].dtype == torch.int8 and name in ("float", "log2"):
-        change = change + p * 2**-11  # rounded to float16 before or behind a scale of 2**-n
+        change = change + p * 2**-11  # rounded to float16 before or after a scale of 2**-n
     if name in ("uniform", "matthew"):
         step = options.get(
             "step", torch.ones(p.shape[1], device=p.device) / (2 ** kind["bits"] - 1)

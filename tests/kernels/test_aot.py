@@ -45,12 +45,12 @@ TENSOR_CORE = {  # on sm_90: wgmma, but mma.sync where a left operand is unpacke
 PROGRAM = """
 import json, sys
 from dataclasses import asdict
-from benchmarks.compiler import report
+from benchmarks.compiler import report, variants
 names = json.loads(sys.argv[1])
-variants = {v.name: v for v in [*report.row_variants(), *report.gemm_variants()]}
-rows = [asdict(report.report(variants[n], 90)) for n in names]
+named = {v.name: v for v in [*variants.row_variants(), *variants.gemm_variants()]}
+rows = [asdict(report.report(named[n], 90)) for n in names]
 large = [n for n in names if "8192" in n and "fp8" not in n]
-rows += [asdict(report.report(variants[n], 80)) for n in large]
+rows += [asdict(report.report(named[n], 80)) for n in large]
 print(json.dumps(rows))
 """
 

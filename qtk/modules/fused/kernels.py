@@ -51,13 +51,12 @@ def norm_quantize(
     norm: Norm, reader: Reader, x: Tensor, residual: Tensor | None = None, emit: str | None = None
 ) -> tuple[Read, Tensor]:
     """Codes of norm(x + residual), and the "sum" or the "norm" for the residual stream."""
-    assert reader.codes is not None
-    if reader.rotation:  # needs the whole norm before it: not one kernel but three
+    if reader.rotation or reader.codes is None:  # no kernel normalizes and does that
         h = x if residual is None else x + residual
         y = F.layer_norm(h.float(), h.shape[-1:], norm.q_weight, norm.q_bias, norm.eps)
         if emit == "norm":
             h = F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias, norm.eps)
-        return reader.rotated(rotate(y)), h
+        return reader.rotated(rotate(y) if reader.rotation else y), h
     emits_norm = emit == "norm"
     codes, scale, emitted = layer_norm_quantize(
         x, norm.q_weight, norm.q_bias, norm.eps, reader.codes, residual=residual, emit=emit,

@@ -55,6 +55,11 @@ class Operands:
         return self.scale.shape[1]
 
     @property
+    def integers(self) -> bool:
+        """Whether inputs are integer codes."""
+        return self.a is not None and self.a.kind == "int"
+
+    @property
     def packs(self) -> bool:
         return self.w.bits <= NIBBLE
 

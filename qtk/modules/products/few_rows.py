@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 
 import torch
-from qtk_kernels.activation import activate
-from qtk_kernels.few_rows import MOST_ROWS, FewRows, few_rows_linear, prepare_few_rows
 from torch import Tensor
 
 from qtk.modules.products import Operands, Product, weight_only
 from qtk.modules.products.weight_only import WeightOnly
+from qtk_kernels.activation import activate
+from qtk_kernels.few_rows import MOST_ROWS, FewRows, few_rows_linear, prepare_few_rows
 
 PREFERENCE = 1
 

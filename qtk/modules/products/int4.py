@@ -61,7 +61,7 @@ class Int4(Product):
 
 
 def fits(operands: Operands, backend: str) -> bool:
-    return operands.a is not None and operands.packs and backend != "cpu"
+    return operands.integers and operands.packs and backend != "cpu"
 
 
 def prepare(operands: Operands, backend: str) -> Int4:

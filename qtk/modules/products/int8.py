@@ -47,7 +47,7 @@ class Int8(Product):
 
 
 def fits(operands: Operands, backend: str) -> bool:
-    return operands.a is not None
+    return operands.integers
 
 
 def prepare(operands: Operands, backend: str) -> Int8:

@@ -54,7 +54,7 @@ class OneDnn(Product):
 
 
 def fits(operands: Operands, backend: str) -> bool:
-    integers = operands.a is not None and backend == "cpu" and cpu_has_int8()
+    integers = operands.integers and backend == "cpu" and cpu_has_int8()
     return integers and operands.groups == 1 and operands.codes.numel() > 0
 
 

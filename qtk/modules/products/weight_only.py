@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from qtk_kernels.activation import activate
-from qtk_kernels.packing import pack_int4, unpack_int4
 from torch import Tensor
 
 from qtk.modules.products import NIBBLE, Operands, Product
+from qtk_kernels.activation import activate
+from qtk_kernels.packing import pack_int4, unpack_int4
 from qtk_kernels.weight_only_linear import (
     prepare_weight_only,
     restore_weight_only,

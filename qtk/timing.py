@@ -1,42 +1,41 @@
-"""How long models take, timed beside each other so that a noisy machine is noisy for all."""
+"""How long calls take, timed beside each other so that a noisy machine is noisy for all."""
 
 import platform
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
-from qtk.observe import Batch
 
 ENOUGH = 5  # rounds after which a race that takes too long may end
 
 
 @torch.inference_mode()
 def race(
-    models: Mapping[str, nn.Module],
-    batch: Batch,
-    rounds: int = 15,
-    warmup: int = 3,
-    limit: float = 20.0,
+    calls: Mapping[str, Callable[[], Any]], rounds: int = 15, warmup: int = 3, limit: float = 20.0
 ) -> dict[str, float]:
-    """Median seconds of a forward pass of each model; in each round every model runs once.
+    """Median seconds of each call; in each round every one is made once.
 
-    After `limit` seconds no new round begins, if there have been `ENOUGH`.
+    A call that uses a GPU is over when the GPU is done.
+
+    Args:
+        calls: by name.
+        rounds: at most.
+        warmup: rounds before them that are not counted.
+        limit: seconds after which no new round begins, if there have been `ENOUGH`.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(warmup):
-        for model in models.values():
-            _once(model, batch)
+        for call in calls.values():
+            _once(call)
     start = time.perf_counter()
     for i in range(rounds):
         if i >= ENOUGH and time.perf_counter() - start > limit:
             break
-        for name, model in models.items():
-            seconds[name].append(_once(model, batch))
+        for name, call in calls.items():
+            seconds[name].append(_once(call))
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -51,15 +50,17 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def _once(model: nn.Module, batch: Batch) -> float:
-    on_gpu = next(model.parameters()).is_cuda
-    if on_gpu:
-        torch.cuda.synchronize()
+def _once(call: Callable[[], Any]) -> float:
+    _wait()
     start = time.perf_counter()
-    model(**batch)
-    if on_gpu:
-        torch.cuda.synchronize()
+    call()
+    _wait()
     return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _cpu() -> str:

@@ -1,0 +1,225 @@
+"""Calls of every op as a GPU would see them, for a compiler: tensors are empty, sizes are real.
+
+Options take turns instead of meeting all others, which would take hours.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle, product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtk_kernels.codes import Codes
+from qtk_kernels.fp8_linear import E4M3, fp8_linear
+from qtk_kernels.hadamard_quantize import hadamard_quantize
+from qtk_kernels.int4_linear import int4_linear
+from qtk_kernels.int8_linear import int8_linear
+from qtk_kernels.layer_norm_quantize import layer_norm_quantize
+from qtk_kernels.packing import packed_width
+from qtk_kernels.quantized_attention import quantized_attention
+from qtk_kernels.shift_scale_quantize import shift_scale_quantize
+from qtk_kernels.weight_only_linear import weight_only_linear
+
+ROWS = (1, 2, 3, 16, 17, 64, 197)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = ((4096, 4096), (768, 3072), (40, 100))  # N and K: split sums, BERT's, neither
+GROUPS = (None, 128, 32, 100)
+HEADS = (32, 64, 80, 128, 256)
+TRITON: dict[str, Any] = {"backend": "triton"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call.
+
+    Attributes:
+        name: says which.
+        run: makes the call.
+        first: one of those to compile when time is short.
+        wide: a head of more than 128 channels, which may spill.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    first: bool = False
+    wide: bool = False
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32, unaligned: bool = False) -> Tensor:
+    """Uninitialized; unaligned: its pointer is a multiple of nothing."""
+    flat = torch.empty(int(torch.Size(shape).numel()) + unaligned, dtype=dtype)
+    return flat[int(unaligned) :].view(shape)
+
+
+def i8(*shape: int, unaligned: bool = False) -> Tensor:
+    return empty(*shape, dtype=torch.int8, unaligned=unaligned)
+
+
+def u8(*shape: int, unaligned: bool = False) -> Tensor:
+    return empty(*shape, dtype=torch.uint8, unaligned=unaligned)
+
+
+def quantizers() -> Iterator[Case]:
+    """Row kernels."""
+    widths = (1, 2, 3, 16, 100, 128, 768, 1025, 4096, 20001)
+    grids = (Codes(8), Codes(8, "token"), Codes(4, "token", packed=True), Codes(8, "token", 128),
+             Codes(4, 128, packed=True), Codes(8, 100), Codes(4, 20, packed=True))  # fmt: skip
+    turns = zip(cycle(ROWS), cycle(FLOATS), cycle((None, "gelu", "gelu_tanh", "relu", None)),
+                cycle((None, "sum", "norm", "sum")), strict=False)  # fmt: skip
+    for (K, codes), (M, dtype, activation, emit) in zip(
+        product(widths, grids), turns, strict=False
+    ):
+        x, v = empty(M, K, dtype=dtype, unaligned=K == 100), empty(K)
+        name = f"{M}x{K} {dtype} {codes}"
+        yield Case(
+            f"shift_scale {activation} {name}",
+            lambda x=x, v=v, c=codes, a=activation: shift_scale_quantize(
+                x, v if a else None, v, c, activation=a, **TRITON
+            ), first=M == 1,
+        )  # fmt: skip
+        norm = {"norm_weight": v, "norm_bias": v} if emit == "norm" else {}
+        yield Case(
+            f"layer_norm {emit} {name}",
+            lambda x=x, v=v, c=codes, e=emit, n=norm: layer_norm_quantize(
+                x, v, v, 1e-5, c, residual=x if e else None, emit=e, **n, **TRITON
+            ), first=M == 1,
+        )  # fmt: skip
+        for block in {K, 128 if K % 128 == 0 else 1}:
+            if block > 8192:  # no kernel holds it in registers
+                continue
+            yield Case(
+                f"hadamard {block} {name}",
+                lambda x=x, v=v, c=codes, b=block: hadamard_quantize(
+                    x, v, None, c, block=b, out_multiplier=v, out_offset=v, **TRITON
+                ), first=K in (2, 768),
+            )  # fmt: skip
+
+
+def integer_linears() -> Iterator[Case]:
+    outputs = cycle([
+        {"out_dtype": torch.bfloat16},
+        {"out_codes": Codes(8), "out_step": 0.5, "out_zero_point": 1, "activation": "gelu"},
+        {"activation": "gelu_tanh", "out_dtype": torch.float16},
+        {"out_codes": Codes(4, offset=8), "out_step": 0.5, "out_zero_point": 3},
+        {},
+    ])  # fmt: skip
+    inputs = cycle([(True, 0), (False, 1), (True, -100), (False, 0)])
+    for M, (N, K), size, op in product(ROWS, SHAPES, GROUPS, ("W8A8", "W4A8", "W4A4")):
+        out, (token, zero_point) = next(outputs), next(inputs)
+        G = 1 if size is None else -(-K // size)
+        odd = (M + K) % 5 == 0
+        options = {
+            **out, "x_zero_point": zero_point, "group_size": size,
+            "x_scale": empty(M, G if odd else 1) if token else None,
+        }  # fmt: skip
+        name = f"{op} {M}x{N}x{K} groups {size} zero point {zero_point} {out}"
+        vectors = empty(N, G), empty(N)
+        width, first = packed_width(K), M == 1 and K == 4096
+        if op == "W8A8":
+            x = u8(M, K) if odd else i8(M, K, unaligned=K == 100)
+            yield Case(
+                name,
+                lambda x=x, N=N, K=K, v=vectors, o=options: int8_linear(
+                    x, i8(N, K), *v, **o, **TRITON
+                ), first,
+            )  # fmt: skip
+            continue
+        packed = op == "W4A4"
+        x = u8(M, width) if packed else u8(M, K) if odd else i8(M, K, unaligned=K == 100)
+        options |= {"in_features": K, "x_packed": packed}
+        yield Case(
+            name,
+            lambda x=x, N=N, w=width, v=vectors, o=options: int4_linear(
+                x, u8(N, w), *v, **o, **TRITON
+            ), first,
+        )  # fmt: skip
+
+
+def float_linears() -> Iterator[Case]:
+    """Weight-only."""
+    for M, (N, K), size, bits, dtype, zero in product(
+        ROWS, SHAPES, GROUPS, (4, 8), FLOATS, (False, True)
+    ):
+        G = 1 if size is None else -(-K // size)
+        w = u8(1, packed_width(K)) if bits == 4 else i8(1, K)
+        first = M in (1, 64) and size in (None, 128) and K == 4096 and dtype != torch.float16
+        yield Case(
+            f"W{bits}A16 {M}x{N}x{K} groups {size} {dtype} zero point {zero}",
+            lambda M=M, N=N, K=K, G=G, w=w, b=bits, d=dtype, z=zero, s=size: weight_only_linear(
+                empty(M, K, dtype=d, unaligned=K == 100), w.expand(N, -1), empty(N, G), empty(N),
+                w_zero_point=empty(N, G) if z else None, bits=b, in_features=K, group_size=s,
+                **TRITON,
+            ), first and zero == (size is None),
+        )  # fmt: skip
+
+
+def fp8_linears() -> Iterator[Case]:
+    for M, (N, K), token in product(ROWS, SHAPES, (True, False)):
+        yield Case(
+            f"fp8 {M}x{N}x{K} {'token' if token else 'static'}",
+            lambda M=M, N=N, K=K, t=token: fp8_linear(
+                u8(M, K, unaligned=K == 100).view(E4M3), u8(N, K).view(E4M3), empty(N, 1), empty(N),
+                x_scale=empty(M, 1) if t else None, out_dtype=torch.bfloat16, **TRITON,
+            ), M == 1 and K == 4096,
+        )  # fmt: skip
+
+
+SOFTMAX: tuple[dict[str, Any], ...] = (
+    {"softmax": "code", "steps": 4},
+    {"softmax": "float"},
+    {"softmax": "log2", "bits": 4},
+    {"softmax": "uniform", "bits": 8},
+    {"softmax": "code", "steps": 1, "causal": True},
+    {"softmax": "matthew", "bits": 6},
+    {"softmax": "log2", "bits": 5, "steps": 2, "renormalize": True},
+)
+
+
+def attention(fp8: bool) -> Iterator[Case]:
+    """Every head size with every operand; lengths of one tile, of two passes, and of a walk."""
+    operands = ("fp8",) if fp8 else ("float32", "float16", "bfloat16", "int8", "int4")
+    kinds = cycle(SOFTMAX)
+    masks = cycle(["none", "keys", "none", "all", "none"])
+    for D, T, operand in product(HEADS, (1, 64, 197, 512, 700), operands):
+        for _ in range(2):
+            kind, mask = next(kinds), next(masks)
+            if fp8 and (kind["softmax"] not in ("code", "log2") or kind.get("bits") == 5):
+                kind = SOFTMAX[0]
+            yield Case(
+                f"attention {operand} D={D} T={T} {kind} mask {mask}",
+                lambda D=D, T=T, o=operand, k=kind, m=mask: _attend(D, T, o, k, m),
+                T in (197, 700) and D in (64, 128), D > 128,
+            )  # fmt: skip
+
+
+def _attend(D: int, T: int, operand: str, kind: dict[str, Any], mask: str) -> Tensor:
+    options: dict[str, Any] = dict(kind)
+    B, H = 2, 3
+    if operand.startswith(("float", "bfloat")):
+        q = k = v = empty(B, H, T, D, dtype=getattr(torch, operand))
+    else:
+        options |= {"q_scale": empty(B, H, T), "k_scale": empty(B, H, 1)}
+        q = k = u8(B, H, T, -(-D // 2)) if operand == "int4" else i8(B, H, T, D)
+        v = i8(B, H, D, T).transpose(2, 3)
+        if operand == "fp8":
+            v = v.view(E4M3)
+        else:
+            options["v_scale"] = empty(B, H, D)
+    if kind["softmax"] == "matthew":
+        options["step"] = empty(H)
+    if mask != "none":
+        shape = (B, 1, 1, T) if mask == "keys" else (B, H, T, T)
+        options["mask"] = torch.ones(shape, dtype=torch.bool)
+    return quantized_attention(q, k, v, **options, **TRITON)
+
+
+OPS: dict[str, Callable[[], Iterator[Case]]] = {
+    "quantizers": quantizers,
+    "integer_linears": integer_linears,
+    "float_linears": float_linears,
+    "fp8_linears": fp8_linears,
+    "attention": lambda: attention(False),
+    "fp8_attention": lambda: attention(True),
+}
