@@ -71,7 +71,7 @@ def part(folder: str, given: object) -> Part:
         settings = ""
         if isinstance(given, partial):
             function = given.func
-            settings = f"({', '.join(f'{k}={v}' for k, v in given.keywords.items())})"
+            settings = f"({', '.join(f'{k}={v}'[:60] for k, v in given.keywords.items())})"[:200]
         home = sys.modules.get(getattr(function, "__module__", None) or "", function)
         name = str(getattr(function, "__name__", type(function).__name__))
         if name == "find":

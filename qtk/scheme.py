@@ -37,9 +37,11 @@ class Format:
         if self.kind != "int" and (self.bits, self.symmetric, self.group_size) != (8, True, None):
             raise SchemeError(f"{self.kind} has 8 bits and neither zero points nor groups")
         size, grouped = self.group_size, self.granularity == "group"
-        if self.granularity not in GRANULARITIES:
+        if not isinstance(self.granularity, str) or self.granularity not in GRANULARITIES:
             raise SchemeError(f"granularity={self.granularity!r}: choose from {GRANULARITIES}")
-        if grouped != is_positive_int(size):
+        if not isinstance(self.symmetric, bool):
+            raise SchemeError(f"symmetric={self.symmetric!r}: give True or False")
+        if not (is_positive_int(size) if grouped else size is None):
             raise SchemeError(f"group_size={size!r} does not go with {self.granularity!r}")
 
     @property
@@ -137,18 +139,20 @@ class Scheme:
         Raises:
             SchemeError: a field is missing, unknown or out of range.
         """
+        if not isinstance(data, dict) or set(data) != {"w", "a"}:
+            raise SchemeError("a scheme has w and a, and nothing else")
         try:
-            w, a = (Format(**data[key]) if data[key] else None for key in ("w", "a"))
-        except (KeyError, TypeError) as error:
-            raise SchemeError(f"not a scheme: {data!r} ({error})") from None
+            w, a = (None if data[key] is None else Format(**data[key]) for key in ("w", "a"))
+        except TypeError as error:
+            raise SchemeError(f"not a scheme: {error}") from None
         for name, fmt, allowed in (("w", w, WEIGHT_BITS), ("a", a, ACTIVATION_BITS)):
-            if fmt is not None:
-                _check_bits(name, fmt.bits, allowed)
+            if fmt is not None and not _is_one_of(fmt.bits, allowed):
+                raise SchemeError(f"bits of {name}: choose {allowed[0]} to {allowed[-1]}")
         if w is not None and w.granularity not in ("channel", "group"):
             raise SchemeError(f"weights with one scale a {w.granularity}")
         if a is not None and a.granularity not in ("tensor", "token"):
             raise SchemeError(f"activations with one scale a {a.granularity}")
-        if (w and w.kind != "int") != (a is not None and a.kind != "int"):
+        if (w is not None and w.kind != "int") != (a is not None and a.kind != "int"):
             raise SchemeError("FP8 weights go with FP8 activations")
         return cls(w, a)._checked()
 
@@ -244,8 +248,8 @@ class AttentionScheme:
         try:
             scheme = cls(**data)
         except TypeError as error:
-            raise SchemeError(f"not an attention scheme: {data!r} ({error})") from None
-        if scheme.softmax not in SOFTMAXES:
+            raise SchemeError(f"not an attention scheme: {error}") from None
+        if not isinstance(scheme.softmax, str) or scheme.softmax not in SOFTMAXES:
             raise SchemeError(f"softmax={scheme.softmax!r}: choose {', '.join(SOFTMAXES)}")
         if scheme.bits is not None and not _is_one_of(scheme.bits, ACTIVATION_BITS):
             raise SchemeError(f"attention in {scheme.bits!r} bits: choose 4 to 8")

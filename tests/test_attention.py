@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import qtk
-from qtk import checkpoint
+from qtk import assembly
 from qtk.errors import CheckpointError, SchemeError
 from qtk.modules.attention import QuantAttention
 from qtk.scheme import AttentionScheme
@@ -47,8 +47,8 @@ def test_every_family_stays_close_and_fused(family, way):
     qmodel = quantized(model, batch, **way)
     wanted, got = (tokens(output(m, batch), batch) for m in (model, qmodel))
     assert cosine_similarity(got, wanted, dim=-1).min() > 0.99
-    assert all(block.is_fused for block in checkpoint.fused_blocks(qmodel).values())
-    assert len(checkpoint.quantized_attentions(qmodel)) == 2
+    assert all(block.is_fused for block in assembly.fused_blocks(qmodel).values())
+    assert len(assembly.quantized_attentions(qmodel)) == 2
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -58,7 +58,7 @@ def test_the_unfused_path_computes_the_same(family, implementation):
     qmodel = quantized(model, batch, **WAYS[0])
     fused = tokens(output(qmodel, batch), batch)
     qmodel.set_attn_implementation(implementation)
-    for block in checkpoint.fused_blocks(qmodel).values():
+    for block in assembly.fused_blocks(qmodel).values():
         next(block.children()).register_forward_hook(lambda *_: None)
     unfused = tokens(output(qmodel, batch), batch)
     assert cosine_similarity(unfused, fused, dim=-1).min() > 0.999
@@ -81,7 +81,7 @@ def test_saved_and_loaded_bit_for_bit(family, way, tmp_path):
 def test_softmax_alone_leaves_all_linears_in_floating_point(tmp_path):
     model, batch = build("BertModel")
     qmodel = qtk.quantize(model, 16, 16, softmax="code", progress=False)
-    assert not checkpoint.quantized_layers(qmodel)
+    assert not assembly.quantized_layers(qmodel)
     wanted, got = (tokens(output(m, batch), batch) for m in (model, qmodel))
     assert not torch.equal(got, wanted) and cosine_similarity(got, wanted, dim=-1).min() > 0.999
     qmodel.save_pretrained(tmp_path)
@@ -165,7 +165,7 @@ def test_half_and_deepcopy_keep_the_scales():
     model, batch = build("ViTForImageClassification")
     bits = {"*patch_embeddings.projection": (8, 8)}
     qmodel = copy.deepcopy(quantized(model, batch, **WAYS[0], bits=bits)).bfloat16()
-    scales = [m.v_scale.dtype for m in checkpoint.quantized_attentions(qmodel).values()]
+    scales = [m.v_scale.dtype for m in assembly.quantized_attentions(qmodel).values()]
     assert scales == [torch.float32] * 2
     got = output(qmodel, {"pixel_values": batch["pixel_values"].bfloat16()})
     assert got.dtype == torch.bfloat16

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import qtk
-from qtk.checkpoint import quantized_layers
+from qtk.assembly import quantized_layers
 from tests.zoo import ZOO, build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -436,8 +436,8 @@ def test_load_wants_every_float_tensor_and_no_other(folder, change, told):
     (lambda f: edit_config(f, version=99), "install a newer qtk"),
     (lambda f: edit_config(f, version="1"), "names no version"),
     (lambda f: edit_config(f, layers={}), "lists no layers"),
-    (lambda f: edit_config(f, layers={"encoder.layer.0.attention.self.query": {}}), "badly"),
-    (lambda f: edit_config(f, layers={"encoder.layer.0.attention.self.query": None}), "badly"),
+    (lambda f: edit_config(f, layers={"encoder.layer.0.attention.self.query": {}}), "no scheme"),
+    (lambda f: edit_config(f, layers={"encoder.layer.0.attention.self.query": None}), "object"),
     (lambda f: edit_config(f, quant_method="other"), "not saved by qtk"),
 ])  # fmt: skip
 def test_broken_files_are_refused(folder, damage, told):
@@ -447,7 +447,7 @@ def test_broken_files_are_refused(folder, damage, told):
 
 
 @pytest.mark.parametrize("change, told", [
-    ({"bits": 9}, "w=9"),
+    ({"bits": 9}, "bits of w: choose 2 to 8"),
     ({"granularity": "group", "group_size": 0}, "group_size"),
     ({"granularity": "row"}, "granularity"),
     ({"symmetric": 1, "unknown": 1}, "unknown"),

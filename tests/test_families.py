@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import qtk
-from qtk.checkpoint import fused_blocks, quantized_layers
+from qtk.assembly import fused_blocks, quantized_layers
 from qtk.discover import available, load
 from qtk.models import describe, fold_scales
 from qtk.modules.fused.kernels import norm_quantize

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import qtk
-from qtk.checkpoint import fused_blocks
+from qtk.assembly import fused_blocks
 from qtk.discover import available, load
 from qtk.grids import Change, InputGrid, LinearSpec, Steps
 from qtk.modules.linear import QuantLinear

@@ -28,24 +28,28 @@ ALLOWED = {
     "qtk.round": LOW | {"qtk.round"},
     "qtk.modules": LOW | {"qtk.modules", "qtk_kernels"},
     "qtk.learn": LOW | {"qtk.observe", "qtk.modules", "qtk.learn"},
-    "qtk.checkpoint": LOW | {"qtk.modules"},
-    "qtk.integrations": LOW | {"qtk.checkpoint"},
+    "qtk.record": {"qtk.errors", "qtk.scheme"},
+    "qtk.assembly": LOW | {"qtk.modules", "qtk.record"},
+    "qtk.integrations": LOW | {"qtk.record", "qtk.assembly", "qtk.integrations"},
     "qtk.pipeline": LOW
     | STAGES
     | {
         "qtk.observe",
         "qtk.modules",
         "qtk.learn",
-        "qtk.checkpoint",
+        "qtk.record",
+        "qtk.assembly",
         "qtk.integrations",
         "qtk.pipeline",
     },
     "qtk.fidelity": LOW
     | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
-    "qtk.report": LOW | {"qtk.checkpoint", "qtk.integrations", "qtk.table", "qtk.report"},
+    "qtk.report": LOW
+    | {"qtk.record", "qtk.assembly", "qtk.integrations", "qtk.table", "qtk.report"},
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
+    "integrations": ["__init__", "companions", "quiet", "folder", "saving", "transformers"],
     "observe": [
         "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "beside", "files",
         "images", "items", "tokens", "check", "batches",
@@ -131,6 +135,12 @@ def test_imports_point_down(path: Path) -> None:
     found = {name for name in imports(path) if not name.startswith(PLAIN)}
     wrong = {name for name in found if package_of(name) not in ALLOWED[package] | {"qtk"}}
     assert not wrong, f"{module_name(path)} may not import {sorted(wrong)}"
+
+
+def test_the_design_names_every_layer() -> None:
+    text = (ROOT / "DESIGN.md").read_text().split("## Layers", 1)[1].split("## Words", 1)[0]
+    missing = [name for name in ALLOWED if f"`{name.removeprefix('qtk.')}`" not in text]
+    assert not [name for name in missing if name != "qtk_kernels"] and "qtk_kernels" in text
 
 
 @pytest.mark.parametrize("folder", ORDER)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import qtk
-from qtk.checkpoint import quantized_layers
+from qtk.assembly import quantized_layers
 from qtk.errors import CheckpointError, SchemeError
 from qtk.integrations.transformers import record_of
 from qtk.learn import descent
@@ -70,6 +70,17 @@ def test_an_error_while_learning_leaves_the_model_as_it_was():
     with pytest.raises(KeyboardInterrupt), trainable(qmodel):
         raise KeyboardInterrupt
     assert quantized_layers(qmodel) == layers
+
+
+def test_a_learned_clip_of_tokens_stays_a_share_of_their_maximum():
+    _, qmodel = quantize(w=4, a=4, activations="token", ranges="minmax")
+    with trainable(qmodel) as twins:
+        with torch.no_grad():
+            for twin in twins.values():
+                twin.log_input_scale.fill_(0.5)
+        got = {name: twin.input_factor() for name, twin in twins.items()}
+    assert all(float(factor) == 0 for factor in got.values())
+    assert all(layer.input_clip == 1 for layer in quantized_layers(qmodel).values())
 
 
 def test_every_parameter_gets_a_gradient():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qtk
-from qtk.checkpoint import quantized_layers
+from qtk.assembly import quantized_layers
 from qtk.discover import load
 from qtk.integrations.transformers import record_of
 from qtk.models import describe

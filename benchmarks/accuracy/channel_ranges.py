@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks import data
 from benchmarks.accuracy.table import quantize
 from benchmarks.result import RESULTS
-from qtk.checkpoint import quantized_layers
+from qtk.assembly import quantized_layers
 from qtk.models import describe
 
 INK, BARS = "#111827", "#1d4ed8"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import qtk
-from qtk.checkpoint import quantized_layers
+from qtk.assembly import quantized_layers
 from qtk.errors import CheckpointError, ModelError
 from qtk.fidelity.compare import embed
 from qtk.grids import InputGrid

@@ -1,9 +1,7 @@
 """transformers: `from_pretrained` and `save_pretrained` of quantized models, after `import qtk`."""
 
-import json
 import os
-import shutil
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,12 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qtk import checkpoint
-from qtk.errors import CheckpointError, ModelError
+from qtk import assembly
+from qtk.errors import BackendError, CheckpointError, ModelError
+from qtk.integrations import folder
+from qtk.integrations.saving import AtomicSave, Unfinished
 from qtk.models import check_whole
+from qtk.record import Record
 
 
 @register_quantization_config("qtk")
@@ -29,7 +30,7 @@ class QtkConfig(QuantizationConfigMixin):
     def __init__(self, **record: Any) -> None:
         record.pop("quant_method", None)
         self.quant_method: Any = "qtk"
-        self.record = checkpoint.Record.from_dict(record)
+        self.record = Record.from_dict(record)
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": "qtk", **self.record.to_dict()}
@@ -54,14 +55,14 @@ class QtkQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        checkpoint.skeleton(model, self.record)
+        assembly.skeleton(model, self.record)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _check_all_read(model)
-        checkpoint.check_tensors(model)
+        assembly.check_tensors(model)
         if self.dtype is not None:
             nn.Module.to(model, self.dtype)  # 5.17 leaves what it renames in the file's dtype
-        checkpoint.finish(model)
+        assembly.finish(model)
         attach(model, self.record)
         return model
 
@@ -77,49 +78,12 @@ class QtkQuantizer(HfQuantizer):
         return True
 
 
-class AtomicSave:
-    """`save_pretrained` of a quantized model: what was there stays whole until all is written."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        target = Path(save_directory)
-        for part in (target, *target.parents):
-            if part.is_file():
-                raise CheckpointError(f"{part} is a file; give a folder to save into")
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", target.resolve().name)
-        is_new = not target.exists()
-        target.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-        try:
-            type(self.model).save_pretrained(self.model, work, **kwargs)
-            _put_in_place(work, target)
-        except SafetensorError as error:
-            raise CheckpointError(f"{target} cannot be written: {error}") from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            if is_new and not any(target.iterdir()):
-                target.rmdir()
-
-
-class Unfinished:
-    """`save_pretrained` of a model that is being quantized, or whose quantizing ended early."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise ModelError(
-            "quantizing this model ended before it was done: some of its layers are integers, "
-            "others are not, and it cannot be saved; load the floating-point model again"
-        )
-
-
 def refuse_saving(model: Any) -> None:
     """Marks a model as half done, until `attach` says that it is whole."""
     model.save_pretrained = Unfinished()
 
 
-def attach(model: Any, record: checkpoint.Record) -> None:
+def attach(model: Any, record: Record) -> None:
     """Tells transformers that the model is quantized, so that saving writes it as such."""
     config = QtkConfig(**record.to_dict())
     model.config.quantization_config = config
@@ -129,7 +93,7 @@ def attach(model: Any, record: checkpoint.Record) -> None:
     model.save_pretrained = AtomicSave(model)
 
 
-def record_of(model: Any) -> checkpoint.Record:
+def record_of(model: Any) -> Record:
     """How a quantized model was made.
 
     Raises:
@@ -167,16 +131,19 @@ def open_model(model: Any) -> Any:
     Raises:
         ModelError, CheckpointError: as `load_float` and `load`.
     """
-    if isinstance(model, (str, os.PathLike)) and _is_quantized(Path(model)):
+    if isinstance(model, (str, os.PathLike)) and folder.is_quantized(model):
         return load(model)
     return load_float(model)
 
 
-def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
+def load(path: str | os.PathLike[str], *, backend: str | None = None, **kwargs: Any) -> Any:
     """Reads a model that `save_pretrained` of a quantized model wrote, and checks every tensor.
+
+    No code of the checkpoint runs, and config.json decides neither which attention nor which files.
 
     Args:
         path: the folder.
+        backend: "auto", "triton", "cpu" or "reference"; what the model was made for if not given.
         kwargs: passed to the class's `from_pretrained`.
 
     Returns:
@@ -184,61 +151,49 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
 
     Raises:
         CheckpointError: no such folder, not written by qtk, truncated, or with tensors that are
-            missing, unknown or of another shape.
+            missing, unknown, of another shape, or impossible.
+        BackendError: there is no such backend, or it cannot run where the model is.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"a {type(path).__name__} is not a path; give the folder of a model")
-    folder = Path(path)
-    config = _read_config(folder)
+    saved = folder.read(path, kwargs.get("variant"))
     try:
-        model, info = _class(config).from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, **kwargs
-        )
+        model, info = _built(path, saved.config, kwargs)
+    except (CheckpointError, BackendError, MemoryError):
+        raise
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder} cannot be read, truncated perhaps: {error}") from error
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} does not fit its own config: {error}") from error
+        raise CheckpointError(f"{path} cannot be read, truncated perhaps: {error}") from error
+    except Exception as error:  # whatever transformers makes of a config that does not fit
+        raise CheckpointError(f"{path} does not fit its own config: {error}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
             names = sorted(map(str, info[what]))
-            raise CheckpointError(f"{folder}: {what.replace('_', ' ')}: {', '.join(names[:5])}")
+            raise CheckpointError(f"{path}: {what.replace('_', ' ')}: {', '.join(names[:5])}")
+    if backend is not None:
+        assembly.run_on(model, backend)
+        attach(model, replace(saved.record, backend=backend))
     return model
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder that qtk has saved."""
-    file = folder / "config.json"
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    if not file.is_file():
-        raise CheckpointError(f"{folder} has no config.json: not a saved model")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error})") from None
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "qtk":
-        raise CheckpointError(f"{folder} was not saved by qtk; qtk.quantize makes such a model")
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} has no .safetensors file; qtk reads no other kind")
-    return config
+def _built(path: Any, config: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The model and what transformers says of the loading, from a config that was looked at."""
+    from transformers import CONFIG_MAPPING
 
-
-def _put_in_place(work: Path, target: Path) -> None:
-    """Moves finished files into a folder, which is no checkpoint until the last one is there."""
-    new = sorted(work.iterdir(), key=lambda path: path.name == "config.json")
-    (target / "config.json").unlink(missing_ok=True)
-    for pattern in ("*.safetensors", "*.safetensors.index.json"):
-        for old in target.glob(pattern):
-            old.unlink()
-    for path in new:
-        os.replace(path, target / path.name)
+    cls, kwargs = _class(config), {"trust_remote_code": False, **kwargs}
+    if "config" not in kwargs:
+        own: Any = getattr(cls, "config_class", None) or CONFIG_MAPPING[config["model_type"]]
+        dtypes: dict[str, Any] = {
+            key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs
+        }
+        read, kwargs = own.from_dict(config, return_unused_kwargs=True, **kwargs)
+        kwargs |= {"config": read, **dtypes}
+    return cls.from_pretrained(path, output_loading_info=True, use_safetensors=True, **kwargs)
 
 
 def _check_all_read(model: nn.Module) -> None:
     """Raises CheckpointError for a quantized tensor that the file did not have."""
-    modules = {**checkpoint.quantized_layers(model), **checkpoint.quantized_attentions(model)}
-    for name, layer in modules.items():
+    held = {**assembly.quantized_layers(model), **assembly.quantized_attentions(model)}
+    for name, layer in held.items():
         for key, value in layer.named_buffers(recurse=False):
             # transformers marks what it reads, and leaves the rest as the memory happened to be
             if not value.is_meta and not getattr(value, "_is_hf_initialized", False):
@@ -251,20 +206,12 @@ def _read(path: str) -> Any:
     if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".")):
         raise ModelError(f"cannot load {path!r}: no such folder")
     try:
-        config = AutoConfig.from_pretrained(path)
-        return _class(config.to_dict()).from_pretrained(path, dtype="auto")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return _class(config.to_dict()).from_pretrained(path, dtype="auto", trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # a folder may hold anything
         raise ModelError(f"cannot load {path!r}: {error}") from error
-
-
-def _is_quantized(folder: Path) -> bool:
-    """Whether a config.json says that qtk made what lies beside it."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    found = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(found, dict) and found.get("quant_method") == "qtk"
 
 
 def _class(config: dict[str, Any]) -> Any:

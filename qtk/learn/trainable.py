@@ -7,6 +7,7 @@ Rounding passes gradients straight through; a step's gradient follows from that 
 2020, https://arxiv.org/abs/1902.08153).
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -69,6 +70,13 @@ class TrainableLinear(nn.Module):
     def steps(self) -> Steps:
         return Steps(self.fmt, self.scale * self.log_scale.exp(), self.zero_point)
 
+    def input_factor(self) -> Tensor:
+        """The logarithm of what the input's step is multiplied by: a clip never exceeds 1."""
+        assert self.log_input_scale is not None
+        if self.input_zero_point is not None:
+            return self.log_input_scale
+        return self.log_input_scale.clamp(max=-math.log(self.grid.clip))
+
     def quantized(self, x: Tensor) -> Tensor:
         """The input, transformed and on its grid, float32."""
         y, fmt = self.grid.change.inputs(x), self.grid.fmt
@@ -80,7 +88,7 @@ class TrainableLinear(nn.Module):
             y_hat = (_Rounded.apply(y / step + zero_point, fmt.qmin, fmt.qmax) - zero_point) * step
         else:
             reach = y.detach().abs().amax(-1, keepdim=True).clamp(min=EPS) * self.grid.clip
-            step = reach * self.log_input_scale.exp() / fmt.qmax
+            step = reach * self.input_factor().exp() / fmt.qmax
             y_hat = _Rounded.apply(y / step, fmt.qmin, fmt.qmax) * step
         if self.kept < 1:
             drawn = torch.empty_like(y).uniform_(generator=self.generator)
@@ -93,12 +101,12 @@ class TrainableLinear(nn.Module):
         fmt, grid = self.grid.fmt, self.grid
         codes = (self.codes + self.offset).round().clamp(self.fmt.qmin, self.fmt.qmax)
         if fmt is not None and self.log_input_scale is not None:
-            factor = self.log_input_scale.exp()
+            factor = self.input_factor().exp()
             if grid.scale is not None and self.input_zero_point is not None:
                 zero_point = self.input_zero_point.round().clamp(fmt.qmin, fmt.qmax)
                 grid = replace(grid, scale=grid.scale * factor, zero_point=zero_point)
             else:
-                grid = replace(grid, clip=float(grid.clip * factor))
+                grid = replace(grid, clip=min(float(grid.clip * factor), 1.0))
         spec = LinearSpec(codes.to(torch.int8), self.steps(), grid, self.bias)
         return QuantLinear.from_spec(spec, self.layer[0].backend)
 

@@ -13,12 +13,12 @@ from qtk.scheme import Scheme
 
 
 class QuantEmbedding(Quantized):
-    """N rows of K channels, one scale for each row; the table stays in its stored form.
+    """N rows of K channels, G scales for each row; the table stays in its stored form.
 
     Buffers (`state_dict`):
         weight: [N, width, 1] int8 or uint8, the stored codes.
-        weight_scale: [N, 1] float32.
-        weight_zero_point: [N, 1] int8, for asymmetric tables.
+        weight_scale: [N, G] float32, G = 1 without groups.
+        weight_zero_point: [N, G] int8, for asymmetric tables.
 
     It has the names of `QuantLinear` where the two mean the same: N are `out_features`, K are
     `in_features`.
@@ -40,14 +40,15 @@ class QuantEmbedding(Quantized):
         self.w = scheme.w
         code_dtype, width = stored_shape(in_features, scheme.w.bits)
         N, asymmetric = out_features, not scheme.w.symmetric
+        G = 1 if self.w.group_size is None else -(-in_features // self.w.group_size)
         buffer(self, "weight", True, N, *width, device=device, dtype=code_dtype)
-        buffer(self, "weight_scale", True, N, 1, device=device)
-        buffer(self, "weight_zero_point", asymmetric, N, 1, device=device, dtype=torch.int8)
+        buffer(self, "weight_scale", True, N, G, device=device)
+        buffer(self, "weight_zero_point", asymmetric, N, G, device=device, dtype=torch.int8)
         self.dtype = dtype  # of the rows that come out; follows .to(dtype)
 
     @classmethod
     def from_codes(cls, codes: Tensor, steps: Steps, dtype: torch.dtype) -> "QuantEmbedding":
-        """Codes [N, K] int8 with one step for each row -> a table that gives rows of `dtype`."""
+        """Codes [N, K] int8 and their steps -> a table that gives rows of `dtype`."""
         N, K = codes.shape
         table = cls(K, N, Scheme(steps.fmt, None), dtype=dtype, device=codes.device)
         table.weight = store(codes, steps.fmt.bits).contiguous()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtk.checkpoint import Layer, Record, base_name, check_float, finish
+from qtk.assembly import base_name, check_float, finish
 from qtk.integrations.transformers import attach, load_float, refuse_saving
 from qtk.models import Block, describe, fold_scales
 from qtk.modules.base import resolve_backend
@@ -23,6 +23,7 @@ from qtk.pipeline.progress import progress_bar
 from qtk.pipeline.request import Request
 from qtk.pipeline.sensitivity import sensitive
 from qtk.pipeline.site import quantize_outside, quantize_site, rounded_to_nearest
+from qtk.record import Layer, Record
 
 logger = logging.getLogger("qtk")
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from qtk.checkpoint import Layer
 from qtk.learn.block import learn_block
 from qtk.learn.descent import Learned, Report
 from qtk.learn.model import learn_model
 from qtk.observe import Batch, Call
 from qtk.pipeline.assign import Assignment
 from qtk.pipeline.request import Request
+from qtk.record import Layer
 
 logger = logging.getLogger("qtk")
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtk.checkpoint import Layer, LayerRecipe
 from qtk.errors import ModelError
 from qtk.grids import Change, InputGrid, LinearSpec
 from qtk.modules.base import Quantized
@@ -19,6 +18,7 @@ from qtk.observe import Site
 from qtk.pipeline.assign import Assignment
 from qtk.pipeline.recipes import Choice
 from qtk.ranges import CheckedRule, Question
+from qtk.record import Layer, LayerRecipe
 from qtk.round import Problem, rounder_of
 from qtk.scheme import Format, Scheme
 

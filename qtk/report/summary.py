@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from qtk import checkpoint
+from qtk import assembly
 from qtk.integrations.transformers import load, record_of
 from qtk.models import describe
+from qtk.record import Layer
 from qtk.table import finite, ruled
 
 BRACKETS = re.compile(r"(.*?) \((.*?)\)")  # "kernel (remark)"
@@ -118,8 +119,8 @@ def summary(qmodel: nn.Module | str | os.PathLike[str]) -> Summary:
     """
     model = load(qmodel) if isinstance(qmodel, (str, os.PathLike)) else qmodel
     record = record_of(model)
-    quantized = checkpoint.quantized_layers(model)
-    blocks = checkpoint.fused_blocks(model)
+    quantized = assembly.quantized_layers(model)
+    blocks = assembly.fused_blocks(model)
     for fused in blocks.values():
         if not fused.is_fused:
             fused.prepare()  # moving a model drops what its first call would build again
@@ -128,18 +129,18 @@ def summary(qmodel: nn.Module | str | os.PathLike[str]) -> Summary:
         is_fused = block.name in blocks and blocks[block.name].is_fused
         for name in (n for group in block.groups for n in group.linears):
             if name in quantized:
-                made = record.layers[checkpoint.base_name(model, name)]
+                made = record.layers[assembly.base_name(model, name)]
                 layers.append(_quantized(name, quantized[name], is_fused, made))
             else:
                 layers.append(_float(name, model.get_submodule(name)))
     shown = {layer.name for layer in layers}
     others = [name for name in quantized if name not in shown]  # heads and embeddings asked for
     for name in others:
-        made = record.layers[checkpoint.base_name(model, name.removesuffix(".linear"))]
+        made = record.layers[assembly.base_name(model, name.removesuffix(".linear"))]
         layers.append(_quantized(name, quantized[name], False, made))
     parts = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
     rest = sum(parts.values()) - sum(layer.bytes for layer in layers)  # tied weights count once
-    products = next(iter(checkpoint.quantized_attentions(model).values()), None)
+    products = next(iter(assembly.quantized_attentions(model).values()), None)
     if products is None:
         return Summary(tuple(layers), record.recipe, rest)
     return Summary(tuple(layers), record.recipe, rest, products.scheme.name, products.kernel)
@@ -156,7 +157,7 @@ def common_prefix(names: list[str]) -> str:
     return "".join(shared)
 
 
-def _quantized(name: str, layer: Any, fused: bool, made: checkpoint.Layer) -> LayerSummary:
+def _quantized(name: str, layer: Any, fused: bool, made: Layer) -> LayerSummary:
     held = (layer.stored_weight(), layer.weight_scale, layer.weight_zero_point)
     size = sum(x.nbytes for x in held if x is not None)
     return LayerSummary(
