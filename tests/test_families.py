@@ -113,8 +113,8 @@ def test_fused_and_unfused_blocks_give_the_same_codes_but_at_ties(family):
     plain, _ = reader.quantize(norm(x))
     difference = (fused.int() - plain.int()).abs()
     assert difference.max() <= 1
-    # A channel that Outlier Suppression+ has scaled ends in the middle of two codes, so that ties are
-    # not rare; a sum over K channels errs by K roundings of its largest term.
+    # A channel that Outlier Suppression+ has scaled ends in the middle of two codes, so that ties
+    # are not rare; a sum over K channels errs by K roundings of its largest term.
     folded, K = parts.norm1, x.shape[-1]
     weight, bias = folded.q_weight.double(), folded.q_bias.double()
     exact = torch.nn.functional.layer_norm(x.double(), (K,), weight, bias, folded.eps)

@@ -12,8 +12,8 @@ from qtk.models import bert
 from qtk.record import Layer, LayerRecipe, Record
 from qtk.scheme import AttentionScheme, Scheme
 
-SCHEMES = [Scheme.of(8, 8), Scheme.of("fp8", "fp8"), Scheme.of(4, 16, group_size=32, weights="asymmetric"),
-           Scheme.of(3, 6, "token")]  # fmt: skip
+SCHEMES = [Scheme.of(8, 8), Scheme.of("fp8", "fp8"), Scheme.of(3, 6, "token"),
+           Scheme.of(4, 16, group_size=32, weights="asymmetric")]  # fmt: skip
 RECIPE = {
     "method": "os+", "rounding": "gptq", "ranges": "auto", "w": 8, "a": 8, "seed": -3,
     "calibration_batches": 2,
