@@ -63,9 +63,13 @@ def variant(
     """
     grid = kind == "code" and quantized_attention.WHOLE < T
     one_pass = grid or kind == "float"
-    row_bytes = HEAD * (2 if v == "bf16" else 1)
-    tile = quantized_attention.attention_tile(T, T, one_pass, v == "fp8", row_bytes)
     packed = qk == "u8"
+    row_bytes = HEAD * (2 if v == "bf16" else 1) + (
+        HEAD // 2 if packed else HEAD * (1 + (qk == "bf16"))
+    )
+    tile = quantized_attention.attention_tile(
+        T, T, HEAD, one_pass, v == "fp8", row_bytes, packed=packed
+    )
     types = {"q_ptr": f"*{qk}", "k_ptr": f"*{qk}", "v_ptr": "*i8"}
     if v == "bf16":
         types["v_ptr"] = "*bf16"

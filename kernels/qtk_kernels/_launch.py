@@ -115,6 +115,7 @@ def gemm_launch(
     computed_weights: bool,
     computed_tokens: bool = False,
     wide: bool = False,
+    heavy: bool = False,
 ) -> dict[str, Any]:
     """Tiles of a matrix product of M tokens and N output channels: measured, else by rule.
 
@@ -128,6 +129,8 @@ def gemm_launch(
             computed in registers meet a defect of ptxas before 13.3 on wgmma.
         computed_tokens: the same for the activations.
         wide: the activations are floats, which take more shared memory: fewer stages.
+        heavy: operands fill the registers, because they come a byte at a time (rows that do not
+            begin on 16 bytes) or as float32, in several parts: smaller tiles, or more threads.
     """
     if _forced is not None:
         return _forced
@@ -135,7 +138,10 @@ def gemm_launch(
         tile = nearest(f"{kernel} grouped" if grouped else kernel, M, N, K, _capability(device))
         if tile is not None:
             return tile
-    tile = _rule(M, N, grouped, computed_weights, computed_tokens, wide, SMS)
+    if heavy and not computed_tokens:
+        tile = _heavy_rule(M, computed_weights)
+    else:
+        tile = _rule(M, N, grouped, computed_weights, computed_tokens, wide, SMS)
     return {**tile, "SPLIT_K": _splits(M, N, K, weight_bits, tile)}
 
 
@@ -180,6 +186,14 @@ def _rule(
     if swap:
         return _tiles(64, 128, True, 8, 3)
     return _tiles(128, 64 if grouped else 128, False, 8, 2 if wide else 3)
+
+
+def _heavy_rule(M: int, computed_weights: bool) -> dict[str, Any]:
+    """As `_rule`, for operands that fill the registers."""
+    few = 16 if M <= 16 else 32
+    if computed_weights:
+        return _tiles(few, 32, True, 2, 3) if M <= 32 else _tiles(64, 32, False, 4, 2)
+    return _tiles(few, 64, True, 4 if M <= 16 else 8, 3) if M <= 32 else _tiles(64, 64, False, 8, 3)
 
 
 def _splits(M: int, N: int, K: int, weight_bits: int, tile: dict[str, Any]) -> int:

@@ -178,7 +178,8 @@ def _tile(codes: Codes, M: int, K: int, sms: int) -> dict:
 @cache
 def _one_part(codes: Codes, M: int, K: int, at_least: int, sms: int) -> dict:
     group, span, lanes = _lanes(codes, K)
-    tile = row_launch(M, lanes, max(at_least, span, BLOCK if codes.packed else 1))
+    # bytes are written four at a time
+    tile = row_launch(M, lanes, max(at_least, span, BLOCK if codes.packed else 4))
     if group < 1:
         group = span = tile["BLOCK_K"] if group else 0
     return {**_grid(codes), "GROUP": group, "SPAN": span, **tile}

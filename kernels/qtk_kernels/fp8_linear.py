@@ -133,7 +133,10 @@ def _plan(
     _check(x, *signature)
     _, (N, K), _, _, _, x_scale, activation = signature
     M, step = prod(x[:-1]), row_step(x, stride)
-    tile = gemm_launch("fp8_linear", M, N, K, device=device, grouped=False, computed_weights=False)
+    tile = gemm_launch(
+        "fp8_linear", M, N, K, device=device, grouped=False, computed_weights=False,
+        heavy=K % 16 > 0,
+    )  # fmt: skip
     epilogue: dict[str, Any] = {"ACTIVATION": activation or ""}
     return plan_linear(
         x, stride, N, out_dtype, tile,

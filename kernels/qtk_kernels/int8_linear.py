@@ -235,8 +235,9 @@ def _plan(
     if x_dtype == torch.uint8:  # tensor cores multiply int8 by int8 only: `as_int8` copies
         stride, x_zero_point = contiguous_strides(x), x_zero_point - BYTE_OFFSET
     tile = gemm_launch(
-        "int8_linear", M, N, K, device=device, grouped=grouped, computed_weights=False
-    )
+        "int8_linear", M, N, K, device=device, grouped=grouped, computed_weights=False,
+        heavy=K % 16 > 0,
+    )  # fmt: skip
     step = row_step(x, stride)
     return plan_linear(
         x, stride, N, out.dtype, tile,

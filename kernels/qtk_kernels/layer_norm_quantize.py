@@ -285,7 +285,7 @@ def _plan(
         (cdiv(M, tile["ROWS"]),),
         numbers,
         # a fused sum only moves y within the bound that another order of summation needs
-        {"WALK": channels_of(tile) < K, **tile},
+        {"WALK": channels_of(tile) < K, **tile, "enable_fp_fusion": True},
         pack=wanted.packed and not codes.packed,
     )  # fmt: skip
 

@@ -50,23 +50,35 @@ def pack_heads(q: Tensor) -> Tensor:
     return low & 15 | high << 4
 
 
-def attention_tile(Tq: int, Tk: int, one_pass: bool, fp8: bool, row_bytes: int) -> dict[str, int]:
+def attention_tile(
+    Tq: int, Tk: int, D: int, one_pass: bool, fp8: bool, row_bytes: int, *, packed: bool = False,
+    full_mask: bool = False,
+) -> dict[str, int]:  # fmt: skip
     """Rows, keys and warps of a program: a rule, not tuned on a GPU.
 
     Args:
         one_pass: nothing about a whole row has to be known before its codes are.
         fp8: the second product's operands are float8, which are native from 64 rows on.
-        row_bytes: of a key's values; more leave no shared memory for more keys.
+        row_bytes: of a key and its value together; more leave no shared memory for more keys.
+        packed: q and k are int4, which take two products.
+        full_mask: every query has a mask of its own, whose addresses take registers.
     """
+    float32 = row_bytes >= 8 * D  # in three parts on tensor cores
     rows, warps = 128, 8  # four warps for each 64 rows, or scores would be held twice
-    BLOCK_N = 128 if one_pass and (fp8 or row_bytes <= 128) else 64
-    if Tk <= ONE_TILE:
-        BLOCK_N = max(next_power_of_2(Tk), 32)
-    if Tq <= 64 or Tk <= ONE_TILE // 2:
+    keys = 32 if float32 or full_mask else 128 if one_pass and D <= 64 else 64
+    keys = max(min(keys, 32768 // row_bytes), 32)
+    whole = max(next_power_of_2(Tk), 32)
+    most = ONE_TILE if D <= 64 and not packed else ONE_TILE // 2
+    if whole <= most and whole * row_bytes <= 65536 and not (float32 or full_mask):
+        keys = whole
+    if Tq <= 64 or Tk <= ONE_TILE // 2 or D > 128 or float32:
         rows, warps = 64, 4
     if Tq <= 16 and not fp8:
         rows = 16
-    return {"BLOCK_M": rows, "BLOCK_N": BLOCK_N, "num_warps": warps, "num_stages": 2}
+    elif float32 and D > 64:
+        rows = 32
+    stages = 1 if keys * row_bytes > 32768 and whole > keys else 2
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 class Signature(NamedTuple):
@@ -154,7 +166,10 @@ def _plan(
     groups = [1 if s is None else group(s.shape, T) for s, T in ((q_scale, Tq), (k_scale, Tk))]
     fp8 = v.dtype == torch.float8_e4m3fn
     one_pass = grid or softmax.kind == "float"
-    tile = attention_tile(Tq, Tk, one_pass, fp8, D * v.dtype.itemsize)
+    tile = attention_tile(
+        Tq, Tk, D, one_pass, fp8, width * q.dtype.itemsize + D * v.dtype.itemsize,
+        packed=q.dtype == torch.uint8, full_mask=mask is not None and seen[2] > 0,
+    )  # fmt: skip
     tile["BLOCK_N"] = block_n or tile["BLOCK_N"]
     return Plan(
         copy,

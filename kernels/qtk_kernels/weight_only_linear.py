@@ -388,6 +388,7 @@ def _plan(
     tile = gemm_launch(
         f"weight_only_linear W{4 if packed else 8}A16", M, N, K, device=device, grouped=grouped,
         weight_bits=4 if packed else 8, computed_weights=True, wide=True,
+        heavy=x_dtype == torch.float32 or K % 16 > 0,
     )  # fmt: skip
     if packed:
         width, steps = packed_steps(K, size, w[1])
@@ -404,7 +405,7 @@ def _plan(
         {"GROUP": size if grouped else 0, "PACKED": packed,
          "EVEN": K % 128 == 0 if packed else K % width == 0 and (not grouped or size % width == 0),
          "HAS_ZERO_POINT": w_zero_point is not None, "DTYPE": tl.float32 if exact else dtype,
-         "WIDTH": width},
+         "WIDTH": width, "enable_fp_fusion": True},
         integers=False, scaled=True, epilogue={"ACTIVATION": "", "QMIN": 0, "QMAX": 0},
     )  # fmt: skip
 

@@ -51,7 +51,7 @@ def checked() -> Iterator[Case]:
             return
 
     for seed, name in product(range(SEEDS), check.CHECKS):
-        yield Case(f"check {name} {seed}", lambda n=name, s=seed: run(n, s))
+        yield Case(f"check {name} {seed}", lambda n=name, s=seed: run(n, s), stack=128)
 
 
 def cases(op: str, arch: int) -> list[Case]:
@@ -71,7 +71,7 @@ def failures(case: Case, arch: int, ones: str) -> list[str]:
     wrong = []
     for b in found:
         wrong += [f"{b.kernel}: {b.shared} bytes of shared memory"] * (b.shared > jit.SHARED[arch])
-        wrong += [f"{b.kernel}: {b.stack} bytes of stack"] * (b.stack > 0 and not case.wide)
+        wrong += [f"{b.kernel}: {b.stack} bytes of stack"] * (b.stack > case.stack)
         wrong += [f"{b.kernel}: waits after each wgmma"] * b.serialized
     return wrong
 
