@@ -124,3 +124,27 @@ def test_layers_become_float_again(scheme):
     spec = layer.spec()
     exact = spec.grid.change.inputs(x) @ spec.weight().T + spec.bias
     assert torch.allclose(linear(x), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"attention": "int8", "softmax": "code"},
+    {"bits": {"embeddings.word_embeddings": (8, 16)}}, {"w": 4, "a": 16, "method": "none"},
+])  # fmt: skip
+@torch.no_grad()
+def test_a_model_becomes_float_again(options, tmp_path):
+    qmodel, batch = quantized(**options)
+    model, _ = build("BertModel")
+    y = qmodel(**batch)[0]
+    float_again = qmodel.dequantize()
+    assert not any(type(m).__module__.startswith("qtk.") for m in float_again.modules())
+    got = float_again(**batch)[0]
+    assert torch.nn.functional.cosine_similarity(got, y, dim=-1).min() > 0.999
+    float_again.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(**batch)[0], got)
+    assert all(p.requires_grad for p in float_again.parameters())
+
+
+def test_a_quantized_table_is_not_resized():
+    qmodel, _ = quantized(bits={"embeddings.word_embeddings": (8, 16)})
+    with pytest.raises(qtk.ModelError, match="resize the float model's"):
+        qmodel.resize_token_embeddings(120)

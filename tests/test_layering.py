@@ -30,7 +30,7 @@ ALLOWED = {
     "qtk.learn": LOW | {"qtk.observe", "qtk.modules", "qtk.learn"},
     "qtk.record": {"qtk.errors", "qtk.scheme"},
     "qtk.assembly": LOW | {"qtk.modules", "qtk.record"},
-    "qtk.integrations": LOW | {"qtk.record", "qtk.assembly", "qtk.integrations"},
+    "qtk.integrations": LOW | {"qtk.modules", "qtk.record", "qtk.assembly", "qtk.integrations"},
     "qtk.pipeline": LOW
     | STAGES
     | {

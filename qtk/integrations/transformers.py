@@ -20,6 +20,8 @@ from qtk.errors import BackendError, CheckpointError, ModelError
 from qtk.integrations import folder
 from qtk.integrations.saving import AtomicSave, Unfinished
 from qtk.models import check_whole
+from qtk.modules.embedding import QuantEmbedding
+from qtk.modules.floats import restore_floats
 from qtk.record import Record
 
 
@@ -66,6 +68,14 @@ class QtkQuantizer(HfQuantizer):
         attach(model, self.record)
         return model
 
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        """`model.dequantize()`: floats with the weights that the codes stand for."""
+        restore_floats(model)
+        for name in ("save_pretrained", "resize_token_embeddings"):
+            model.__dict__.pop(name, None)
+        model.is_quantized = False
+        return nn.Module.to(model, dtype).requires_grad_(True)
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
@@ -91,6 +101,14 @@ def attach(model: Any, record: Record) -> None:
     model.is_quantized = True
     model.quantization_method = "qtk"
     model.save_pretrained = AtomicSave(model)
+    if any(isinstance(module, QuantEmbedding) for module in model.modules()):
+        model.resize_token_embeddings = _refuse_resizing
+
+
+def _refuse_resizing(*args: Any, **kwargs: Any) -> Any:
+    raise ModelError(
+        "the token table is quantized: resize the float model's embeddings, then quantize"
+    )
 
 
 def record_of(model: Any) -> Record:
