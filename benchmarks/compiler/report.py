@@ -40,6 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from benchmarks.compiler.flash_attention import flash_attention_kernel
 from benchmarks.result import COMMIT, RESULTS
 from qtk_kernels import (
     _split_k,
@@ -267,8 +268,9 @@ def compile_for(variant: Variant, arch: int) -> Any:
     fused = (
         weight_only._weight_only_linear_kernel,
         layer_norm_quantize._layer_norm_quantize_kernel,
+        flash_attention_kernel,  # as anybody would compile it
     )
-    options["enable_fp_fusion"] = variant.kernel in fused
+    options["enable_fp_fusion"] = variant.kernel in fused or variant.params.get("KIND") == "float"
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
