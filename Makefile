@@ -26,6 +26,12 @@ lint: $(VENV)/dev         ## format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy qtk kernels/qtk_kernels benchmarks tests/gpu
 
+gpu-gate: $(VENV)/dev     ## every GPU launch, compiled without a GPU by the oldest and the newest triton
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/triton-oldest triton==3.6.0
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/triton-newest triton
+	PYTHONPATH=$(VENV)/triton-oldest:.:kernels $(BIN)/python -m tests.kernels.jit_gate
+	PYTHONPATH=$(VENV)/triton-newest:.:kernels $(BIN)/python -m tests.kernels.jit_gate
+
 bench: $(VENV)/dev        ## speed, into benchmarks/results/ and the README
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks.speed.quantize
@@ -48,5 +54,5 @@ $(VENV)/dev: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]" "$(TRANSFORMERS)"
 	touch $@
 
-.PHONY: help demo test fidelity wheel lint bench clean
+.PHONY: help demo test fidelity wheel lint gpu-gate bench clean
 .DEFAULT_GOAL := help

@@ -46,6 +46,7 @@ from benchmarks.compiler.disassembly import (
     instructions,
     tensor_core,
 )
+from benchmarks.compiler.flash_attention import flash_attention_kernel
 from benchmarks.compiler.variants import Variant, gemm_variants, row_variants
 from benchmarks.result import COMMIT, RESULTS
 from qtk_kernels.layer_norm_quantize import _layer_norm_quantize_kernel
@@ -104,8 +105,12 @@ def compile_for(variant: Variant, arch: int) -> Any:
         if name in variant.types or name in ALIGNED:
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constexprs, attrs)
-    fused = (_weight_only_linear_kernel, _layer_norm_quantize_kernel)
-    options["enable_fp_fusion"] = variant.kernel in fused
+    fused = (
+        _weight_only_linear_kernel,
+        _layer_norm_quantize_kernel,
+        flash_attention_kernel,  # as anybody would compile it
+    )
+    options["enable_fp_fusion"] = variant.kernel in fused or variant.params.get("KIND") == "float"
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

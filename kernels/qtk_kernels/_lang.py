@@ -13,6 +13,8 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 # counts of tokens and zero points: the JIT would make constants of those that are 1, which have no
 # methods, and a binary for each kind of them
 RUN_TIME = ("M", "Tq", "steps", "x_zero_point", "out_zero_point")
@@ -29,7 +31,9 @@ except Exception:  # a broken installation raises what it likes
 
 
 # Inline PTX works on four bytes at once; the interpreter cannot run it and takes the other branch.
-PTX = tl.constexpr(triton is not None and os.environ.get("TRITON_INTERPRET") != "1")
+PTX = tl.constexpr(
+    triton is not None and os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None
+)
 
 
 @jit
@@ -39,6 +43,21 @@ def round_codes(y, qmin, qmax):
     # adding 1.5 * 2**23 rounds the fraction away and leaves the integer in the low bits; exact
     # because the clamp comes first, which integer bounds allow
     return (y + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@jit
+def larger(a, b):
+    """The larger of two, nan where one is: `tl.maximum` loses it."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def largest_along(x, axis: tl.constexpr):
+    """The largest of magnitudes along an axis, nan where one is."""
+    if PTX:
+        return tl.reduce(x, axis, larger)
+    else:  # bits of magnitudes are ordered as they are, nan last; the interpreter skips a nan
+        return tl.max(x.to(tl.int32, bitcast=True), axis=axis).to(tl.float32, bitcast=True)
 
 
 @jit

@@ -2,9 +2,10 @@
 
 Nothing here was tuned on a GPU: the rules keep registers and shared memory within every device
 from sm_80 on, which `benchmarks/compiler` checks by compiling. `qtk tune` measures tiles of matrix
-products on a GPU and writes `tuned/sm_<capability>.json`, which then comes first:
+products on a GPU and writes `tuned/<card>.json`, which then comes first:
 
-    {"device": name, "capability": [major, minor], "versions": {"torch": ..., "triton": ...},
+    {"device": name, "capability": [major, minor], "processors": number,
+     "versions": {"torch": ..., "triton": ...},
      "entries": [{"kernel": "int8_linear", "M": 16, "N": 4096, "K": 4096,
                   "tile": {"BLOCK_M": ..., ..., "num_stages": ...}, "us": 7.1, "before_us": 8.0,
                   "first_call_s": 1.2}, ...]}
@@ -13,12 +14,14 @@ No table is shipped that was not measured.
 """
 
 import json
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import log2
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +32,18 @@ SMS = 128  # programs that fill a large GPU
 TUNED = Path(__file__).parent / "tuned"
 FAR = 2.0  # octaves of M, N and K together beyond which a measurement says nothing
 MAX_SPLITS = 16  # parts of a sum over K
+
+
+class Card(NamedTuple):
+    """What tiles are measured for."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+
+    @property
+    def architecture(self) -> str:
+        return "sm_{}{}".format(*self.capability)
 
 
 def next_power_of_2(n: int) -> int:
@@ -135,13 +150,13 @@ def gemm_launch(
     if _forced is not None:
         return _forced
     if device is not None and device.type == "cuda":
-        tile = nearest(f"{kernel} grouped" if grouped else kernel, M, N, K, _capability(device))
+        tile = nearest(f"{kernel} grouped" if grouped else kernel, M, N, K, card_of(device))
         if tile is not None:
             return tile
     if heavy and not computed_tokens:
         tile = _heavy_rule(M, computed_weights)
     else:
-        tile = _rule(M, N, grouped, computed_weights, computed_tokens, wide, SMS)
+        tile = _rule(M, N, grouped, computed_weights, computed_tokens, wide)
     return {**tile, "SPLIT_K": _splits(M, N, K, weight_bits, tile)}
 
 
@@ -161,15 +176,8 @@ def use_tile(tile: dict[str, Any]) -> Iterator[None]:
         forget()
 
 
-@cache
 def _rule(
-    M: int,
-    N: int,
-    grouped: bool,
-    computed_weights: bool,
-    computed_tokens: bool,
-    wide: bool,
-    sms: int,
+    M: int, N: int, grouped: bool, computed_weights: bool, computed_tokens: bool, wide: bool
 ) -> dict[str, Any]:
     """With up to 32 tokens the weights take the side of 64 that Hopper's tensor cores want.
 
@@ -181,7 +189,7 @@ def _rule(
     if M <= 32:
         return _tiles(16 if M <= 16 else 32, 64, True, 2 if computed_weights else 4, 4)
     swap = grouped and not computed_weights
-    if cdiv(M, 128) * cdiv(N, 128) < sms:
+    if cdiv(M, 128) * cdiv(N, 128) < SMS:
         return _tiles(64, 64, swap, 4, 3)
     if swap:
         return _tiles(64, 128, True, 8, 3)
@@ -217,28 +225,37 @@ def _tiles(block_m: int, block_n: int, swap: bool, warps: int, stages: int) -> d
 
 
 @planned
-def nearest(
-    kernel: str, M: int, N: int, K: int, capability: tuple[int, int]
-) -> dict[str, Any] | None:
-    """The tile measured for the nearest shape on such a device, or None if there is none near."""
+def nearest(kernel: str, M: int, N: int, K: int, card: Card) -> dict[str, Any] | None:
+    """The tile measured for the nearest shape on such a card, or None if there is none near."""
 
     def distance(entry: dict[str, Any]) -> float:
         sizes = ((entry["M"], M), (entry["N"], N), (entry["K"], K))
         return sum(abs(log2(a / max(b, 1))) for a, b in sizes)
 
-    entries = [entry for entry in _table(capability) if entry["kernel"] == kernel]
+    entries = [entry for entry in _table(card) if entry["kernel"] == kernel]
     best = min(entries, key=distance, default=None)
     return best["tile"] if best is not None and distance(best) <= FAR else None
 
 
 @planned
-def _table(capability: tuple[int, int]) -> list[dict[str, Any]]:
-    path = table_path(capability)
-    return read_table(path)["entries"] if path.exists() else []
+def _table(card: Card) -> list[dict[str, Any]]:
+    """What was measured on such a card, else on the first of its capability, which is logged."""
+    path = table_path(card)
+    if path.exists():
+        return read_table(path)["entries"]
+    for other in sorted(path.parent.glob(f"{card.architecture}_*.json")):
+        logging.getLogger(__name__).warning(
+            "no tiles were measured on %s: using those of %s; `qtk tune` measures", card.name,
+            other.stem,
+        )  # fmt: skip
+        return read_table(other)["entries"]
+    return []
 
 
-def table_path(capability: tuple[int, int], folder: Path | None = None) -> Path:
-    return (folder or TUNED) / "sm_{}{}.json".format(*capability)
+def table_path(card: Card, folder: Path | None = None) -> Path:
+    """An H100 and an H200, or two with another number of processors, want other tiles."""
+    name = re.sub(r"[^a-z0-9]+", "_", card.name.lower()).strip("_")
+    return (folder or TUNED) / f"{card.architecture}_{card.processors}_{name}.json"
 
 
 TILE = {
@@ -269,5 +286,6 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def card_of(device: torch.device) -> Card:
+    found = torch.cuda.get_device_properties(device)
+    return Card(found.name, (found.major, found.minor), found.multi_processor_count)

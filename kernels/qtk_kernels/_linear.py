@@ -63,6 +63,15 @@ def empty_output(
     return x.new_empty((*x.shape[:-1], N), dtype=codes.dtype if codes else float_dtype)
 
 
+def check_sums(channels: int, zero_point: int) -> None:
+    """Raises where an int32 sum of that many products of bytes could wrap around."""
+    if channels * 128 * (128 + abs(zero_point)) >= 2**31:
+        raise ValueError(
+            f"sums over {channels} channels with zero point {zero_point} do not fit into int32: "
+            "use groups, or backend='reference'"
+        )
+
+
 def check_scales(
     x: torch.Size, N: int, x_scale: torch.Size | None, bias: torch.Size | None
 ) -> None:

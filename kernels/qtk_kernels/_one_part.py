@@ -4,7 +4,7 @@ The others take several, see `_rows.py`.
 """
 
 from ._code_bytes import to_bytes, two_nibbles
-from ._lang import jit, tl
+from ._lang import jit, larger, largest_along, tl
 
 
 @jit
@@ -25,7 +25,7 @@ def lanes(start, K, GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constex
 def dynamic_limit(y, clip, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr):
     """The largest magnitude to represent, per group: [ROWS, BLOCK_K] to [ROWS, BLOCK_K / SPAN]."""
     groups = tl.reshape(tl.abs(y), (ROWS, BLOCK_K // SPAN, SPAN))
-    return tl.maximum(tl.max(groups, axis=2), 1e-8) * clip
+    return larger(largest_along(groups, 2), 1e-8) * clip
 
 
 @jit

@@ -10,7 +10,7 @@ scale serves a token. FULL: no lane of the tile is idle, no mask is needed.
 
 from . import codes
 from ._code_bytes import to_bytes, two_nibbles
-from ._lang import PTX, jit, tl
+from ._lang import PTX, jit, larger, largest_along, tl
 
 TOKEN = tl.constexpr(codes.TOKEN)
 
@@ -88,8 +88,8 @@ def largest(
     if GROUP == TOKEN:
         top = tl.abs(ys[0])
         for P in tl.static_range(1, PARTS):
-            top = tl.maximum(top, tl.abs(ys[P]))
-        return tl.maximum(tl.max(top, axis=1)[:, None], 1e-8) * clip
+            top = larger(top, tl.abs(ys[P]))
+        return larger(largest_along(top, 1)[:, None], 1e-8) * clip
     else:
         limits = none()
         PAIRED: tl.constexpr = PACKED and SPAN > 64
@@ -97,9 +97,9 @@ def largest(
         for P in tl.static_range(PARTS):
             top = tl.abs(ys[P])
             if PAIRED:
-                top = tl.maximum(top, tl.abs(ys[P ^ 1]))
-            top = tl.max(tl.reshape(top, (ROWS, PART // LANES, LANES)), axis=2)
-            limits = append(limits, tl.maximum(top, 1e-8) * clip)
+                top = larger(top, tl.abs(ys[P ^ 1]))
+            top = largest_along(tl.reshape(top, (ROWS, PART // LANES, LANES)), 2)
+            limits = append(limits, larger(top, 1e-8) * clip)
         return limits
 
 

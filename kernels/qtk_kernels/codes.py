@@ -13,13 +13,12 @@ short.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _launch
 from ._launch import cdiv, next_power_of_2, part_launch, row_launch
 from .packing import BLOCK, pack_int4, packed_width
 
@@ -154,15 +153,14 @@ class Codes:
 
     def launch(self, M: int, K: int) -> dict:
         """The parameters of a kernel of `_rows.py` that writes these codes."""
-        return _tile(self, M, K, _launch.SMS)
+        return _tile(self, M, K)
 
     def launch_one_part(self, M: int, K: int, at_least: int = 1) -> dict:
         """The same for a kernel that needs its channels in one tensor, of some size."""
-        return _one_part(self, M, K, at_least, _launch.SMS)
+        return _one_part(self, M, K, at_least)
 
 
-@cache
-def _tile(codes: Codes, M: int, K: int, sms: int) -> dict:
+def _tile(codes: Codes, M: int, K: int) -> dict:
     group, span, lanes = _lanes(codes, K)
     # a part holds whole groups, two parts whole blocks of packed codes
     unit = max(64, span // 2) if codes.packed else max(128, span)
@@ -175,8 +173,7 @@ def _tile(codes: Codes, M: int, K: int, sms: int) -> dict:
     }  # fmt: skip
 
 
-@cache
-def _one_part(codes: Codes, M: int, K: int, at_least: int, sms: int) -> dict:
+def _one_part(codes: Codes, M: int, K: int, at_least: int) -> dict:
     group, span, lanes = _lanes(codes, K)
     # bytes are written four at a time
     tile = row_launch(M, lanes, max(at_least, span, BLOCK if codes.packed else 4))
@@ -249,10 +246,17 @@ def as_uint8(q: Tensor) -> Tensor:
 
 def check_channels(shape: Sequence[int], **vectors: Sequence[int] | None) -> None:
     """Raises unless the shape of every vector is None or (K,), for x of `shape`."""
+    check_not_a_number(shape)
     K = shape[-1]
     for name, vector in vectors.items():
         if vector is not None and tuple(vector) != (K,):
             raise ValueError(f"{name} must be [{K}] for x {list(shape)}, got {list(vector)}")
+
+
+def check_not_a_number(shape: Sequence[int]) -> None:
+    """Raises where x has no axis of channels."""
+    if not shape:
+        raise ValueError("x must be [..., K], got a tensor without axes")
 
 
 def group_size_of(K: int, G: int, group_size: int | None) -> int:

@@ -8,6 +8,7 @@ reference  the definition of the op: exact, slow, on any device, and what the te
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ def backend_of(x: Tensor, backend: str | None = None) -> str:
         raise ValueError(f"unknown backend {name!r}, expected one of {BACKENDS}")
     if name == "cpu" and x.is_cuda:
         raise ValueError(f"backend 'cpu' needs a CPU tensor, got one on {x.device}")
+    if name == "triton" and x.is_cuda and torch.version.hip is not None:
+        raise ValueError(
+            "backend 'triton' needs an NVIDIA card, got one on ROCm: backend='reference' runs there"
+        )
     if name == "triton" and triton is None:
         raise ValueError("backend 'triton' needs the package triton, which cannot be imported here")
     if name == "triton" and not x.is_cuda and not INTERPRETED:
@@ -63,9 +68,26 @@ _HERE = nullcontext()
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Makes the device of `x` current, for a launch on a second GPU; costs nothing on the first."""
+    """Makes the device of `x` current, for a launch on a second GPU; costs nothing on the first.
+
+    Raises:
+        ValueError: a card from before sm_80, for which the kernels do not compile.
+    """
     index = x.get_device()  # -1 on a CPU
-    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+    if index < 0:
+        return _HERE
+    _check_card(index)
+    return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+@cache
+def _check_card(index: int) -> None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        raise ValueError(
+            f"backend 'triton' needs compute capability 8.0 or higher, got {major}.{minor} "
+            f"({torch.cuda.get_device_name(index)}): backend='reference' runs there"
+        )
 
 
 def has_triton() -> bool:

@@ -13,7 +13,6 @@ order (768 = 24 * 32 and 2560 = 40 * 64 do, 384 = 16 * 24 does not); where not, 
 another size than a power of two, PyTorch rotates, and one pass does the rest.
 """
 
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -169,7 +168,6 @@ def _hadamard_quantize_kernel(
     )
 
 
-@cache
 def hadamard_launch(M: int, K: int, block: int, codes: Codes) -> dict | None:
     """The compile-time parameters of the kernel, or None where it would have to move channels.
 
@@ -271,7 +269,8 @@ def hadamard_quantize(
 
     Returns:
         q: [..., K], int8 or uint8, or [..., ceil(K / 128) * 64], uint8, if packed.
-        scale: None (static), or [..., 1] or [..., G], float32.
+        scale: None (static), or [..., 1] or [..., G], float32; nan where a token or group holds
+            nan. A static grid has no scale to say so, and its code of a nan is any.
 
     Raises:
         ValueError: a block that does not divide K, or a vector that is not [K].

@@ -33,7 +33,7 @@ from ._lang import (
     tl,
 )
 from ._launch import gemm_launch, packed_steps
-from ._linear import Output, check_scales, empty_output
+from ._linear import Output, check_scales, check_sums, empty_output
 from ._plan import contiguous_strides, opaque, planned, row_step, shape_of
 from ._split_k import LinearPlan, launch_linear, plan_linear
 from .codes import BYTE_OFFSET, Codes, as_int8, group_size_of, scale_strides
@@ -267,6 +267,7 @@ def _plan(
     bytes_, steps = packed_steps(K, size, width)
     if x_dtype == torch.uint8 and not x_packed:  # `as_int8` copies
         stride, x_zero_point = contiguous_strides(x), x_zero_point - BYTE_OFFSET
+    check_sums(size, x_zero_point * (16 if x_packed else 1))
     tile = gemm_launch(
         "int4_linear W4A4" if x_packed else "int4_linear W4A8", M, N, K, device=device,
         grouped=grouped, weight_bits=4, computed_weights=True, computed_tokens=x_packed,

@@ -33,10 +33,17 @@ from ._lang import (
     tl,
 )
 from ._launch import dot_width, gemm_launch, steps_of
-from ._linear import Output, check_scales, empty_output
+from ._linear import Output, check_scales, check_sums, empty_output
 from ._plan import contiguous_strides, opaque, planned, row_step, shape_of
 from ._split_k import LinearPlan, launch_linear, plan_linear
-from .codes import BYTE_OFFSET, Codes, as_int8, group_size_of, scale_strides
+from .codes import (
+    BYTE_OFFSET,
+    Codes,
+    as_int8,
+    check_not_a_number,
+    group_size_of,
+    scale_strides,
+)
 from .dispatch import backend_of, cpu_has_int8
 from .onednn import NAMED, float32_chunks, is_onednn, onednn_linear
 
@@ -206,6 +213,7 @@ def _check(
     x_scale: torch.Size | None, bias: torch.Size | None, group_size: int | None, blocked: bool,
 ) -> int:  # fmt: skip
     """The channels in a group; raises where shapes or dtypes do not fit."""
+    check_not_a_number(x)
     K, N = x[-1], w_scale[0]
     G = max(w_scale[1], 1 if x_scale is None else x_scale[-1])
     size = group_size_of(K, G, group_size)
@@ -234,6 +242,7 @@ def _plan(
     group, block_k = (size, dot_width(size)) if grouped else (0, 128)
     if x_dtype == torch.uint8:  # tensor cores multiply int8 by int8 only: `as_int8` copies
         stride, x_zero_point = contiguous_strides(x), x_zero_point - BYTE_OFFSET
+    check_sums(size, x_zero_point)
     tile = gemm_launch(
         "int8_linear", M, N, K, device=device, grouped=grouped, computed_weights=False,
         heavy=K % 16 > 0,

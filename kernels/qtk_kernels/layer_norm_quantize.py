@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._lang import entry, jit, rsqrt, tl
+from ._lang import entry, jit, larger, rsqrt, tl
 from ._launch import cdiv
 from ._plan import Plan, opaque, planned, row_step, shape_of
 from ._rows import (
@@ -228,7 +228,7 @@ def _layer_norm_quantize_kernel(
                     GROUP, SPAN, PACKED, FULL, PART, PARTS,
                 )  # fmt: skip
                 top = largest(ys, clip, GROUP, SPAN, PACKED, ROWS, PART, PARTS)
-                limit = tl.maximum(limit, top)
+                limit = larger(limit, top)
             store_scales(scale_ptr, limit, offs_m, 0, G, GROUP, SPAN, PACKED, QMAX, PART, PARTS)
         for start in range(0, K, CHANNELS):
             hs = _load_h(
@@ -353,7 +353,8 @@ def layer_norm_quantize(
 
     Returns:
         q: [..., K], int8 or uint8, or [..., ceil(K / 128) * 64], uint8, if packed.
-        scale: None (static), or [..., 1] or [..., G], float32.
+        scale: None (static), or [..., 1] or [..., G], float32; nan where a token or group holds
+            nan. A static grid has no scale to say so, and its code of a nan is any.
         emitted: None, or [..., K] in x's dtype.
 
     Raises:

@@ -186,7 +186,8 @@ def _plan(
          "V_FP8": fp8, "EXACT": INTERPRETED,
          "BLOCK_W": max(next_power_of_2(width), 32), "BLOCK_D": max(next_power_of_2(D), 16),
          **tile,
-         "enable_fp_fusion": False},  # the definition says where a product and a sum are one
+         # the definition of codes says where a product and a sum are one
+         "enable_fp_fusion": softmax.kind == "float"},
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._lang import activate_tile, entry, jit, tl
+from ._lang import activate_tile, entry, jit, larger, tl
 from ._launch import cdiv
 from ._plan import Plan, opaque, planned, row_step, shape_of
 from ._rows import append, divided, largest, load_rows, none, store_rows, store_scales
@@ -89,7 +89,7 @@ def _shift_scale_quantize_kernel(
                 x_ptr, multiplier_ptr, offset_ptr, offs_m, at, K, stride_xm,
                 GROUP, SPAN, PACKED, FULL, PART, PARTS, ACTIVATION,
             )  # fmt: skip
-            limit = tl.maximum(limit, largest(ys, clip, GROUP, SPAN, PACKED, ROWS, PART, PARTS))
+            limit = larger(limit, largest(ys, clip, GROUP, SPAN, PACKED, ROWS, PART, PARTS))
         store_scales(scale_ptr, limit, offs_m, 0, G, GROUP, SPAN, PACKED, QMAX, PART, PARTS)
         for at in range(0, K, BLOCK_K):
             ys = _load_y(
@@ -187,7 +187,8 @@ def shift_scale_quantize(
 
     Returns:
         q: [..., K], int8 or uint8, or [..., ceil(K / 128) * 64], uint8, if packed.
-        scale: None (static), or [..., 1] or [..., G], float32.
+        scale: None (static), or [..., 1] or [..., G], float32; nan where a token or group holds
+            nan. A static grid has no scale to say so, and its code of a nan is any.
 
     Raises:
         ValueError: an unknown activation, or a vector that is not [K].

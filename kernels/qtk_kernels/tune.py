@@ -1,4 +1,4 @@
-"""Measures tiles of the matrix products on this GPU and writes `tuned/sm_<capability>.json`."""
+"""Measures tiles of the matrix products on this GPU and writes `tuned/<card>.json`."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._lang import triton
-from ._launch import gemm_launch, read_table, table_path, use_tile
+from ._launch import Card, card_of, gemm_launch, read_table, table_path, use_tile
 from ._plan import forget
 from .fp8_linear import fp8_linear, to_fp8
 from .int4_linear import int4_linear
@@ -181,10 +181,10 @@ def tune(
     Args:
         folder: where the table goes; None for the package, where the kernels find it.
     """
-    device, name, capability = _this_gpu()
-    path = table_path(capability, folder)
+    device, card = _this_gpu()
+    path = table_path(card, folder)
     table: dict[str, Any] = {
-        "device": name, "capability": list(capability),
+        "device": card.name, "capability": list(card.capability), "processors": card.processors,
         "versions": {"torch": torch.__version__, "triton": triton.__version__}, "entries": [],
     }  # fmt: skip
     if path.exists():
@@ -194,7 +194,7 @@ def tune(
     known = {_key(entry) for entry in table["entries"]}
     end = time.monotonic() + 60 * minutes
     for (N, K), M, kernel in product(widths(), ROWS, KERNELS):
-        if (kernel, M, N, K) in known or (kernel == "fp8_linear" and capability < (8, 9)):
+        if (kernel, M, N, K) in known or (kernel == "fp8_linear" and card.capability < (8, 9)):
             continue
         if time.monotonic() > end:
             log("out of time: another run goes on from here")
@@ -230,10 +230,9 @@ def _key(entry: dict[str, Any]) -> tuple[str, int, int, int]:
     return entry["kernel"], entry["M"], entry["N"], entry["K"]
 
 
-def _this_gpu() -> tuple[torch.device, str, tuple[int, int]]:
+def _this_gpu() -> tuple[torch.device, Card]:
     device = torch.device("cuda", torch.cuda.current_device())
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    return device, name, capability
+    return device, card_of(device)
 
 
 def _event() -> Any:

@@ -39,13 +39,15 @@ class Case:
         run: makes the call.
         first: one of those to compile when time is short.
         stack: bytes of a thread's stack that are tolerated: heads of more than 128 channels have
-            any, float32 and rows that do not begin on 16 bytes a few.
+            any; float32, rows that do not begin on 16 bytes and a mask of every query some.
+        waits: tensor cores may wait after each product: with a mask of every query.
     """
 
     name: str
     run: Callable[[], Any]
     first: bool = False
     stack: float = 0
+    waits: bool = False
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, unaligned: bool = False) -> Tensor:
@@ -191,12 +193,13 @@ def attention(fp8: bool) -> Iterator[Case]:
             yield Case(
                 f"attention {operand} D={D} T={T} {kind} mask {mask}",
                 lambda D=D, T=T, o=operand, k=kind, m=mask: _attend(D, T, o, k, m),
-                T in (197, 700) and D in (64, 128), _stack(operand == "float32", D),
+                T in (197, 700) and D in (64, 128),
+                _stack(operand == "float32" or mask == "all", D), mask == "all",
             )  # fmt: skip
 
 
 def _stack(much: bool, D: int = 0) -> float:
-    return float("inf") if D > 128 else 128 if much else 0
+    return float("inf") if D > 128 else 0 if not much else 384 if D == 128 else 128
 
 
 def _attend(D: int, T: int, operand: str, kind: dict[str, Any], mask: str) -> Tensor:

@@ -5,8 +5,8 @@
     python -m tests.kernels.jit_gate --few 60         some of each op, for all cards, in one process
 
 Fails where a launch does not compile, wants more shared memory than the card has, spills registers
-(but with heads of more than 128 channels), or waits after every wgmma. Each whole number of a
-launch is compiled as 1 once, too.
+or waits after every wgmma, but for what `Case` tolerates. Each whole number of a launch is compiled
+as 1 once, too.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def checked() -> Iterator[Case]:
             return
 
     for seed, name in product(range(SEEDS), check.CHECKS):
-        yield Case(f"check {name} {seed}", lambda n=name, s=seed: run(n, s), stack=128)
+        yield Case(f"check {name} {seed}", lambda n=name, s=seed: run(n, s), stack=384, waits=True)
 
 
 def cases(op: str, arch: int) -> list[Case]:
@@ -72,7 +72,7 @@ def failures(case: Case, arch: int, ones: str) -> list[str]:
     for b in found:
         wrong += [f"{b.kernel}: {b.shared} bytes of shared memory"] * (b.shared > jit.SHARED[arch])
         wrong += [f"{b.kernel}: {b.stack} bytes of stack"] * (b.stack > case.stack)
-        wrong += [f"{b.kernel}: waits after each wgmma"] * b.serialized
+        wrong += [f"{b.kernel}: waits after each wgmma"] * (b.serialized and not case.waits)
     return wrong
 
 

@@ -52,3 +52,33 @@ def test_int8_needs_the_instructions_and_nobody_to_deny_them(monkeypatch, has, s
         lambda x: x + 1 if cpu_has_int8() else x - 1, fullgraph=True, backend="eager"
     )
     assert cpu_has_int8() == want and compiled(torch.zeros(1)).item() == (1 if want else -1)
+
+
+class OnGpu:
+    """A tensor on a card."""
+
+    is_cuda, device = True, "cuda:0"
+
+    def get_device(self):
+        return 0
+
+
+def test_a_card_without_triton_kernels_is_named(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    with pytest.raises(ValueError, match="needs an NVIDIA card, got one on ROCm"):
+        backend_of(OnGpu())
+    assert backend_of(OnGpu(), "reference") == "reference"
+
+
+@pytest.mark.parametrize("capability, fits", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_old_cards_are_refused_at_a_launch(monkeypatch, capability, fits):
+    dispatch._check_card.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "imagined")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    if fits:
+        assert dispatch.on_device(OnGpu()) is dispatch._HERE
+    else:
+        with pytest.raises(ValueError, match=r"capability 8.0 or higher, got 7.5 \(imagined\)"):
+            dispatch.on_device(OnGpu())
+    dispatch._check_card.cache_clear()

@@ -250,3 +250,23 @@ def test_compiles_to_one_graph(monkeypatch, int8, dynamic):
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x_q, operand), run(x_q, operand))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
+def test_a_bias_may_have_any_strides(backend):
+    x_q, w_q, w_scale = codes(5, 64), codes(24, 64), torch.rand(24, 1)
+    for bias in (torch.randn(1).expand(24), torch.randn(48)[::2]):
+        want = int8_linear(x_q, w_q, w_scale, bias.clone(), backend="reference")
+        got = int8_linear(x_q, prepare_int8(w_q, backend), w_scale, bias, backend=backend)
+        assert torch.allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_sums_that_would_wrap_around_are_refused():
+    x_q, w_q = (torch.empty(1, 131072, dtype=torch.int8) for _ in range(2))
+    with pytest.raises(ValueError, match=r"131072 channels .* do not fit into int32"):
+        int8_linear(x_q, w_q, torch.ones(1, 1), backend="triton")
+    with pytest.raises(ValueError, match="zero point -255 do not fit into int32"):
+        int8_linear(
+            x_q[:, :65536].view(torch.uint8), w_q[:, :65536], torch.ones(1, 1), x_zero_point=-127,
+            backend="triton",
+        )  # fmt: skip

@@ -8,11 +8,13 @@ import torch
 from qtk_kernels import _launch, _plan
 from qtk_kernels._launch import gemm_launch, nearest, packed_steps, steps_of
 from qtk_kernels.codes import Codes, channels_of
+from qtk_kernels.hadamard_quantize import hadamard_launch
 from qtk_kernels.int4_linear import int4_linear
 from qtk_kernels.int8_linear import int8_linear
 from qtk_kernels.packing import pack_int4
 from qtk_kernels.weight_only_linear import weight_only_linear
 
+H100 = _launch.Card("NVIDIA H100", (9, 0), 132)
 TILE = {"BLOCK_M": 16, "BLOCK_N": 128, "GROUP_M": 1, "SWAP": True, "SPLIT_K": 2,
         "num_warps": 4, "num_stages": 3}  # fmt: skip
 RULE = {"grouped": False, "computed_weights": True, "weight_bits": 4}
@@ -20,26 +22,36 @@ RULE = {"grouped": False, "computed_weights": True, "weight_bits": 4}
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """A table for a device of capability 9.0."""
+    """A table for an H100."""
     entries = [
         {"kernel": "int8_linear", "M": M, "N": 4096, "K": 4096, "us": 1.0,
          "tile": {**TILE, "GROUP_M": M}}
         for M in (1, 64)
     ]  # fmt: skip
-    (tmp_path / "sm_90.json").write_text(json.dumps({"entries": entries}))
+    _launch.table_path(H100, tmp_path).write_text(json.dumps({"entries": entries}))
     monkeypatch.setattr(_launch, "TUNED", tmp_path)
     _plan.forget()
 
 
 def test_the_nearest_measured_shape_counts(table):
-    assert nearest("int8_linear", 1, 4096, 4096, (9, 0))["GROUP_M"] == 1
-    assert nearest("int8_linear", 50, 5120, 4096, (9, 0))["GROUP_M"] == 64
+    assert nearest("int8_linear", 1, 4096, 4096, H100)["GROUP_M"] == 1
+    assert nearest("int8_linear", 50, 5120, 4096, H100)["GROUP_M"] == 64
 
 
 def test_far_shapes_other_kernels_and_other_devices_have_no_entry(table):
-    assert nearest("int8_linear", 8, 512, 512, (9, 0)) is None
-    assert nearest("int4_linear W4A8", 1, 4096, 4096, (9, 0)) is None
-    assert nearest("int8_linear", 1, 4096, 4096, (8, 0)) is None
+    assert nearest("int8_linear", 8, 512, 512, H100) is None
+    assert nearest("int4_linear W4A8", 1, 4096, 4096, H100) is None
+    assert nearest("int8_linear", 1, 4096, 4096, H100._replace(capability=(8, 0))) is None
+
+
+def test_a_card_without_a_table_follows_its_kin_and_says_so_once(table, caplog):
+    h20 = _launch.Card("NVIDIA H20", (9, 0), 78)
+    for M in (1, 50):
+        assert nearest("int8_linear", M, 4096, 4096, h20) == nearest(
+            "int8_linear", M, 4096, 4096, H100
+        )
+    assert len(caplog.messages) == 1 and "measured on NVIDIA H20" in caplog.messages[0]
+    assert "sm_90_132_nvidia_h100" in caplog.messages[0]
 
 
 def test_no_table_is_shipped_that_nobody_measured():
@@ -71,7 +83,7 @@ def test_half_a_file_is_refused(tmp_path, text):
 
 
 def test_a_gpu_follows_its_table(table, monkeypatch):
-    monkeypatch.setattr(_launch, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_launch, "card_of", lambda device: H100)
     gpu, rule = torch.device("cuda", 0), {"grouped": False, "computed_weights": False}
     assert gemm_launch("int8_linear", 60, 4096, 4096, device=gpu, **rule)["GROUP_M"] == 64
     far = gemm_launch("int8_linear", 1, 256, 256, device=gpu, **rule)
@@ -149,3 +161,10 @@ def test_parts_hold_a_row(codes, K):
 @pytest.mark.parametrize("K", [384, 768, 1024, 2560, 3072, 4096, 5120, 7168, 16384])
 def test_no_lane_idles_at_the_widths_of_models(K):
     assert Codes(8).launch(4096, K)["FULL"] and Codes(8, "token").launch(4096, K)["FULL"]
+
+
+def test_nothing_remembers_every_number_of_tokens():
+    """Plans are bounded, and hold what was worked out for them."""
+    for function in (_launch._rule, Codes.launch, hadamard_launch):
+        assert not hasattr(function, "cache_info")
+    assert all(cache.cache_info().maxsize == _plan.SIGNATURES for cache in _plan._caches)

@@ -163,3 +163,12 @@ def test_compiles_to_one_graph(output):
         return layer_norm_quantize(x, weight, bias, EPS, output, residual=residual, emit="sum")
 
     assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(x)[0], run(x)[0])
+
+
+@pytest.mark.parametrize("K", [96, 20001])
+def test_a_nan_is_seen_in_the_scale_of_its_token(K):
+    x, weight, bias, _ = inputs(3, K)
+    x[1, 40] = float("nan")
+    for backend in ("triton", "reference"):
+        _, scale, _ = layer_norm_quantize(x, weight, bias, EPS, Codes(8, "token"), backend=backend)
+        assert scale.isnan().flatten().tolist() == [False, True, False]

@@ -232,6 +232,7 @@ def test_a_plan_is_made_once_and_errors_every_time(stubbed):
 
 def test_the_current_device_is_not_made_current_again(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(dispatch, "_check_card", lambda index: None)
 
     class OnGpu:
         def __init__(self, index):

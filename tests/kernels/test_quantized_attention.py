@@ -232,3 +232,11 @@ def test_compiles_to_one_graph():
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     assert torch.equal(compiled(*args), run(*args))
+
+
+def test_the_steps_of_heads_may_have_any_strides():
+    args, scales = operands(1, 3, 5, 20, 16, "float")
+    step = torch.linspace(0.004, 0.02, 6)[::2]
+    options = {"softmax": "matthew", "bits": 6, "step": step}
+    got, want = both(args, **options, **scales)
+    assert ((got - want).abs() <= slack(args, options, {"softmax": "matthew", "bits": 6})).all()

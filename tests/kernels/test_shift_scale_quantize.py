@@ -170,3 +170,24 @@ def test_compiles_to_one_graph(output):
         fullgraph=True, backend="eager",
     )  # fmt: skip
     assert torch.equal(compiled(x)[0], shift_scale_quantize(x, multiplier, offset, output)[0])
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
+@pytest.mark.parametrize("codes", [
+    Codes(8, "token"), Codes(8, 32), Codes(4, "token", packed=True), Codes(4, 128, packed=True),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("K", [256, 20001])
+def test_a_nan_is_seen_in_the_scale_of_its_token_and_nowhere_else(codes, backend, K):
+    x = torch.randn(3, K)
+    _, want = shift_scale_quantize(x, None, None, codes, backend="reference")
+    x[1, 40] = float("nan")
+    _, scale = shift_scale_quantize(x, None, None, codes, backend=backend)
+    hit = torch.zeros_like(want, dtype=torch.bool)
+    hit[1, 40 // codes.group_size(K) if codes.granularity != "token" else 0] = True
+    assert scale[hit].isnan().all() and torch.equal(scale[~hit], want[~hit])
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
+def test_a_tensor_without_axes_is_named(backend):
+    with pytest.raises(ValueError, match="got a tensor without axes"):
+        shift_scale_quantize(torch.tensor(1.0), None, None, Codes(8), backend=backend)

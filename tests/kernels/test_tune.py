@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from qtk_kernels import _launch, _plan, tune
 
 NAME = "imagined GPU"
+CARD = _launch.Card(NAME, (9, 0), 132)
 
 
 def clock(calls):
@@ -22,7 +23,7 @@ def clock(calls):
 @pytest.fixture
 def imagined(tmp_path, monkeypatch):
     """Two small shapes on the CPU, as if it were a GPU of capability 9.0."""
-    monkeypatch.setattr(tune, "_this_gpu", lambda: (torch.device("cpu"), NAME, (9, 0)))
+    monkeypatch.setattr(tune, "_this_gpu", lambda: (torch.device("cpu"), CARD))
     monkeypatch.setattr(tune, "microseconds", clock)
     monkeypatch.setattr(tune, "linear_calls", lambda *_: [lambda: torch.ones(1)])
     monkeypatch.setattr(tune, "widths", lambda: [(32, 160)])
@@ -34,7 +35,9 @@ def test_the_fastest_tile_that_fits_is_written(imagined):
     lines = []
     path = tune.tune(imagined, log=lines.append)
     table = _launch.read_table(path)
-    assert path.name == "sm_90.json" and [p.name for p in imagined.iterdir()] == [path.name]
+    assert path.name == "sm_90_132_imagined_gpu.json" and [p.name for p in imagined.iterdir()] == [
+        path.name
+    ]
     assert table["device"] == NAME and table["versions"]["torch"] == torch.__version__
     assert {(e["kernel"], e["M"]) for e in table["entries"]} == {
         (kernel, M) for kernel in tune.KERNELS for M in (1, 17)
@@ -50,7 +53,7 @@ def test_kernels_follow_what_was_measured(imagined, monkeypatch):
     path = tune.tune(imagined)
     tile = _launch.read_table(path)["entries"][0]["tile"]
     monkeypatch.setattr(_launch, "TUNED", imagined)
-    monkeypatch.setattr(_launch, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_launch, "card_of", lambda device: CARD)
     _plan.forget()
     rule = {"grouped": False, "computed_weights": False}
     gpu = torch.device("cuda", 0)
@@ -146,5 +149,5 @@ def test_the_command_prints_the_table(imagined, monkeypatch):
     monkeypatch.setattr(tune, "KERNELS", ("int8_linear",))
     result = CliRunner().invoke(app, ["tune", "--out", str(imagined), "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == {"table": str(imagined / "sm_90.json")}
+    assert json.loads(result.stdout) == {"table": str(imagined / "sm_90_132_imagined_gpu.json")}
     assert "first call" in result.stderr
