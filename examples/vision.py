@@ -6,12 +6,7 @@ By default a small ViT of random weights and generated images, which print
 
     no ViT and no images were given: random weights, generated images
     24 linear layers: 3.1 MB, now 0.8 MB
-    samples        64
-    cosine, mean   0.99991
-    cosine, worst  0.99972
-    SQNR           37.47 dB
-    KL divergence  0.00000 nats
-    same answer    96.88 %
+    64 images: 96.9 % the same answer, 37.0 dB SQNR of the logits
 """
 
 import sys
@@ -47,7 +42,10 @@ def main(path: str | None = None, images: str | None = None) -> qtk.Fidelity:
     before, after = made.float_bytes / 1e6, made.bytes / 1e6
     print(f"{len(made.layers)} linear layers: {before:.1f} MB, now {after:.1f} MB")
     result = qtk.evaluate(model, qmodel, data)
-    print(result.table())
+    same, sqnr = 100 * (result.agreement or 0.0), result.sqnr
+    print(
+        f"{result.samples} images: {same:.1f} % the same answer, {sqnr:.1f} dB SQNR of the logits"
+    )
     return result
 
 

@@ -227,13 +227,17 @@ def tune(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for models and report.")] = Path("demo-out"),
+    pairs: Annotated[
+        Path | None, typer.Option(help="sts-test.csv of STS-B: adds a rank correlation.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a real BERT, check it, time it, save it, load it: one table, one report."""
     from qtk.demo import measure, run
     from qtk.demo.show import table
 
-    results = run(out, similarity=measure.find_stsb(), progress=not as_json)
+    similarity = None if pairs is None else measure.Similarity.read(pairs)
+    results = run(out, similarity=similarity, progress=not as_json)
     if as_json:
         _print_json({**results.to_dict(), "report": str(out / "report.html")})
     else:

@@ -179,7 +179,6 @@ def test_demo_prints_table_or_json(
 
     sizes = qtk.demo.Sizes(calibration=8, evaluation=4, shapes=((1, 4),), rounds=1)
     monkeypatch.setattr(qtk.demo.measure, "minilm", lambda: tiny_bert)
-    monkeypatch.setattr(qtk.demo.measure, "find_stsb", lambda: None)
     monkeypatch.setattr(qtk.demo, "Sizes", lambda: sizes)
     monkeypatch.setattr(qtk.demo.measure, "reloads_exactly", lambda model, folder: True)
     result = call("demo", "--out", tmp_path / "out", "--json")

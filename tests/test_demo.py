@@ -108,6 +108,17 @@ def test_absent_model_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
         measure.minilm()
 
 
+def test_pairs_are_read_as_stsb_has_them(tmp_path: Path) -> None:
+    file = tmp_path / "sts-test.csv"
+    file.write_text("main\tnews\t2012\t7\t2.5\tA dog.\tA cat.\n" * 2, encoding="utf-8")
+    found = measure.Similarity.read(file)
+    assert found == measure.Similarity(["A dog."] * 2, ["A cat."] * 2, [2.5, 2.5])
+    file.write_text("A dog.\tA cat.\n", encoding="utf-8")
+    for wrong in (file, tmp_path / "absent.csv"):
+        with pytest.raises(qtk.CalibrationError, match=r"does not hold STS-B's pairs"):
+            measure.Similarity.read(wrong)
+
+
 def test_a_folder_that_does_not_load_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import qtk
 from qtk.assembly import quantized_layers
-from qtk.errors import CheckpointError, ModelError
+from qtk.errors import CalibrationError, CheckpointError, ModelError
 from qtk.fidelity.compare import embed
 from qtk.grids import InputGrid
 from qtk.models import describe
@@ -55,6 +54,24 @@ class Similarity:
     second: list[str]
     scores: list[float]
 
+    @classmethod
+    def read(cls, file: Path) -> "Similarity":
+        """The pairs of a file as STS-B has them: columns 5 to 7, tabs between them.
+
+        Raises:
+            CalibrationError: the file is not there, or has other columns.
+        """
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+            rows = [line.split("\t")[4:7] for line in lines if line]
+            scores = [float(score) for score, _, _ in rows]
+        except (OSError, ValueError) as error:
+            raise CalibrationError(
+                f"{file} does not hold STS-B's pairs, a score and two sentences in columns 5 to 7 "
+                f"({error})"
+            ) from None
+        return cls([first for _, first, _ in rows], [second for *_, second in rows], scores)
+
     @torch.no_grad()
     def spearman(self, model: nn.Module, tokenizer: Any) -> float:
         """Rank correlation of the embeddings' cosines with the human scores, in percent."""
@@ -66,18 +83,6 @@ class Similarity:
         pairs = zip(self.first, self.second, strict=True)
         cosines = [float(vectors[a] @ vectors[b]) for a, b in pairs]
         return 100 * float(spearmanr(cosines, self.scores).statistic)
-
-
-def find_stsb() -> Similarity | None:
-    """STS-B, when it lies in a folder beside the checkout."""
-    folder = Path(qtk.__file__).resolve().parents[2] / "shared" / "data" / "stsb"
-    file = folder / "sts-test.csv"
-    if not file.is_file():
-        return None
-    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").split("\n") if line]
-    return Similarity(
-        [row[5] for row in rows], [row[6] for row in rows], [float(row[4]) for row in rows]
-    )
 
 
 @torch.no_grad()
