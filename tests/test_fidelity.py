@@ -213,6 +213,7 @@ def test_table_of_figures() -> None:
         f"clipped at most       2.00 % of the inputs of b\n{HINT}"
     )
     assert "inf dB" in Fidelity(1, 1.0, 1.0, math.inf).table()
+    assert "clipped" not in Fidelity(1, 1.0, 1.0, 9.0, clipped={"a": 0.00004}).table()
     few = Fidelity(1, 1.0, 1.0, 9.0, clipped={"a": 0.001})
     assert "0.10 % of the inputs of a" in few.table() and HINT not in few.table()
 

@@ -6,6 +6,7 @@ from typing import Any
 from qtk.table import finite, listed
 
 SHOWN = 3  # of the worst samples, in a table
+SEEN = 5e-5  # share of clipped inputs that a table shows: .01 % when rounded
 MANY = 0.01  # share of one layer's inputs beyond its grid; same data as in calibration gives .005
 HINT = (
     "many inputs are beyond the calibrated range: if these samples are longer than those of the "
@@ -74,9 +75,8 @@ class Fidelity:
         if self.worst:
             shown = ", ".join(f"{name} ({value:.4f})" for name, value in self.worst[:SHOWN])
             rows.append(("worst samples", shown))
-        if not self.clipped:
-            return "\n".join(listed(rows))
-        layer = max(self.clipped, key=lambda name: self.clipped[name])
-        share = self.clipped[layer]
-        rows.append(("clipped at most", f"{100 * share:.2f} % of the inputs of {layer}"))
+        layer = max(self.clipped, key=lambda name: self.clipped[name], default="")
+        share = self.clipped.get(layer, 0.0)
+        if share >= SEEN:
+            rows.append(("clipped at most", f"{100 * share:.2f} % of the inputs of {layer}"))
         return "\n".join([*listed(rows), *([HINT] if share > MANY else [])])
