@@ -177,8 +177,8 @@ def test_half_and_deepcopy_keep_the_scales():
     [
         (lambda a: {**a, "softmax": "sqrt"}, "describes attention badly"),
         (lambda a: {**a, "bits": 3}, "describes attention badly"),
-        (lambda a: {**a, "extra": 1}, "describes attention badly"),
-        (lambda a: 3, "describes attention badly"),
+        (lambda a: {**a, "extra": 1}, "has a field 'extra'"),
+        (lambda a: 3, "must be an object or null"),
         (lambda a: {**a, "softmax": "float", "softmax_bits": None}, "softmax_step"),
     ],
 )

@@ -50,10 +50,10 @@ def test_example_prints_what_its_docstring_shows(
     assert printed and printed == shown[-len(printed) :]
 
 
-def test_embeddings_of_a_model_that_is_named(tiny_bert: Path) -> None:
-    vectors = load(ROOT / "examples" / "embeddings.py").main(str(tiny_bert))
+def test_embeddings_of_a_model_that_is_named(minilm_path: str) -> None:
+    vectors = load(ROOT / "examples" / "embeddings.py").main(minilm_path)
     assert set(vectors) == {"float32", "W8A8", "W4A4"}
-    assert float((vectors["float32"] * vectors["W8A8"]).sum(-1).min()) > 0.99
+    assert float((vectors["float32"] * vectors["W8A8"]).sum(-1).min()) > 0.95
 
 
 @pytest.mark.usefixtures("minilm_path")
@@ -71,7 +71,7 @@ def test_vision_on_a_model_and_images_that_are_named(tmp_path: Path, shared: Pat
         image.new("RGB", (32, 32), (30 * i, 100, 255 - 30 * i)).save(tmp_path / f"{i}.png")
     vision = load(ROOT / "examples" / "vision.py")
     result = vision.main(str(shared / "models" / "vit-cifar10"), str(tmp_path))
-    assert result.samples == 8 and result.cosine > 0.99
+    assert result.samples == 8 and result.worst_kl < 0.05
 
 
 def test_generation_by_a_model_that_is_named(

@@ -12,7 +12,8 @@ from qtk.modules.linear import QuantLinear
 from qtk.scheme import Scheme
 from qtk.transform._rotation import keeping_ones
 
-FAMILIES = available("models")
+# CLIP's text encoder takes no embeddings, so that there is nothing to differentiate by
+FAMILIES = [name for name in available("models") if name != "clip_text_model"]
 SCHEMES = {
     "W8A8": {},
     "W8A8 token": {"activations": "token"},

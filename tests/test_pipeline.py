@@ -271,7 +271,9 @@ def test_without_data_every_family_works_and_says_so(family, caplog):
     qmodel = qtk.quantize(model, w=4, a=4, **FAST)
     assert "calib" in caplog.text
     assert all("token" in layer.scheme for layer in qtk.summary(qmodel).layers)
-    assert qtk.evaluate(model, qmodel, [batch]).cosine > 0.95
+    with torch.no_grad():
+        y, y_hat = model(**batch)[0], qmodel(**batch)[0]
+    assert torch.nn.functional.cosine_similarity(y, y_hat, dim=-1).min() > 0.95
 
 
 def test_more_bits_are_closer(bert):

@@ -30,10 +30,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "qtk W4A8": {"w": 4, "a": 8},
     "qtk W4A16 g128": {"w": 4, "a": 16, "group_size": 128},
 }
-FAST: dict[str, Any] = {
-    "rounding": "nearest",
-    "ranges": "minmax",
-}  # weights are random: for speed only
+FAST: dict[str, Any] = {"rounding": "nearest"}  # weights are random: for speed only
 Inputs = dict[str, Tensor]
 
 

@@ -205,7 +205,8 @@ def _built(path: Any, config: dict[str, Any], kwargs: dict[str, Any]) -> tuple[A
         }
         read, kwargs = own.from_dict(config, return_unused_kwargs=True, **kwargs)
         kwargs |= {"config": read, **dtypes}
-    return cls.from_pretrained(path, output_loading_info=True, use_safetensors=True, **kwargs)
+    with torch.random.fork_rng(devices=[]):  # a class may initialise what it then reads
+        return cls.from_pretrained(path, output_loading_info=True, use_safetensors=True, **kwargs)
 
 
 def _check_all_read(model: nn.Module) -> None:
@@ -225,7 +226,9 @@ def _read(path: str) -> Any:
         raise ModelError(f"cannot load {path!r}: no such folder")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        return _class(config.to_dict()).from_pretrained(path, dtype="auto", trust_remote_code=False)
+        with torch.random.fork_rng(devices=[]):
+            cls = _class(config.to_dict())
+            return cls.from_pretrained(path, dtype="auto", trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # a folder may hold anything

@@ -39,9 +39,10 @@ def test_missing_triton_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("has, said, want", [
-    (True, None, True), (True, "0", False), (True, "1", True), (False, "1", False),
+    (True, None, True), (True, "0", False), (True, "1", True), (False, "1", True),
+    (False, None, False), (False, "0", False),
 ])  # fmt: skip
-def test_int8_needs_the_instructions_and_nobody_to_deny_them(monkeypatch, has, said, want):
+def test_int8_needs_the_instructions_unless_somebody_says_otherwise(monkeypatch, has, said, want):
     """The same in a compiled graph, which must not break where a layer asks."""
     monkeypatch.setattr(dispatch, "HAS_INT8", has)
     monkeypatch.delenv("QTK_CPU_INT8", raising=False)
