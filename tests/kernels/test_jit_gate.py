@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow  # minutes of compiling; `make gpu-gate` compiles all
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 @pytest.mark.parametrize("arch, few", [("90", "16"), ("86", "6")])
 def test_launches_compile_and_fit_the_card(tmp_path, arch, few):
-    """`make gpu-gate` compiles all of them."""
+    """A sample of what `make gpu-gate` compiles."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
