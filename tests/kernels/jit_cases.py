@@ -136,7 +136,7 @@ def integer_linears() -> Iterator[Case]:
             name,
             lambda x=x, N=N, w=width, v=vectors, o=options: int4_linear(
                 x, u8(N, w), *v, **o, **TRITON
-            ), first,
+            ), first, _stack(K == 100),
         )  # fmt: skip
 
 
