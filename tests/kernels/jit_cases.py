@@ -126,7 +126,7 @@ def integer_linears() -> Iterator[Case]:
                 name,
                 lambda x=x, N=N, K=K, v=vectors, o=options: int8_linear(
                     x, i8(N, K), *v, **o, **TRITON
-                ), first,
+                ), first, _stack(K == 100),
             )  # fmt: skip
             continue
         packed = op == "W4A4"
@@ -136,7 +136,7 @@ def integer_linears() -> Iterator[Case]:
             name,
             lambda x=x, N=N, w=width, v=vectors, o=options: int4_linear(
                 x, u8(N, w), *v, **o, **TRITON
-            ), first,
+            ), first, _stack(K == 100),
         )  # fmt: skip
 
 
