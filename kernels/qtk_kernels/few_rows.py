@@ -35,26 +35,38 @@ class FewRows:
     group_size: int
 
 
+def few_rows_group(shape: tuple[int, int], groups: int, group_size: int | None) -> int | None:
+    """The group size at which the kernel reads such weights here, None where it cannot.
+
+    Args:
+        shape: N and K of the weight.
+        groups: G.
+        group_size: channels in a group, if there is more than one.
+    """
+    N, K = shape
+    sizes = [g for g in GROUPS if K % g == 0 and (groups == 1 or g == group_size)]
+    if N % 16 or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        return None
+    return next(iter(sizes), None)
+
+
 def prepare_few_rows(
-    w_q: Tensor, w_scale: Tensor, w_zero_point: Tensor | None, group_size: int | None
-) -> FewRows | None:
-    """The operand of `few_rows_linear`, or None where the kernel cannot read such weights.
+    w_q: Tensor, w_scale: Tensor, w_zero_point: Tensor | None, group_size: int
+) -> FewRows:
+    """The operand of `few_rows_linear`.
 
     Args:
         w_q: [N, K] int8, -8 to 7.
         w_scale: [N, G] float32.
         w_zero_point: as w_scale, or None for 0.
-        group_size: channels in a group, if there is more than one.
+        group_size: what `few_rows_group` says.
     """
-    (N, K), G = w_q.shape, w_scale.shape[1]
-    sizes = [g for g in GROUPS if K % g == 0 and (G == 1 or g == group_size)]
-    if not sizes or N % 16 or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        return None
+    N, K = w_q.shape
     offset = torch.zeros_like(w_scale) if w_zero_point is None else -w_zero_point * w_scale
-    pairs = torch.stack([w_scale, offset], -1).expand(N, K // sizes[0], 2)
+    pairs = torch.stack([w_scale, offset], -1).expand(N, K // group_size, 2)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((w_q + 8).to(torch.int32), 1)
     scales = pairs.transpose(0, 1).to(torch.bfloat16).contiguous()
-    return FewRows(packed, scales, sizes[0])
+    return FewRows(packed, scales, group_size)
 
 
 def few_rows_linear(x: Tensor, operand: FewRows, bias: Tensor | None) -> Tensor:

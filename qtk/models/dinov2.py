@@ -7,21 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from qtk.models import Block
-from qtk.models._layout import Layout
+from qtk.models import Block, vit
 from qtk.models._tiny import image
 
-LAYOUT = Layout(
+LAYOUT = replace(
+    vit.LAYOUT,
     layers="encoder.layer",
-    q="attention.q_proj",
-    k="attention.k_proj",
-    v="attention.v_proj",
     out="attention.o_proj",
-    up="mlp.fc1",
-    down="mlp.fc2",
     norm1="norm1",
     norm2="norm2",
-    pre_norm=True,
     scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
 )
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qtk_kernels.few_rows import few_rows_linear, prepare_few_rows
+from qtk_kernels.few_rows import few_rows_group, few_rows_linear, prepare_few_rows
 
 HALF = 2.0**-9  # half an ulp of bfloat16, relative
 
@@ -16,9 +16,10 @@ def test_product(M, N, K, group_size, dtype, asymmetric):
     w_q = torch.randint(-8, 8, (N, K), dtype=torch.int8)
     w_scale, bias, x = torch.rand(N, G) + 0.1, torch.randn(N), torch.randn(M, K).to(dtype)
     zero_point = torch.randint(-8, 8, (N, G)).float() if asymmetric else None
-    operand = prepare_few_rows(w_q, w_scale, zero_point, group_size)
-    if operand is None:
+    size = few_rows_group((N, K), G, group_size)
+    if size is None:
         pytest.skip("needs a CPU with vector instructions")
+    operand = prepare_few_rows(w_q, w_scale, zero_point, size)
     y = few_rows_linear(x, operand, bias)
     step = w_scale.double().repeat_interleave(K // G, 1)
     behind = 0 if zero_point is None else zero_point.double().repeat_interleave(K // G, 1) * step
@@ -32,6 +33,4 @@ def test_product(M, N, K, group_size, dtype, asymmetric):
 
 @pytest.mark.parametrize("N, K, group_size", [(7, 32, None), (16, 48, None), (16, 64, 16)])
 def test_shapes_that_the_kernel_does_not_know(N, K, group_size):
-    G = K // group_size if group_size else 1
-    w_q = torch.ones(N, K, dtype=torch.int8)
-    assert prepare_few_rows(w_q, torch.ones(N, G), None, group_size) is None
+    assert few_rows_group((N, K), K // group_size if group_size else 1, group_size) is None

@@ -8,7 +8,13 @@ from torch import Tensor
 from qtk.modules.products import Operands, Product, weight_only
 from qtk.modules.products.weight_only import WeightOnly
 from qtk_kernels.activation import activate
-from qtk_kernels.few_rows import MOST_ROWS, FewRows, few_rows_linear, prepare_few_rows
+from qtk_kernels.few_rows import (
+    MOST_ROWS,
+    FewRows,
+    few_rows_group,
+    few_rows_linear,
+    prepare_few_rows,
+)
 
 PREFERENCE = 1
 
@@ -42,17 +48,18 @@ class FewOrMany(Product):
 
 
 def fits(operands: Operands, backend: str) -> bool:
-    return operands.a is None and backend == "cpu" and operands.packs and _few(operands) is not None
+    return (
+        operands.a is None and backend == "cpu" and operands.packs and _group(operands) is not None
+    )
 
 
 def prepare(operands: Operands, backend: str) -> FewOrMany:
-    few = _few(operands)
-    assert few is not None
+    group = _group(operands)
+    assert group is not None
+    few = prepare_few_rows(operands.codes, operands.scale, operands.zero_point, group)
     return FewOrMany(few, weight_only.prepare(operands, backend))
 
 
-def _few(operands: Operands) -> FewRows | None:
-    """The kernel's operand, None where it cannot read such weights."""
-    return prepare_few_rows(
-        operands.codes, operands.scale, operands.zero_point, operands.w.group_size
-    )
+def _group(operands: Operands) -> int | None:
+    N, K = operands.codes.shape
+    return few_rows_group((N, K), operands.scale.shape[1], operands.w.group_size)
