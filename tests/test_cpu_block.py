@@ -8,16 +8,21 @@ import torch
 import qtk
 from qtk.modules.fused.block import FusedBlock
 from qtk.modules.linear import QuantLinear
+from qtk_kernels import dispatch
 from qtk_kernels.dispatch import cpu_has_int8
+from qtk_kernels.int8_linear import prepare_int8
+from qtk_kernels.onednn import onednn_linear
 from tests.zoo import build
 
-pytestmark = pytest.mark.skipif(not cpu_has_int8(), reason="needs a CPU that multiplies bytes")
+pytestmark = pytest.mark.skipif(not cpu_has_int8(7, 8), reason="needs integer products on a CPU")
+WIDEST = 8 if cpu_has_int8() else 7  # bits of weights beside 8 of activations
 
 CODES = (torch.int8, torch.uint8)
 
 SCHEMES = {
     "W8A8": {},
     "W8A8 token": {"activations": "token"},
+    "W7A8": {"w": 7},
     "W4A8": {"w": 4},
     "W4A4 rotated": {"w": 4, "a": 4, "rounding": "nearest"},
     "W4A4 rotated token": {"w": 4, "a": 4, "rounding": "nearest", "activations": "token"},
@@ -29,6 +34,8 @@ def quantized(name, **options):
     model, batch = build(name)
     model.config.use_cache = False
     options = {"w": 8, "a": 8, **options}
+    if not cpu_has_int8(options["w"], options["a"]):
+        pytest.skip("needs a CPU that multiplies bytes")
     return qtk.quantize(model, calib=[batch], progress=False, **options), batch
 
 
@@ -55,7 +62,7 @@ def test_it_computes_what_the_general_block_does(name, scheme):
 def test_the_input_is_not_overwritten():
     for name in ("BertModel", "OPTModel"):
         for options in ({}, {"activations": "token", "method": "none"}):
-            qmodel, _ = quantized(name, **options)
+            qmodel, _ = quantized(name, w=WIDEST, **options)
             x = torch.randn(1, 4, 32)
             before = x.clone()
             blocks(qmodel)[0].fused(x, None, None)
@@ -66,7 +73,7 @@ def test_the_input_is_not_overwritten():
 def test_the_epilogue_knows_every_activation():
     for activation in ("gelu", "gelu_new", "relu"):
         model, batch = build("BertModel", hidden_act=activation)
-        qmodel = qtk.quantize(model, 8, 8, calib=[batch], progress=False)
+        qmodel = qtk.quantize(model, WIDEST, 8, calib=[batch], progress=False)
         x = torch.randn(2, 5, 32)
         for block in blocks(qmodel):
             y = block.forward_for(None)(x, None, None)
@@ -79,7 +86,7 @@ def held(qmodel):
     return sum(t.numel() for t in tensors.values())
 
 
-@pytest.mark.parametrize("w", [8, 4])
+@pytest.mark.parametrize("w", [8, 7, 4])
 @torch.no_grad()
 def test_the_codes_of_q_k_and_v_are_held_once(w):
     qmodel, batch = quantized("BertModel", w=w)
@@ -98,7 +105,7 @@ def test_the_codes_of_q_k_and_v_are_held_once(w):
 
 @torch.no_grad()
 def test_a_hook_inside_is_still_called():
-    qmodel, batch = quantized("BertModel")
+    qmodel, batch = quantized("BertModel", w=WIDEST)
     seen = []
     handle = qmodel.encoder.layer[0].output.dense.register_forward_hook(lambda *a: seen.append(1))
     qmodel(**batch)
@@ -109,7 +116,7 @@ def test_a_hook_inside_is_still_called():
 
 @torch.no_grad()
 def test_recorders_that_transformers_leaves_behind_are_no_listeners():
-    qmodel, batch = quantized("BertModel")
+    qmodel, batch = quantized("BertModel", w=WIDEST)
     qmodel.set_attn_implementation("eager")
     y = qmodel(**batch)[0]
     hidden = qmodel(**batch, output_hidden_states=True)
@@ -121,7 +128,7 @@ def test_recorders_that_transformers_leaves_behind_are_no_listeners():
 
 @torch.no_grad()
 def test_half_precision_takes_the_general_block():
-    qmodel, batch = quantized("BertModel")
+    qmodel, batch = quantized("BertModel", w=WIDEST)
     y = qmodel(**batch)[0]
     assert torch.nn.functional.cosine_similarity(
         qmodel.to(torch.bfloat16)(**batch)[0].float(), y, dim=-1
@@ -135,12 +142,35 @@ def test_a_cpu_without_these_instructions_gives_the_same_answers_and_the_summary
     model, batch = build("OPTModel")  # relu: nothing but the products differs
     model.config.use_cache = False
     scheme = {"calib": [batch], "progress": False, "rounding": "nearest"}
-    y = qtk.quantize(model, 8, 8, **scheme)(**batch)[0]
+    y = qtk.quantize(model, WIDEST, 8, **scheme)(**batch)[0]
     monkeypatch.setenv("QTK_CPU_INT8", "0")
-    portable = qtk.quantize(model, 8, 8, **scheme)
+    portable = qtk.quantize(model, WIDEST, 8, **scheme)
     first = blocks(portable)[0]
     assert first.forward_for(torch.float32) is first.forward_for(None)
     assert {layer.kernel for layer in qtk.summary(portable).layers} == {
         "float32 chunks (no int8 instructions)"
     }
     assert (portable(**batch)[0] - y).norm() < 1e-4 * y.norm()
+
+
+@pytest.mark.parametrize("w, a, exact", [(8, 8, False), (7, 8, True), (8, 7, True), (4, 4, True)])
+def test_without_vnni_one_operand_of_seven_bits_is_multiplied_as_integers(monkeypatch, w, a, exact):
+    monkeypatch.setattr(dispatch, "HAS_INT8", False)
+    monkeypatch.setattr(dispatch, "EXACT_BITS", 15)
+    model, batch = build("OPTModel")
+    qmodel = qtk.quantize(model, w, a, calib=[batch], progress=False, rounding="nearest")
+    kernels = {layer.kernel for layer in qtk.summary(qmodel).layers}
+    assert len(kernels) == 1 and kernels.pop().startswith("onednn") == exact
+
+
+@pytest.mark.parametrize("w_bits, a_bits", [(7, 8), (8, 7), (4, 8), (4, 4)])
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (3, 17, 33), (1, 384, 1536), (64, 96, 384)])
+def test_sums_of_the_largest_codes_are_exact(w_bits, a_bits, M, N, K):
+    """No sum of two products saturates in 16 bits; below 2**24 float32 holds the sums."""
+    for code in (-(2 ** (w_bits - 1)), 2 ** (w_bits - 1) - 1):
+        w = torch.full((N, K), code, dtype=torch.int8)
+        x = torch.full((M, K), 2**a_bits - 1, dtype=torch.uint8)
+        operand = prepare_int8(w, "cpu", w_bits=w_bits, a_bits=a_bits)
+        assert operand.is_mkldnn
+        y = onednn_linear(x, operand, torch.full((N, 1), 2.0**-6), None)
+        assert torch.equal(y, (x.double() @ w.double().T * 2.0**-6).float())

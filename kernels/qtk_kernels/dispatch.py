@@ -18,7 +18,9 @@ from ._lang import triton
 BACKENDS = ("triton", "cpu", "reference")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_INT8 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_vnni", "amx_int8"))
+_CPU = torch.cpu.get_capabilities()
+HAS_INT8 = any(_CPU.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+EXACT_BITS = 15 if _CPU.get("avx2") else 0  # of both operands, where there is no such instruction
 
 # a plain global, not a ContextVar: torch.compile can trace a read of it
 _forced: str | None = os.environ.get("QTK_BACKEND")
@@ -95,10 +97,14 @@ def has_triton() -> bool:
     return triton is not None
 
 
-def cpu_has_int8() -> bool:
-    """Whether this CPU multiplies bytes (AVX512-VNNI or AMX).
+def cpu_has_int8(w_bits: int = 8, a_bits: int = 8) -> bool:
+    """Whether oneDNN's integer products of such codes are exact on this CPU.
 
+    With VNNI or AMX they always are. AVX2 alone adds two products in 16 bits, which saturate unless
+    2 * (2**a_bits - 1) * 2**(w_bits - 1) < 2**15: one of the operands has 7 bits or fewer.
     QTK_CPU_INT8=0 says no. 1 says yes, to try that path on another CPU: its sums saturate there.
     """
     said = os.environ.get("QTK_CPU_INT8")
-    return HAS_INT8 if said is None else said != "0"
+    if said is not None:
+        return said != "0"
+    return HAS_INT8 or w_bits + a_bits <= EXACT_BITS

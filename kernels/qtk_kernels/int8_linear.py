@@ -102,18 +102,21 @@ def int8_linear_ref(
     return y if bias is None else y + bias.float()
 
 
-def prepare_int8(w_q: Tensor, backend: str | None = None) -> Tensor:
+def prepare_int8(
+    w_q: Tensor, backend: str | None = None, *, w_bits: int = 8, a_bits: int = 8
+) -> Tensor:
     """The weights in the form that the backend reads. Done once.
 
     Args:
         w_q: [N, K], int8.
+        w_bits, a_bits: of the codes of both operands; not all CPUs multiply two of 8 bits.
 
     Returns:
-        operand: oneDNN's blocked layout on a CPU that multiplies bytes, elsewhere w_q itself.
+        operand: oneDNN's blocked layout on a CPU that multiplies such codes, elsewhere w_q itself.
     """
     if w_q.dtype != torch.int8 or w_q.ndim != 2:
         raise ValueError(f"weights must be int8 [N, K], got {w_q.dtype} {list(w_q.shape)}")
-    if backend_of(w_q, backend) == "cpu" and cpu_has_int8() and w_q.numel():
+    if backend_of(w_q, backend) == "cpu" and cpu_has_int8(w_bits, a_bits) and w_q.numel():
         return torch.ops.onednn.qlinear_prepack(w_q.contiguous(), None)
     return w_q.contiguous()
 
@@ -125,8 +128,10 @@ def restore_int8(operand: Tensor) -> Tensor:
 
 def float32_name(groups: int) -> str:
     """What replaces oneDNN on a CPU, and why."""
-    has = groups > 1 or cpu_has_int8()
-    return "float32 chunks" if has else "float32 chunks (no int8 instructions)"
+    if groups > 1 or cpu_has_int8():
+        return "float32 chunks"
+    fewer = "w=7 or a=7 computes in int8" if cpu_has_int8(7, 8) else "no int8 instructions"
+    return f"float32 chunks ({fewer})"
 
 
 def int8_linear_kernel_name(operand: Tensor, *, groups: int = 1, backend: str | None = None) -> str:

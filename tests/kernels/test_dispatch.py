@@ -55,6 +55,16 @@ def test_int8_needs_the_instructions_unless_somebody_says_otherwise(monkeypatch,
     assert cpu_has_int8() == want and compiled(torch.zeros(1)).item() == (1 if want else -1)
 
 
+@pytest.mark.parametrize("w, a, exact", [(8, 8, False), (7, 8, True), (8, 7, True), (4, 4, True)])
+def test_avx2_adds_two_products_of_fifteen_bits_in_sixteen(monkeypatch, w, a, exact):
+    monkeypatch.delenv("QTK_CPU_INT8", raising=False)
+    monkeypatch.setattr(dispatch, "HAS_INT8", False)
+    monkeypatch.setattr(dispatch, "EXACT_BITS", 15)
+    assert cpu_has_int8(w, a) == exact == (2 * (2**a - 1) * 2 ** (w - 1) < 2**15)
+    monkeypatch.setattr(dispatch, "EXACT_BITS", 0)
+    assert not cpu_has_int8(w, a)
+
+
 class OnGpu:
     """A tensor on a card."""
 

@@ -1,4 +1,4 @@
-"""oneDNN's int8 product, on CPUs that multiply bytes; weights of fewer bits are unpacked once."""
+"""oneDNN's int8 product, on CPUs where it is exact; weights of fewer bits are unpacked once."""
 
 from dataclasses import dataclass, replace
 
@@ -54,12 +54,16 @@ class OneDnn(Product):
 
 
 def fits(operands: Operands, backend: str) -> bool:
-    integers = operands.integers and backend == "cpu" and cpu_has_int8()
-    return integers and operands.groups == 1 and operands.codes.numel() > 0
+    if backend != "cpu" or operands.a is None or not operands.integers:
+        return False
+    exact = cpu_has_int8(operands.w.bits, operands.a.bits)
+    return exact and operands.groups == 1 and operands.codes.numel() > 0
 
 
 def prepare(operands: Operands, backend: str) -> OneDnn:
+    assert operands.a is not None
+    w_bits, a_bits = operands.w.bits, operands.a.bits
     return OneDnn(
-        prepare_int8(operands.codes, backend), operands.scale, operands.bias, operands.offset,
-        operands.packs, operands.a is not None and operands.a.granularity == "tensor",
+        prepare_int8(operands.codes, backend, w_bits=w_bits, a_bits=a_bits), operands.scale,
+        operands.bias, operands.offset, operands.packs, operands.a.granularity == "tensor",
     )  # fmt: skip
