@@ -8,6 +8,7 @@ Importing this package also teaches transformers to load what qtk has saved.
 from qtk.integrations import quiet as _quiet  # noqa: F401, before all that imports transformers
 
 # isort: split
+from qtk.api import quantize
 from qtk.errors import (
     BackendError,
     CalibrationError,
@@ -18,7 +19,8 @@ from qtk.errors import (
 )
 from qtk.fidelity import Fidelity, evaluate
 from qtk.integrations.transformers import load
-from qtk.pipeline import quantize
+from qtk.mixed_precision.result import Search
+from qtk.mixed_precision.search import search
 from qtk.report.summary import Summary, summary
 
 __version__ = "0.1.0"
@@ -31,9 +33,11 @@ __all__ = [
     "ModelError",
     "QtkError",
     "SchemeError",
+    "Search",
     "Summary",
     "evaluate",
     "load",
     "quantize",
+    "search",
     "summary",
 ]
