@@ -20,7 +20,8 @@ from qtk.errors import (
 from qtk.fidelity import Fidelity, evaluate
 from qtk.integrations.transformers import load
 from qtk.mixed_precision.result import Search
-from qtk.mixed_precision.search import search
+from qtk.mixed_precision.latency import Latencies
+from qtk.mixed_precision.search import bench_ops, search
 from qtk.report.summary import Summary, summary
 
 __version__ = "0.1.0"
@@ -30,11 +31,13 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Fidelity",
+    "Latencies",
     "ModelError",
     "QtkError",
     "SchemeError",
     "Search",
     "Summary",
+    "bench_ops",
     "evaluate",
     "load",
     "quantize",

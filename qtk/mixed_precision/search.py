@@ -90,17 +90,13 @@ def search(
         QtkError: as `qtk.quantize`.
     """
     budgets, chosen_options = read(budget), _options(options, seed)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise SchemeError(f"batch_size={batch_size!r}: give a positive integer")
+    _check_batch_size(batch_size)
     source, blocks = opened(model, backend)
     pairs = default_schemes(next(source.parameters()).device) if schemes is None else schemes
     space = Space.of(source, blocks, pairs, calib, chosen_options)
     data = Data.of(source, calib, tokenizer, seed, budgets)
     with progress_bar(progress) as bar, torch.no_grad():
-        times = latency.measure(
-            source, space, _rows(data.seen[-1], batch_size), backend=backend,
-            path=None if latencies is None else Path(os.fspath(latencies)), report=bar.show,
-        )  # fmt: skip
+        times = _timed(source, space, data, batch_size, latencies, backend, bar)
         probe = _first_rows(data.seen, PROBED)
         losses = sensitivity.measure(
             source, blocks, None if calib is None else probe, Judge.of(source, probe), space,
@@ -109,6 +105,36 @@ def search(
         costs = Costs(space, losses, times)
         lab = Lab(source, data, costs, chosen_options, backend, batch_size, bar)
         return _search(budgets, costs, lab, verify)
+
+
+def bench_ops(
+    model: nn.Module | str | Path,
+    calib: Any = None,
+    tokenizer: Any = None,
+    *,
+    schemes: Sequence[Pair] | None = None,
+    batch_size: int = 16,
+    latencies: str | Path | None = None,
+    backend: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> Latencies:
+    """Times the operations of a model at every scheme, as they would really run on this device.
+
+    Args:
+        calib: gives the length of what is read; without, inputs are made up.
+        model, tokenizer, schemes, batch_size, latencies, backend, seed, progress, options: as
+            `search` takes them.
+    """
+    _check_batch_size(batch_size)
+    chosen_options = _options(options, seed)
+    source, blocks = opened(model, backend)
+    pairs = default_schemes(next(source.parameters()).device) if schemes is None else schemes
+    space = Space.of(source, blocks, pairs, calib, chosen_options)
+    data = Data.of(source, calib, tokenizer, seed, ())
+    with progress_bar(progress) as bar:
+        return _timed(source, space, data, batch_size, latencies, backend, bar)
 
 
 @dataclass(frozen=True)
@@ -340,6 +366,20 @@ def _front(costs: Costs) -> tuple[Point, ...]:
     found = [allocate(losses, [(sizes, float(limit) * (1 + 1e-9))]) for limit in limits]
     distinct = dict.fromkeys(chosen for chosen in found if chosen is not None)
     return tuple(costs.point(f"front {i + 1}", chosen) for i, chosen in enumerate(distinct))
+
+
+def _timed(
+    source: Any, space: Space, data: Data, batch_size: int, latencies: Any, backend: str, bar: Bar
+) -> Latencies:
+    """On the longest batch of the data, cut or repeated to the size that is asked about."""
+    path = None if latencies is None else Path(os.fspath(latencies))
+    batch = _rows(data.seen[-1], batch_size)
+    return latency.measure(source, space, batch, backend=backend, path=path, report=bar.show)
+
+
+def _check_batch_size(batch_size: object) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise SchemeError(f"batch_size={batch_size!r}: give a positive integer")
 
 
 def _options(given: Mapping[str, Any], seed: int) -> dict[str, Any]:
