@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,11 @@ def minilm() -> Task:
     model, tokenizer = data.minilm()
     sentences = data.stsb_sentences("test", 0, HELD_OUT)
     judge = Judge.of(model, prepare(model, sentences, tokenizer))
-    return Task(
-        1, model, lambda seed: prepare(model, data.stsb_calibration(seed), tokenizer), judge
-    )
+    @cache
+    def calibration(seed: int) -> list[Batch]:
+        return prepare(model, data.stsb_calibration(seed), tokenizer)
+
+    return Task(1, model, calibration, judge)
 
 
 def vit() -> Task:
@@ -73,8 +76,11 @@ def vit() -> Task:
         pixels, _ = data.cifar10(split, n, seed)
         return [{"pixel_values": part} for part in pixels.split(32)]
 
-    judge = Judge.of(model, images("test", HELD_OUT, 0))
-    return Task(2, model, lambda seed: images("train", CALIBRATION, seed), judge)
+    @cache
+    def calibration(seed: int) -> list[Batch]:
+        return images("train", CALIBRATION, seed)
+
+    return Task(2, model, calibration, Judge.of(model, images("test", HELD_OUT, 0)))
 
 
 TASKS = {"minilm": minilm, "vit": vit}
