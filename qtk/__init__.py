@@ -19,8 +19,8 @@ from qtk.errors import (
 )
 from qtk.fidelity import Fidelity, evaluate
 from qtk.integrations.transformers import load
-from qtk.mixed_precision.result import Search
 from qtk.mixed_precision.latency import Latencies
+from qtk.mixed_precision.result import Search
 from qtk.mixed_precision.search import bench_ops, search
 from qtk.report.summary import Summary, summary
 

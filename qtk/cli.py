@@ -172,8 +172,9 @@ def quantize(
         _load(model, dtype, device), _number(w), _number(a), calib=calib, tokenizer=tokenizer,
         method=method, rounding=rounding, ranges=ranges, learn=learn, inplace=True,
         activations=activations.value, weights=weights.value, attention=attention, softmax=softmax,
-        softmax_bits=softmax_bits, group_size=group_size, bits=_mixed(bits) if bits else None, budget=budget, skip=skip,
-        backend=backend.value, preset=preset, resume=resume, seed=seed, progress=not as_json,
+        softmax_bits=softmax_bits, group_size=group_size, bits=_mixed(bits) if bits else None,
+        budget=budget, skip=skip, backend=backend.value, preset=preset, resume=resume, seed=seed,
+        progress=not as_json,
     )  # fmt: skip
     qmodel.save_pretrained(out)  # type: ignore[operator]
     copied = copy_companions(model, out)

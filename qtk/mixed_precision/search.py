@@ -1,5 +1,6 @@
 """search(): bits for every unit under a budget, from measured losses and measured times."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from qtk.pipeline import opened, run
 from qtk.pipeline.progress import Bar, progress_bar
 from qtk.pipeline.request import Request
 from qtk.timing import race
+
+logger = logging.getLogger("qtk")
 
 OPTIONS: dict[str, Any] = {  # of quantize that a search passes on, and what they are by default
     "activations": "static", "weights": "symmetric", "group_size": None, "attention": "float",
@@ -91,6 +94,7 @@ def search(
     """
     budgets, chosen_options = read(budget), _options(options, seed)
     _check_batch_size(batch_size)
+    kept = state.check(resume)
     source, blocks = opened(model, backend)
     pairs = default_schemes(next(source.parameters()).device) if schemes is None else schemes
     space = Space.of(source, blocks, pairs, calib, chosen_options)
@@ -100,7 +104,7 @@ def search(
         probe = _first_rows(data.seen, PROBED)
         losses = sensitivity.measure(
             source, blocks, None if calib is None else probe, Judge.of(source, probe), space,
-            seed=seed, backend=backend, resume=state.check(resume), report=bar.show,
+            seed=seed, backend=backend, randoms=sensitivity.RANDOM, resume=kept, report=bar.show,
         )  # fmt: skip
         costs = Costs(space, losses, times)
         lab = Lab(source, data, costs, chosen_options, backend, batch_size, bar)
@@ -285,6 +289,7 @@ def _search(budgets: Sequence[Budget], costs: Costs, lab: Lab, verify: bool | in
         if verify:
             point = lab.measured(point)
             checked = (point,)
+    _warn_of_slow(point, limits, costs)
     front = _front(costs)
     if verify and not isinstance(verify, bool):
         some = np.unique(np.linspace(0, len(front) - 1, min(verify, len(front))).astype(int))
@@ -294,6 +299,18 @@ def _search(budgets: Sequence[Budget], costs: Costs, lab: Lab, verify: bool | in
         tuple(b.text for b in budgets), lab.judge.metric, space, point, front, references, checked,
         costs.sensitivity, costs.latencies, lab.batch_size, lab.calib,
     )  # fmt: skip
+
+
+def _warn_of_slow(point: Point, limits: Mapping[Budget, float], costs: Costs) -> None:
+    """Says in the log where a model that was measured takes longer than a budget allows."""
+    for budget, limit in limits.items():
+        most = limit + costs.latencies.rest
+        if budget.metric == "latency" and point.measured and point.measured.seconds > most:
+            logger.warning(
+                "budget %r is %.2f ms; what was found takes %.2f ms as measured, %.2f ms as "
+                "predicted: a noisy machine, or a budget at the end of what is feasible",
+                budget.text, 1e3 * most, 1e3 * point.measured.seconds, 1e3 * point.seconds,
+            )  # fmt: skip
 
 
 def _accurate(

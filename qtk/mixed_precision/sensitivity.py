@@ -76,7 +76,7 @@ class Sensitivity:
 @torch.no_grad()
 def measure(
     model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch] | None, judge: Judge,
-    space: Space, *, seed: int, backend: str, randoms: int = RANDOM, pairs: bool = True,
+    space: Space, *, seed: int, backend: str, randoms: int, pairs: bool = True,
     resume: Path | None = None, report: Report = lambda *_: None,
 ) -> Sensitivity:  # fmt: skip
     """Quantizes every unit at every scheme, rounded to nearest, and measures masks of them.

@@ -77,11 +77,11 @@ class Space:
         schemes = tuple(dict.fromkeys(schemes))
         requests = [Request.of(w, a, calib, bits=None, **options) for w, a in schemes]
         found = tuple(assign(model, blocks, r.default, r.overrides) for r in requests)
-        skipped = assign(model, blocks, requests[0].default, requests[0].overrides).quantized
+        searched = {name for assignment in found for name in assignment.quantized}
         units = []
         for block in blocks:
             for group in block.groups:
-                names = tuple(n for n in group.linears if n in skipped or not requests[0].overrides)
+                names = tuple(name for name in group.linears if name in searched)
                 linears: list[Any] = [model.get_submodule(name) for name in names]
                 shapes = tuple((m.out_features, m.in_features) for m in linears)
                 if names:
