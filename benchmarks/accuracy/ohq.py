@@ -42,8 +42,8 @@ LEVELS: list[tuple[Pair, float]] = [((6, 8), 0.5), ((5, 8), 0.25)]  # with auto'
 BUDGETS = {"minilm": ["cosine 0.99", "cosine 0.98"], "vit": ["drop 2 %"]}
 COLUMNS = ["figure", "MiniLM", "small ViT"]
 NOTES = (
-    "the search draws 256 samples of the training split and holds back half; random assignments and "
-    "those at equal bytes are quantized on 64 others, the latter on three draws, after one "
+    "the search draws 256 samples of the training split and holds back half; random assignments "
+    "and those at equal bytes are quantized on 64 others, the latter on three draws, after one "
     "search; held-out loss is 1 - cosine (MiniLM, 512 sentences of STS-B test) or KL in nats "
     "(ViT, 256 test images); the machine had other work while it was measured"
 )

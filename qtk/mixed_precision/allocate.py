@@ -13,7 +13,6 @@ that q, k and v share theirs by construction.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from qtk.mixed_precision.space import Chosen, Matrix
 
@@ -27,6 +26,8 @@ def allocate(objective: Matrix, limits: Sequence[tuple[Matrix, float]]) -> Chose
         objective: [U, S], what each choice costs.
         limits: pairs of a cost [U, S] and what its sum may be at most.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # a second of `import qtk`
+
     U, S = objective.shape
     one_each = LinearConstraint(np.kron(np.eye(U), np.ones(S)), 1, 1)
     rows = [one_each]

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 
 from qtk.learn import resume as state
@@ -142,6 +141,8 @@ def random_masks(space: Space, count: int, seed: int) -> list[Mask]:
 
 def fit(space: Space, masks: Sequence[Mask], losses: Tensor | np.ndarray) -> tuple[Matrix, Matrix]:
     """Effects [U, S] and their standard errors by weighted least squares."""
+    from scipy.optimize import lsq_linear  # a second of `import qtk`
+
     U, S = space.shape
     rows = np.zeros((len(masks), U * S))
     for row, mask in zip(rows, masks, strict=True):
