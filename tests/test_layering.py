@@ -72,7 +72,7 @@ ORDER = {
     ],
     "mixed_precision": [
         "__init__", "budget", "space", "allocate", "loss", "synthetic", "latency", "sensitivity",
-        "auto", "result", "search",
+        "auto", "result", "costs", "data", "verify", "search",
     ],
 }  # fmt: skip
 PLAIN = "qtk_kernels.hadamard"  # the definition of a matrix, in PyTorch: whoever needs it

@@ -26,6 +26,7 @@ from torch import nn
 import qtk
 from benchmarks import data
 from benchmarks.result import read, result, write
+from qtk.mixed_precision import budget as budgets
 from qtk.mixed_precision.allocate import allocate, total
 from qtk.mixed_precision.loss import Judge
 from qtk.mixed_precision.search import Search
@@ -39,7 +40,7 @@ ASSIGNMENTS = 30
 CALIBRATION = 256  # samples, of which half are held back
 HELD_OUT = {"minilm": 512, "vit": 256}  # samples of the test split
 LEVELS: list[tuple[Pair, float]] = [((6, 8), 0.5), ((5, 8), 0.25)]  # with auto's share at W4A8
-BUDGETS = {"minilm": ["cosine 0.99", "cosine 0.98"], "vit": ["drop 2 %"]}
+BUDGETS = {"minilm": ["cosine 0.99", "cosine 0.98"], "vit": ["kl 0.01", "drop 4 %"]}
 COLUMNS = ["figure", "MiniLM", "small ViT"]
 NOTES = (
     "the search draws 256 samples of the training split and holds back half; random assignments "
@@ -138,16 +139,15 @@ def budget(task: Task, preset: str, draws: int) -> None:
     name = "minilm" if task.column == 1 else "vit"
     for text in BUDGETS[name]:
         kept, sizes = 0, []
-        metric, value = text.split()[:2]
-        limit = 1 - float(value) if metric == "cosine" else float(value) / 100
+        (asked,) = budgets.read(text)
         for seed in range(draws):
             found = search(task, text, seed, preset, verify=True)
             chosen = found.point.chosen
-            loss = measured(task, found.space, chosen, seed, preset, metric, found.calib)
+            loss = measured(task, found.space, chosen, seed, preset, asked.metric, found.calib)
             whole = total(found.space.bytes(), found.space.uniform((8, 8)))
-            kept += loss <= limit
+            kept += loss <= asked.limit
             sizes.append(found.point.bytes / whole)
-            print(seed, text, loss, loss <= limit, sizes[-1], flush=True)
+            print(seed, text, loss, loss <= asked.limit, sizes[-1], flush=True)
             mean = f"{kept} of {seed + 1}, {statistics.mean(sizes):.2f}x bytes"
             keep(f"{text} kept on unseen data, and bytes of W8A8's, {preset}", task, mean)
 

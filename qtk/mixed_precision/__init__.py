@@ -5,5 +5,6 @@ latency         what each choice takes here                              Latenci
 sensitivity     what each choice costs the answers                       Sensitivity
 budget          what the user allows                                     Budget
 allocate        the integer program                                      Chosen
-search          all of it, and a look at the result                      Search
+verify          a look at what was chosen, on data held back             Measured
+search          all of it                                                Search
 """
