@@ -100,7 +100,7 @@ def rank(task: Task, preset: str, draws: int) -> None:
         chosen = anything(found.space, rng)
         loss = measured(task, found.space, chosen, 0, preset)
         pairs.append((found.sensitivity.predict(chosen), loss))
-        print(i, *pairs[-1], flush=True)
+        print(i, *pairs[-1], f"{time.process_time():.0f} s", flush=True)
     rho = float(spearmanr(*zip(*pairs, strict=True)).statistic)
     keep(f"Spearman of predicted and measured loss, {draws} random assignments, {preset}", task,
          f"{rho:.3f}")  # fmt: skip
@@ -130,8 +130,9 @@ def equal_bytes(task: Task, preset: str, draws: int) -> None:
                 losses.setdefault(level, []).append(loss)
                 size = total(space.bytes(), chosen) / limit
                 print(seed, level, loss, f"bytes {size:.3f}", flush=True)
-    for level, values in losses.items():
-        keep(level, task, f"{statistics.mean(values):.5f}")
+        for level, values in losses.items():
+            few = f" ({len(values)} of {len(SEEDS)} draws)" if len(values) < len(SEEDS) else ""
+            keep(level, task, f"{statistics.mean(values):.5f}{few}")
 
 
 def budget(task: Task, preset: str, draws: int) -> None:
