@@ -411,3 +411,14 @@ def test_the_default_schemes_exist_and_hold_the_references():
     assert space_of(encoder(), SCHEMES).shape == (8, len(SCHEMES))
     assert default_schemes(torch.device("cpu")) == QUICK
     assert share_of("auto:0.25") == 0.25
+
+
+def test_solving_prints_nothing_to_stdout(capfd):
+    import ctypes
+
+    from qtk.mixed_precision.allocate import _stdout_to_stderr
+
+    with _stdout_to_stderr():
+        ctypes.CDLL(None).printf(b"said by C\n")
+    out, err = capfd.readouterr()
+    assert out == "" and "said by C" in err

@@ -10,7 +10,11 @@ https://arxiv.org/abs/2011.10680, section 3.4). A unit is what the kernels want 
 that q, k and v share theirs by construction.
 """
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -35,13 +39,29 @@ def allocate(objective: Matrix, limits: Sequence[tuple[Matrix, float]]) -> Chose
         unit = max(abs(limit), np.finfo(float).tiny)  # so that the solver's tolerance is relative
         rows.append(LinearConstraint(cost.ravel() / unit, -np.inf, limit / unit + SLACK))
     scale = max(float(np.abs(objective).max()), np.finfo(float).tiny)
-    found = milp(
-        objective.ravel() / scale, integrality=np.ones(U * S), bounds=Bounds(0, 1),
-        constraints=rows, options={"mip_rel_gap": 0.0},
-    )  # fmt: skip
+    with _stdout_to_stderr():
+        found = milp(
+            objective.ravel() / scale, integrality=np.ones(U * S), bounds=Bounds(0, 1),
+            constraints=rows, options={"mip_rel_gap": 0.0},
+        )  # fmt: skip
     if found.x is None:
         return None
     return tuple(int(s) for s in found.x.reshape(U, S).argmax(1))
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """HiGHS prints some steps to stdout whatever it is told, and stdout may be read as JSON."""
+    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda _: None
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        flush(None)  # what C has buffered would otherwise come after
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def total(cost: Matrix, chosen: Chosen) -> float:
