@@ -1,6 +1,6 @@
 """Whether bits chosen by `qtk.search` are worth their search: MiniLM and the small ViT.
 
-    python -m benchmarks.accuracy.ohq rank | bytes | budget | latency ...
+    python -m benchmarks.accuracy.ohq rank | bytes | budget | latency | seconds ...
                                       [--model minilm | vit] [--preset PRESET] [--draws N]
 
 writes benchmarks/results/ohq.json, whose other figures stay.
@@ -8,7 +8,8 @@ writes benchmarks/results/ohq.json, whose other figures stay.
 rank     predicted against measured loss of 30 random assignments
 bytes    held-out loss at equal bytes: found, one scheme for all, random, by rank
 budget   how often an accuracy budget holds on data that nobody saw
-latency  predicted against measured latency of what was found, and the seconds that a search takes
+latency  predicted against measured latency
+seconds  that a search takes
 """
 
 import argparse
@@ -16,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,15 @@ from benchmarks import data
 from benchmarks.result import read, result, write
 from qtk.mixed_precision import budget as budgets
 from qtk.mixed_precision.allocate import allocate, total
+from qtk.mixed_precision.data import Data, rows
 from qtk.mixed_precision.loss import Judge
-from qtk.mixed_precision.search import Search
+from qtk.mixed_precision.result import Search
+from qtk.mixed_precision.search import OPTIONS
 from qtk.mixed_precision.space import Chosen, Pair, Space
+from qtk.models import describe
 from qtk.observe import Batch
 from qtk.observe.batches import prepare
+from qtk.timing import race
 
 SCHEMES: list[Pair] = [(8, 8), (6, 8), (5, 8), (4, 8), (4, 4), (16, 16)]
 SEEDS = (0, 1, 2)
@@ -41,7 +46,7 @@ CALIBRATION = 256  # samples, of which half are held back
 HELD_OUT = {"minilm": 512, "vit": 256}  # samples of the test split
 LEVELS: list[tuple[Pair, float]] = [((6, 8), 0.5), ((5, 8), 0.25)]  # with auto's share at W4A8
 BUDGETS = {"minilm": ["cosine 0.99", "cosine 0.98"], "vit": ["kl 0.01", "drop 4 %"]}
-COLUMNS = ["figure", "MiniLM", "small ViT"]
+COLUMNS = ["figure", "MiniLM", "small ViT", "BERT-base width, 2 layers"]
 NOTES = (
     "the search draws 256 samples of the training split and holds back half; random assignments "
     "and those at equal bytes are quantized on 64 others, the latter on three draws, after one "
@@ -86,7 +91,17 @@ def vit() -> Task:
     return Task(2, model, calibration, Judge.of(model, images("test", HELD_OUT["vit"], 0)))
 
 
-TASKS = {"minilm": minilm, "vit": vit}
+def bert() -> Task:
+    """Random weights: for latency alone."""
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(num_hidden_layers=2, vocab_size=1000)).eval()
+    ids = torch.randint(1000, (32, 64), generator=torch.Generator().manual_seed(0))
+    batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Task(3, model, lambda seed: [batch], Judge.of(model, [batch]))
+
+
+TASKS = {"minilm": minilm, "vit": vit, "bert": bert}
 
 
 def rank(task: Task, preset: str, draws: int) -> None:
@@ -153,21 +168,55 @@ def budget(task: Task, preset: str, draws: int) -> None:
             keep(f"{text} kept on unseen data, and bytes of W8A8's, {preset}", task, mean)
 
 
-def latency(task: Task, preset: str, draws: int) -> None:
-    """Of the assignment that was chosen and of some of the front."""
+def seconds(task: Task, preset: str, draws: int) -> None:
+    """Of a whole search, with what was chosen quantized and measured."""
     start, spent = time.perf_counter(), time.process_time()
-    found = search(task, "0.75x bytes", 0, preset, verify=True)
+    found = qtk.search(
+        task.model, "0.75x bytes", task.calibration(0), preset=preset, progress=False
+    )
     wall, spent = time.perf_counter() - start, time.process_time() - spent
     keep(f"seconds of a search, verified, {preset}", task, f"{wall:.0f} ({spent:.0f} of CPU)")
-    for point in found.checked:
-        assert point.measured is not None
-        text = f"{1e3 * point.seconds:.1f} / {1e3 * point.measured.seconds:.1f}"
-        keep(f"latency, predicted / measured, ms: {point.name} at 0.75x bytes", task, text)
     print(found.table(), found.latencies.table(), sep="\n\n")
-    keep("fewer bits faster here", task, "yes" if found.latencies.faster else "no")
 
 
-PARTS = {"rank": rank, "bytes": equal_bytes, "budget": budget, "latency": latency}
+@torch.no_grad()
+def latency(task: Task, preset: str, draws: int) -> None:
+    """Of one scheme for all and of a mix, beside each other; batches of 16."""
+    calib = task.calibration(0)[-1:]
+    found = qtk.bench_ops(task.model, calib, schemes=SCHEMES, preset=preset, progress=False)
+    space = Space.of(task.model, describe(task.model), SCHEMES, calib, {**OPTIONS, "preset": preset,
+                     "resume": None, "seed": 0})  # fmt: skip
+    rng = np.random.default_rng(0)
+    mixed = tuple(int(s) for s in rng.integers(0, len(SCHEMES), len(space.units)))
+    integers = tuple(int(s) for s in rng.integers(0, len(SCHEMES) - 1, len(space.units)))
+    assignments = {
+        "W8A8": space.uniform((8, 8)), "W4A8": space.uniform((4, 8)),
+        "W4A4": space.uniform((4, 4)), "mixed integers": integers, "mixed, some float": mixed,
+    }  # fmt: skip
+    batch = rows(Data.of(task.model, calib, None, 0, ()).seen[-1], 16)
+    models = {
+        name: qtk.quantize(task.model, calib=calib, bits=space.bits(chosen), preset=preset,
+                           progress=False)
+        for name, chosen in assignments.items()
+    }  # fmt: skip
+    calls: dict[str, Callable[[], Any]] = {
+        name: partial(lambda m: m(**batch), model) for name, model in models.items()
+    }
+    calls["float"] = lambda: task.model(**batch)
+    times = race(calls, 60, limit=60.0)
+    assignments["float"] = space.uniform((16, 16))
+    for name, chosen in assignments.items():
+        predicted = total(found.seconds, chosen) + found.rest
+        off = 100 * (predicted / times[name] - 1)
+        cell = f"{1e3 * predicted:.1f} / {1e3 * times[name]:.1f} ({off:+.0f} %)"
+        keep(f"latency, predicted / measured, ms: {name}", task, cell)
+    keep("a scheme of fewer bits is faster than W8A8 here", task, "yes" if found.faster else "no")
+    print(found.table())
+
+
+PARTS = {
+    "rank": rank, "bytes": equal_bytes, "budget": budget, "latency": latency, "seconds": seconds,
+}  # fmt: skip
 
 
 @cache
@@ -220,11 +269,12 @@ def ranked(space: Space, effects: Any, share: float) -> Chosen:
 def keep(figure: str, task: Task, cell: str) -> None:
     """Writes one figure, the others of the file as they are."""
     kept = read("ohq")
-    rows = {row[0]: row for row in kept.get("rows", [])}
-    row = rows.setdefault(figure, [figure, "-", "-"])
+    kept_rows = {row[0]: row for row in kept.get("rows", [])}
+    row = kept_rows.setdefault(figure, [figure, "-", "-", "-"])
     row[task.column] = cell
     write(
-        "ohq", result("Bits chosen under a budget", COLUMNS, list(rows.values()), NOTES, kept=kept)
+        "ohq",
+        result("Bits chosen under a budget", COLUMNS, list(kept_rows.values()), NOTES, kept=kept),
     )
     print(figure, cell, flush=True)
 
