@@ -207,10 +207,11 @@ def latency(task: Task, preset: str, draws: int) -> None:
     calls["float"] = lambda: task.model(**batch)
     times = race(calls, 60, limit=60.0)
     assignments["float"] = space.uniform((16, 16))
+    whole = times["float"] / found.float_seconds  # a machine that is slower now is for both
     for name, chosen in assignments.items():
-        predicted = total(found.seconds, chosen) + found.rest
-        off = 100 * (predicted / times[name] - 1)
-        cell = f"{1e3 * predicted:.1f} / {1e3 * times[name]:.1f} ({off:+.0f} %)"
+        predicted, got = total(found.seconds, chosen) + found.rest, times[name] / whole
+        off = 100 * (predicted / got - 1)
+        cell = f"{1e3 * predicted:.1f} / {1e3 * got:.1f} ({off:+.0f} %)"
         keep(f"latency, predicted / measured, ms: {name}", task, cell)
     keep("a scheme of fewer bits is faster than W8A8 here", task, "yes" if found.faster else "no")
     print(found.table())

@@ -22,7 +22,7 @@ class Measured:
         loss: mean on held-back data, of the model's own metric; None without data.
         bound: what the budget's metric exceeds in one of a hundred draws of such data; None
             without an accuracy budget.
-        seconds: of a forward pass.
+        seconds: of a forward pass, measured beside the float model and in its time.
     """
 
     loss: float | None
