@@ -272,7 +272,8 @@ def ranked(space: Space, effects: Any, share: float) -> Chosen:
 def keep(figure: str, task: Task, cell: str) -> None:
     """Writes one figure, the others of the file as they are."""
     kept = read("ohq")
-    kept_rows = {row[0]: row for row in kept.get("rows", [])}
+    blank = ["-"] * len(COLUMNS)
+    kept_rows = {row[0]: [*row, *blank][: len(COLUMNS)] for row in kept.get("rows", [])}
     row = kept_rows.setdefault(figure, [figure, "-", "-", "-"])
     row[task.column] = cell
     write(
