@@ -93,7 +93,12 @@ def stsb_test(tokenizer: Any) -> SimilarityTask:
 
 def stsb_calibration(seed: int, n: int = 256) -> list[str]:
     """Sentences of the training split, without their scores."""
-    pool = sorted({s for row in _stsb("train") for s in row[5:7]})
+    return stsb_sentences("train", seed, n)
+
+
+def stsb_sentences(split: str, seed: int, n: int) -> list[str]:
+    """Distinct sentences of a split, without their scores."""
+    pool = sorted({s for row in _stsb(split) for s in row[5:7]})
     return random.Random(seed).sample(pool, n)
 
 

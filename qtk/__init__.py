@@ -8,6 +8,7 @@ Importing this package also teaches transformers to load what qtk has saved.
 from qtk.integrations import quiet as _quiet  # noqa: F401, before all that imports transformers
 
 # isort: split
+from qtk.api import quantize
 from qtk.errors import (
     BackendError,
     CalibrationError,
@@ -18,7 +19,9 @@ from qtk.errors import (
 )
 from qtk.fidelity import Fidelity, evaluate
 from qtk.integrations.transformers import load
-from qtk.pipeline import quantize
+from qtk.mixed_precision.latency import Latencies
+from qtk.mixed_precision.result import Search
+from qtk.mixed_precision.search import bench_ops, search
 from qtk.report.summary import Summary, summary
 
 __version__ = "0.1.0"
@@ -28,12 +31,16 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Fidelity",
+    "Latencies",
     "ModelError",
     "QtkError",
     "SchemeError",
+    "Search",
     "Summary",
+    "bench_ops",
     "evaluate",
     "load",
     "quantize",
+    "search",
     "summary",
 ]

@@ -78,6 +78,14 @@ Tokenizer = Annotated[
     typer.Option(help="Folder or hub name of it, or of the image processor, if not MODEL's."),
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cuda; the CPU if none.")]
+Calib = Annotated[Path | None, typer.Option(help="Text file or folder of images.")]
+Preset = Annotated[str | None, typer.Option(help="fast, balanced or best.")]
+Skip = Annotated[list[str] | None, typer.Option(help="Pattern left in float; may be repeated.")]
+Schemes = Annotated[
+    list[str] | None, typer.Option(help="W,A to choose from; may be repeated. See the guide.")
+]
+BatchSize = Annotated[int, typer.Option(help="Rows of the batch whose latency counts.")]
+Timings = Annotated[Path | None, typer.Option(help="File of timings to reuse and extend.")]
 
 
 OPERANDS = ("float", "int8", "int7", "int6", "int5", "int4")
@@ -109,8 +117,8 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to save into.")],
     w: Annotated[str, typer.Option("--w", help="Bits of weights: 2 to 8, 16 or fp8.")] = "8",
     a: Annotated[str, typer.Option("--a", help="Bits of activations: 4 to 8, 16 or fp8.")] = "8",
-    calib: Annotated[Path | None, typer.Option(help="Text file or folder of images.")] = None,
-    preset: Annotated[str | None, typer.Option(help="fast, balanced or best.")] = None,
+    calib: Calib = None,
+    preset: Preset = None,
     tokenizer: Tokenizer = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of what stays floating point.")] = None,
     device: Device = None,
@@ -140,9 +148,11 @@ def quantize(
         list[str] | None,
         typer.Option(help="PATTERN=W,A for some layers; may be repeated. Or auto, or auto:SHARE."),
     ] = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Pattern left in float; may be repeated.")
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Bits are searched under it; may be repeated. See search."),
     ] = None,
+    skip: Skip = None,
     backend: Annotated[Backend, typer.Option()] = Backend.auto,
     resume: Annotated[
         Path | None, typer.Option(help="File to go on from, with --rounding tuned.")
@@ -162,8 +172,9 @@ def quantize(
         _load(model, dtype, device), _number(w), _number(a), calib=calib, tokenizer=tokenizer,
         method=method, rounding=rounding, ranges=ranges, learn=learn, inplace=True,
         activations=activations.value, weights=weights.value, attention=attention, softmax=softmax,
-        softmax_bits=softmax_bits, group_size=group_size, bits=_mixed(bits or []), skip=skip,
-        backend=backend.value, preset=preset, resume=resume, seed=seed, progress=not as_json,
+        softmax_bits=softmax_bits, group_size=group_size, bits=_mixed(bits) if bits else None,
+        budget=budget, skip=skip, backend=backend.value, preset=preset, resume=resume, seed=seed,
+        progress=not as_json,
     )  # fmt: skip
     qmodel.save_pretrained(out)  # type: ignore[operator]
     copied = copy_companions(model, out)
@@ -200,6 +211,61 @@ def evaluate(
             stride=stride, window=window,
         )  # fmt: skip
     _show(result, as_json)
+
+
+@app.command()
+def search(
+    model: Model,
+    budget: Annotated[
+        list[str],
+        typer.Option(help="'0.8x latency', '0.5x bytes', 'cosine 0.99', 'drop 0.5 %'; repeatable."),
+    ],
+    calib: Calib = None,
+    preset: Preset = None,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    scheme: Schemes = None,
+    skip: Skip = None,
+    batch_size: BatchSize = 16,
+    verify: Annotated[int, typer.Option(help="Points of the front to measure as well.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="SVG of the front to write.")] = None,
+    latencies: Timings = None,
+    resume: Annotated[Path | None, typer.Option(help="File to go on from.")] = None,
+    backend: Annotated[Backend, typer.Option()] = Backend.auto,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Choose bits for MODEL under a budget: what answers lose and what layers take, measured."""
+    found = qtk.search(
+        _load(model, None, device), budget, calib, tokenizer, schemes=_pairs(scheme),
+        verify=verify or True, batch_size=batch_size, latencies=latencies, resume=resume,
+        backend=backend.value, seed=seed, progress=not as_json, preset=preset, skip=skip,
+    )  # fmt: skip
+    if plot is not None:
+        found.plot(plot)
+    _show(found, as_json)
+
+
+@app.command(name="bench-ops")
+def bench_ops(
+    model: Model,
+    calib: Calib = None,
+    preset: Preset = None,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    scheme: Schemes = None,
+    batch_size: BatchSize = 16,
+    latencies: Timings = None,
+    backend: Annotated[Backend, typer.Option()] = Backend.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Time MODEL's operations on this device at every scheme, as they would really run."""
+    found = qtk.bench_ops(
+        _load(model, None, device), calib, tokenizer, schemes=_pairs(scheme),
+        batch_size=batch_size, latencies=latencies, backend=backend.value, progress=not as_json,
+        preset=preset,
+    )  # fmt: skip
+    _show(found, as_json)
 
 
 @app.command()
@@ -258,6 +324,16 @@ def _mixed(texts: list[str]) -> dict[str, tuple[int, int]] | str:
             raise SchemeError(f"--bits {text!r}: write PATTERN=W,A such as '*.0.*=8,8'") from None
         found[pattern] = (w, a)
     return found
+
+
+def _pairs(texts: list[str] | None) -> list[tuple[int | str, int | str]] | None:
+    """["4,8", "fp8,fp8"] -> [(4, 8), ("fp8", "fp8")]."""
+    if not texts:
+        return None
+    split = [text.split(",") for text in texts]
+    if wrong := [text for text, pair in zip(texts, split, strict=True) if len(pair) != 2]:
+        raise SchemeError(f"--scheme {wrong[0]!r}: write W,A such as 4,8")
+    return [(_number(w.strip()), _number(a.strip())) for w, a in split]
 
 
 def _number(text: str) -> int | str:

@@ -42,6 +42,18 @@ ALLOWED = {
         "qtk.integrations",
         "qtk.pipeline",
     },
+    "qtk.mixed_precision": LOW
+    | {
+        "qtk.observe",
+        "qtk.modules",
+        "qtk.learn",
+        "qtk.pipeline",
+        "qtk.fidelity",
+        "qtk.report",
+        "qtk.table",
+        "qtk.timing",
+        "qtk.mixed_precision",
+    },
     "qtk.fidelity": LOW
     | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
     "qtk.report": LOW
@@ -56,12 +68,15 @@ ORDER = {
     ],
     "learn": ["__init__", "descent", "objective", "resume", "trainable", "block", "model"],
     "pipeline": [
-        "progress", "recipes", "assign", "attention", "sensitivity", "request", "site", "learning",
-        "__init__",
+        "progress", "recipes", "assign", "attention", "request", "site", "learning", "__init__",
+    ],
+    "mixed_precision": [
+        "__init__", "budget", "space", "allocate", "loss", "synthetic", "latency", "sensitivity",
+        "auto", "result", "costs", "data", "verify", "search",
     ],
 }  # fmt: skip
 PLAIN = "qtk_kernels.hadamard"  # the definition of a matrix, in PyTorch: whoever needs it
-FREE = ("qtk", "qtk.cli", "qtk.demo", "qtk.__main__")  # the face: may import everything
+FREE = ("qtk", "qtk.api", "qtk.cli", "qtk.demo", "qtk.__main__")  # the face: may import everything
 
 
 def sources() -> list[Path]:

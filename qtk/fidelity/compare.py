@@ -139,7 +139,7 @@ def _compare(
             q_out = qmodel(**q_batch, **extra, return_dict=True)
         clipping.look(q_batch, **extra)
         labels, mask = as_tensor(part.labels, numbers), part.batch.get("attention_mask")
-        want, got = _logits(out), _logits(q_out)
+        want, got = logits_of(out), logits_of(q_out)
         _check_outputs(out[0] if want is None else want, q_out[0] if got is None else got)
         if want is None or got is None:
             pair = pool(out[0], mask), pool(q_out[0].to(out[0].device), mask)
@@ -210,7 +210,7 @@ def _pieces(model: nn.Module, parts: Iterator[Labelled]) -> Iterator[Labelled]:
             yield Labelled(batch, labels, part.names[cut], judged)
 
 
-def _logits(out: Any) -> Tensor | None:
+def logits_of(out: Any) -> Tensor | None:
     """What the model predicts, None for an encoder without a head."""
     found = (getattr(out, name, None) for name in ("logits", "start_logits", "prediction_logits"))
     return next((logits.float() for logits in found if logits is not None), None)

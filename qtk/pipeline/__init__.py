@@ -1,8 +1,8 @@
-"""quantize(): the whole method on one page, read from top to bottom."""
+"""run(): the whole method on one page, read from top to bottom."""
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,109 +21,30 @@ from qtk.pipeline.attention import quantize_attention
 from qtk.pipeline.learning import Learning, say_who_disagrees
 from qtk.pipeline.progress import progress_bar
 from qtk.pipeline.request import Request
-from qtk.pipeline.sensitivity import sensitive
-from qtk.pipeline.site import quantize_outside, quantize_site, rounded_to_nearest
+from qtk.pipeline.site import quantize_outside, quantize_site
 from qtk.record import Layer, Record
 
 logger = logging.getLogger("qtk")
 
 Model = Any  # a transformers model
-Part = Any  # a name, a module with `find`, or such a function
 
 
-def quantize(
-    model: nn.Module | str | Path,
-    w: int | str = 8,
-    a: int | str = 8,
-    calib: Any = None,
-    tokenizer: Any = None,
-    *,
-    activations: str = "static",
-    weights: str = "symmetric",
-    group_size: int | None = None,
-    attention: str = "float",
-    softmax: str = "float",
-    softmax_bits: int | None = None,
-    method: Part | None = None,
-    rounding: Part | None = None,
-    ranges: Part | None = None,
-    learn: str | None = None,
-    preset: str | None = None,
-    bits: Mapping[str, Any] | str | None = None,
-    skip: Sequence[str] | None = None,
-    backend: str = "auto",
-    resume: str | Path | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    inplace: bool = False,
-) -> nn.Module:
-    """Turns a transformers BERT, OPT or ViT into the same model computing in low-bit integers.
+def run(
+    model: nn.Module | str | Path, calib: Any, tokenizer: Any, request: Request, *, backend: str,
+    progress: bool, inplace: bool,
+) -> Model:  # fmt: skip
+    """What `qtk.quantize` does once it is known what every layer becomes.
 
     Args:
-        model: a model in floating point, or the path or hub name of one.
-        w, a: bits of weights (2 to 8, or 16) and activations (4 to 8, or 16); 16 is floating point.
-            "fp8" for both is e4m3: weights per channel, activations per token.
-        calib: batches (dicts of tensors), strings, or a path to a text file or image folder.
-            Without any, activations are dynamic and the norms' own parameters give shift and scale.
-        tokenizer: tokenizer or image processor for `calib`; looked for beside the model.
-
-        activations: What is quantized, and on which grids. "static" (one scale per tensor) or
-            "token" (dynamic, one scale per token).
-        weights: "symmetric", or "asymmetric" (a zero point for each scale), which needs a=16.
-        group_size: weights that share a scale along the input; None, or more than a row has, is a
-            whole row.
-        attention: operands of attention's two products: "float", or "int8" to "int4", which
-            needs `calib` for v's scales; q and k have one dynamic scale per token and head. Codes
-            of fewer than 8 bits are stored and multiplied as int8.
-        softmax: "float", "uniform", "matthew" (APQ-ViT; needs `calib`), "log2", "log-sqrt2", or
-            "code" (logarithmic, without an exponential); see `qtk_kernels/_softmax.py`.
-        softmax_bits: of its codes; by default the activations' for "uniform" and "matthew", 4 for
-            the logarithms. Of "code" 5, 6 or 7: one, two or four steps an octave (the default).
-
-        method: How. The equivalent transform: "os+", "smoothquant", "rotate", "os+rotate",
-            "equalize+rotate", "none". This, `rounding` and `ranges` may also be a module with a
-            function `find`, or such a function; see CONTRIBUTING.
-        rounding: how weights become codes: "nearest", "gptq", "adaround", "flexround"; "block" and
-            "tuned" are "gptq" and then learn="block" or "model".
-        ranges: where activation grids end; "auto" or a file in qtk/ranges.
-        learn: what goes on learning from the codes: "block" (one after the other), "model" (end to
-            end) or "none". One choice of the whole model.
-        preset: "fast", "balanced" (the default) or "best": fills in method, rounding and ranges
-            where they are not given, for each layer by its own bits; qtk/pipeline/recipes.py says
-            with what, benchmarks what each costs.
-
-        bits: Where. {pattern of module names: (w, a)}, first match wins, the rest as `w` and `a`
-            say. In the place of a pair a dict of w, a, group_size, activations, weights, method,
-            rounding and ranges. Heads, pooler and embeddings stay in floating point unless a
-            pattern names them alone. "auto" keeps the most sensitive layers at 8 bits, a tenth of
-            the weights at most; "auto:0.2" a fifth.
-        skip: patterns of module names left in floating point.
-
-        backend: Bookkeeping. "auto" (by device), "triton", "cpu" or "reference".
-        resume: a file that learn="model" keeps its state in, and goes on from; a run that ended is
-            had again at once. Delete it when the model is saved.
-        seed: of what is drawn: samples from a file or folder, rows where there is no `calib`,
-            labels for ranges="hessian", and the order in which learning sees its batches.
-        progress: shows a bar over the blocks.
-        inplace: changes `model` itself instead of a copy. Interrupted, it refuses to be saved.
-
-    Returns:
-        The model, same class and outputs, in eval mode, its parameters frozen.
+        model, calib, tokenizer, backend, progress, inplace: of `qtk.quantize`.
 
     Raises:
-        QtkError: see `qtk.errors`; each message names the module and the remedy.
+        QtkError: as `qtk.quantize`.
     """
-    request = Request.of(
-        w, a, calib, activations=activations, weights=weights, group_size=group_size,
-        attention=attention, softmax=softmax, softmax_bits=softmax_bits, method=method,
-        rounding=rounding, ranges=ranges, learn=learn, preset=preset, bits=bits, skip=skip,
-        resume=resume, seed=seed,
-    )  # fmt: skip
-    source, blocks = _opened(model, backend)
+    source, blocks = opened(model, backend)
     found = assign(source, blocks, request.default, request.overrides)
     request.check(found)
     batches = _data(source, calib, tokenizer, request, found)
-    found = _widened(source, blocks, batches, request, found, backend)
     teacher, qmodel = _copies(source, request, inplace)
     with torch.no_grad(), progress_bar(progress) as bar:
         made: dict[str, Layer] = {}
@@ -142,7 +63,7 @@ def quantize(
     return qmodel
 
 
-def _opened(model: nn.Module | str | Path, backend: str) -> tuple[Model, tuple[Block, ...]]:
+def opened(model: nn.Module | str | Path, backend: str) -> tuple[Model, tuple[Block, ...]]:
     """The float model and its blocks.
 
     Raises:
@@ -169,22 +90,6 @@ def _data(
             "the LayerNorms' own parameters. A few hundred unlabelled samples (calib=) do better."
         )
     return None
-
-
-def _widened(
-    source: Model, blocks: Sequence[Block], batches: list[Batch] | None, request: Request,
-    found: Assignment, backend: str,
-) -> Assignment:  # fmt: skip
-    """With eight bits for the layers that bits="auto" finds most sensitive."""
-    if request.share is None or batches is None:
-        return found
-
-    def alone(site: Site) -> Iterator[tuple[str, nn.Module]]:
-        return rounded_to_nearest(site, found, backend)
-
-    names = sensitive(source, blocks, batches, alone, request.share)
-    wide = dict.fromkeys(names, request.wide)
-    return assign(source, blocks, request.default, {**request.overrides, **wide})
 
 
 def _copies(source: Model, request: Request, inplace: bool) -> tuple[Model, Model]:

@@ -20,13 +20,13 @@ class Bar:
         total = sum(len(block.groups) for block in blocks)
         for done, site in enumerate(sites):
             block = site.block.name.split(".")[-1]
-            self._show(f"{block}.{site.group.name}", done, total)
+            self.show(f"{block}.{site.group.name}", done, total)
             yield site
 
     def learning(self, done: int, total: int, loss: float) -> None:
-        self._show(f"learning, loss {loss:.4g}", done, total)
+        self.show(f"learning, loss {loss:.4g}", done, total)
 
-    def _show(self, text: str, done: int, total: int) -> None:
+    def show(self, text: str, done: int, total: int) -> None:
         if self.bar is not None:
             self.bar.update(self.task, description=text, completed=done, total=total)
 

@@ -12,9 +12,8 @@ from qtk.learn.model import SAMPLES as SAMPLES_TO_LEARN
 from qtk.observe.batches import SAMPLES
 from qtk.pipeline.assign import Assignment
 from qtk.pipeline.recipes import Choice, Recipe
-from qtk.pipeline.sensitivity import KEPT_BITS, share_of
 from qtk.ranges import clip_tokens
-from qtk.scheme import FLOAT, FP8, AttentionScheme, Scheme
+from qtk.scheme import FLOAT, AttentionScheme, Scheme
 
 FLOATS = Scheme(None, None)  # of what is skipped
 SEEDS = 2**63  # what a generator takes, of either sign
@@ -30,7 +29,6 @@ class Request:
     Attributes:
         default: what a linear of the blocks becomes that no pattern matches.
         overrides: what others become, by pattern of names; a scheme without grids is float.
-        share: of the weights that bits="auto" may leave at eight bits, as `wide`; or None.
         attention: how every block's products and softmax compute, None for floating point.
         learn: what learns after rounding, "block" or "model", or None: a choice of the whole model.
         seed: of everything that is drawn.
@@ -41,8 +39,6 @@ class Request:
 
     default: Choice
     overrides: dict[str, Choice]
-    share: float | None
-    wide: Choice
     attention: AttentionScheme | None
     learn: str | None
     resume: Path | None
@@ -77,24 +73,16 @@ class Request:
                 f"preset={preset!r} fills in method, rounding and ranges, and all three are given"
             )
         options = {"w": w, "a": a, **options}
-        default = wide = _choice(has_data, **options)
-        share = share_of(bits) if isinstance(bits, str) else None
-        if share is not None and FP8 in (w, a):
-            raise SchemeError(f"bits={bits!r} chooses among integers; leave it out with {FP8!r}")
-        if share is not None and not has_data:
-            raise SchemeError(f"bits={bits!r} measures on data: give calib")
-        if share is not None:
-            more = {"w": max(int(w), KEPT_BITS), "a": max(int(a), KEPT_BITS)}
-            wide = _choice(has_data, **{**options, **more})
+        default = _choice(has_data, **options)
         learn = default.recipe.learn
         if learn is not None and not has_data:
             what = options["rounding"] or learn
             raise SchemeError(f"{what!r} learns from data: give calib, or another rounding")
         if resume is not None and learn != "model":
             raise SchemeError("resume goes with learning the whole model, as rounding='tuned' does")
-        asked = _asked(None if share is not None else bits)
+        asked = _asked(bits)
         return cls(
-            default, _overrides(asked, skip, has_data, options), share, wide, products, learn,
+            default, _overrides(asked, skip, has_data, options), products, learn,
             state.check(resume), seed, SAMPLES_TO_LEARN if learn == "model" else SAMPLES, options,
             asked,
         )  # fmt: skip
@@ -134,10 +122,6 @@ class Request:
                     f"bits[{pattern!r}]: {outside[0]} lies outside the blocks, where inputs are "
                     f"dynamic and weights rounded to nearest; leave out {', '.join(useless)}"
                 )
-        if self.share is not None and self.wide.scheme == self.default.scheme:
-            raise SchemeError(
-                "bits='auto' changes nothing: it keeps layers at 8 bits, and all have as many"
-            )
 
     def told(self, batches: Sequence[Any] | None, learned: dict[str, Any] | None) -> dict[str, Any]:
         """What the record says of the whole model; each layer says what it was made with itself."""

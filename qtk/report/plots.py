@@ -113,6 +113,37 @@ def bars(panels: Mapping[str, Mapping[str, float]], unit: str, better: str, wors
         return _svg(figure)
 
 
+def front(
+    predicted: Sequence[tuple[float, float]], measured: Sequence[tuple[str, float, float]],
+    references: Sequence[tuple[str, float, float]], xlabel: str, ylabel: str,
+) -> str:  # fmt: skip
+    """A front as predicted, points of it as measured, and whole models beside it.
+
+    Args:
+        predicted: (x, y), from left to right.
+        measured, references: (name, x, y).
+    """
+    with _style():
+        figure, (axis,) = _subplots(1, 1, (6.4, 3.6))
+        axis.plot(*zip(*predicted, strict=True), "o-", ms=3, lw=1.5, color=COLORS[1],
+                  label="predicted front")  # fmt: skip
+        for points, marker, color, label in (
+            (references, "s", COLORS[0], "one scheme, predicted"),
+            (measured, "D", COLORS[2], "measured"),
+        ):
+            shown = [point for point in points if point[2] > 0]
+            axis.plot([x for _, x, _ in shown], [y for *_, y in shown], marker, ms=5, color=color,
+                      label=label)  # fmt: skip
+            for name, x, y in shown:
+                axis.annotate(name, (x, y), (5, 4), textcoords="offset points", fontsize=8.5)
+        axis.set_yscale("log")
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel(ylabel)
+        axis.grid(axis="y")
+        axis.legend()
+        return _svg(figure)
+
+
 def _figures(value: float, unit: str) -> str:
     return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 

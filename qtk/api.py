@@ -1,0 +1,127 @@
+"""quantize() as users call it; where bits are to be chosen, they are chosen first."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qtk.errors import SchemeError
+from qtk.mixed_precision import auto
+from qtk.mixed_precision.search import OPTIONS, search
+from qtk.observe.batches import prepare
+from qtk.pipeline import opened, run
+from qtk.pipeline.request import Request
+
+Part = Any  # a name, a module with `find`, or such a function
+
+
+def quantize(
+    model: nn.Module | str | Path,
+    w: int | str = 8,
+    a: int | str = 8,
+    calib: Any = None,
+    tokenizer: Any = None,
+    *,
+    activations: str = "static",
+    weights: str = "symmetric",
+    group_size: int | None = None,
+    attention: str = "float",
+    softmax: str = "float",
+    softmax_bits: int | None = None,
+    method: Part | None = None,
+    rounding: Part | None = None,
+    ranges: Part | None = None,
+    learn: str | None = None,
+    preset: str | None = None,
+    bits: Mapping[str, Any] | str | None = None,
+    budget: str | Sequence[str] | None = None,
+    skip: Sequence[str] | None = None,
+    backend: str = "auto",
+    resume: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    inplace: bool = False,
+) -> nn.Module:
+    """Turns a transformers BERT, OPT or ViT into the same model computing in low-bit integers.
+
+    Args:
+        model: a model in floating point, or the path or hub name of one.
+        w, a: bits of weights (2 to 8, or 16) and activations (4 to 8, or 16); 16 is floating point.
+            "fp8" for both is e4m3: weights per channel, activations per token.
+        calib: batches (dicts of tensors), strings, or a path to a text file or image folder.
+            Without any, activations are dynamic and the norms' own parameters give shift and scale.
+        tokenizer: tokenizer or image processor for `calib`; looked for beside the model.
+
+        activations: What is quantized, and on which grids. "static" (one scale per tensor) or
+            "token" (dynamic, one scale per token).
+        weights: "symmetric", or "asymmetric" (a zero point for each scale), which needs a=16.
+        group_size: weights that share a scale along the input; None, or more than a row has, is a
+            whole row.
+        attention: operands of attention's two products: "float", or "int8" to "int4", which
+            needs `calib` for v's scales; q and k have one dynamic scale per token and head. Codes
+            of fewer than 8 bits are stored and multiplied as int8.
+        softmax: "float", "uniform", "matthew" (APQ-ViT; needs `calib`), "log2", "log-sqrt2", or
+            "code" (logarithmic, without an exponential); see `qtk_kernels/_softmax.py`.
+        softmax_bits: of its codes; by default the activations' for "uniform" and "matthew", 4 for
+            the logarithms. Of "code" 5, 6 or 7: one, two or four steps an octave (the default).
+
+        method: How. The equivalent transform: "os+", "smoothquant", "rotate", "os+rotate",
+            "equalize+rotate", "none". This, `rounding` and `ranges` may also be a module with a
+            function `find`, or such a function; see CONTRIBUTING.
+        rounding: how weights become codes: "nearest", "gptq", "adaround", "flexround"; "block" and
+            "tuned" are "gptq" and then learn="block" or "model".
+        ranges: where activation grids end; "auto" or a file in qtk/ranges.
+        learn: what goes on learning from the codes: "block" (one after the other), "model" (end to
+            end) or "none". One choice of the whole model.
+        preset: "fast", "balanced" (the default) or "best": fills in method, rounding and ranges
+            where they are not given, for each layer by its own bits; qtk/pipeline/recipes.py says
+            with what, benchmarks what each costs.
+
+        bits: Where. {pattern of module names: (w, a)}, first match wins, the rest as `w` and `a`
+            say. In the place of a pair a dict of w, a, group_size, activations, weights, method,
+            rounding and ranges. Heads, pooler and embeddings stay in floating point unless a
+            pattern names them alone. "auto" keeps the most sensitive layers at 8 bits, a tenth of
+            the weights at most; "auto:0.2" a fifth.
+        budget: in the place of w, a and bits: `qtk.search` chooses the bits under it, such as
+            "cosine 0.99", "0.6x bytes" or "0.8x latency". Half of `calib` is held back to verify.
+        skip: patterns of module names left in floating point.
+
+        backend: Bookkeeping. "auto" (by device), "triton", "cpu" or "reference".
+        resume: a file that learn="model" keeps its state in, and goes on from; a run that ended is
+            had again at once. Delete it when the model is saved.
+        seed: of what is drawn: samples from a file or folder, rows where there is no `calib`,
+            labels for ranges="hessian", and the order in which learning sees its batches.
+        progress: shows a bar over the blocks.
+        inplace: changes `model` itself instead of a copy. Interrupted, it refuses to be saved.
+
+    Returns:
+        The model, same class and outputs, in eval mode, its parameters frozen.
+
+    Raises:
+        QtkError: see `qtk.errors`; each message names the module and the remedy.
+    """
+    options: dict[str, Any] = {
+        "activations": activations, "weights": weights, "group_size": group_size,
+        "attention": attention, "softmax": softmax, "softmax_bits": softmax_bits, "method": method,
+        "rounding": rounding, "ranges": ranges, "learn": learn, "preset": preset, "skip": skip,
+        "resume": resume, "seed": seed,
+    }  # fmt: skip
+    if budget is not None:
+        if bits is not None or (w, a) != (8, 8):
+            raise SchemeError("budget chooses the bits: leave out w, a and bits, or budget")
+        model = opened(model, backend)[0]
+        passed = {name: options[name] for name in OPTIONS}
+        found = search(model, budget, calib, tokenizer, backend=backend, seed=seed,
+                       progress=progress, **passed)  # fmt: skip
+        bits, calib = found.bits, found.calib
+    elif isinstance(bits, str):
+        pairs = auto.pairs_of(bits, w, a, calib)
+        request = Request.of(w, a, calib, bits=None, **options)
+        model = source = opened(model, backend)[0]
+        calib = prepare(source, calib, tokenizer, seed, request.samples)
+        bits = auto.sensitive(source, calib, bits, pairs, options, backend)
+    request = Request.of(w, a, calib, bits=bits, **options)
+    return run(
+        model, calib, tokenizer, request, backend=backend, progress=progress, inplace=inplace
+    )
