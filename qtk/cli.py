@@ -152,8 +152,10 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL and save it, tokenizer included, into OUT."""
-    from qtk.integrations.companions import copy_companions
+    from qtk.integrations.replacement import settle
+    from qtk.integrations.saving import save
 
+    settle(out)
     if Path(model).is_dir() and out.exists() and out.samefile(model):
         raise CheckpointError(f"{out} is the model itself: give another folder to save into")
     if (out / "config.json").exists() and not overwrite:
@@ -165,10 +167,7 @@ def quantize(
         softmax_bits=softmax_bits, group_size=group_size, bits=_mixed(bits or []), skip=skip,
         backend=backend.value, preset=preset, resume=resume, seed=seed, progress=not as_json,
     )  # fmt: skip
-    qmodel.save_pretrained(out)  # type: ignore[operator]
-    copied = copy_companions(model, out)
-    if tokenizer is not None:
-        copied = sorted({*copied, *copy_companions(tokenizer, out)})
+    copied = save(qmodel, out, [model] if tokenizer is None else [model, tokenizer])
     result = qtk.summary(qmodel)
     if as_json:
         _print_json({"out": str(out), "files": copied, **result.to_dict()})

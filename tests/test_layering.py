@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LOW = {f"qtk.{name}" for name in (
-    "errors", "discover", "scheme", "numerics", "grids", "models",
+    "errors", "discover", "scheme", "numerics", "grids", "models", "integrity",
 )}  # fmt: skip
 STAGES = {"qtk.transform", "qtk.ranges", "qtk.round"}
 ALLOWED = {
@@ -17,6 +17,7 @@ ALLOWED = {
     "qtk.errors": set(),
     "qtk.discover": {"qtk.errors"},
     "qtk.scheme": {"qtk.errors"},
+    "qtk.integrity": {"qtk.errors"},
     "qtk.table": set(),
     "qtk.timing": set(),
     "qtk.numerics": {"qtk.scheme"},
@@ -49,7 +50,10 @@ ALLOWED = {
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
-    "integrations": ["__init__", "companions", "quiet", "folder", "saving", "transformers"],
+    "integrations": [
+        "__init__", "companions", "quiet", "replacement", "folder", "card", "saving",
+        "transformers",
+    ],
     "observe": [
         "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "beside", "files",
         "images", "items", "tokens", "check", "batches",

@@ -154,14 +154,18 @@ def open_model(model: Any) -> Any:
     return load_float(model)
 
 
-def load(path: str | os.PathLike[str], *, backend: str | None = None, **kwargs: Any) -> Any:
+def load(
+    path: str | os.PathLike[str], *, backend: str | None = None, verify: bool = True, **kwargs: Any
+) -> Any:
     """Reads a model that `save_pretrained` of a quantized model wrote, and checks every tensor.
 
-    No code of the checkpoint runs, and config.json decides neither which attention nor which files.
+    A save that was whole when its process ended, but not yet in place, is finished first. No code of the checkpoint runs, and config.json decides neither which attention nor which files.
 
     Args:
         path: the folder.
         backend: "auto", "triton", "cpu" or "reference"; what the model was made for if not given.
+        verify: compares config.json and each tensor with the checksums that were saved; without, a
+            config that was edited by hand is believed. Files of older versions have none.
         kwargs: passed to the class's `from_pretrained`.
 
     Returns:
@@ -169,12 +173,12 @@ def load(path: str | os.PathLike[str], *, backend: str | None = None, **kwargs: 
 
     Raises:
         CheckpointError: no such folder, not written by qtk, truncated, or with tensors that are
-            missing, unknown, of another shape, or impossible.
+            missing, unknown, of another shape, impossible, or not those that were saved.
         BackendError: there is no such backend, or it cannot run where the model is.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"a {type(path).__name__} is not a path; give the folder of a model")
-    saved = folder.read(path, kwargs.get("variant"))
+    saved = folder.read(path, kwargs.get("variant"), verify)
     try:
         model, info = _built(path, saved.config, kwargs)
     except (CheckpointError, BackendError, MemoryError):
