@@ -145,7 +145,7 @@ def quantize(
     ] = None,
     backend: Annotated[Backend, typer.Option()] = Backend.auto,
     resume: Annotated[
-        Path | None, typer.Option(help="File to go on from, with --rounding tuned.")
+        Path | None, typer.Option(help="Folder that keeps finished blocks, and is gone on from.")
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Of a model in OUT.")] = False,
@@ -154,6 +154,7 @@ def quantize(
     """Quantize MODEL and save it, tokenizer included, into OUT."""
     from qtk.integrations.replacement import settle
     from qtk.integrations.saving import save
+    from qtk.pipeline.state import discard
 
     settle(out)
     if Path(model).is_dir() and out.exists() and out.samefile(model):
@@ -168,6 +169,8 @@ def quantize(
         backend=backend.value, preset=preset, resume=resume, seed=seed, progress=not as_json,
     )  # fmt: skip
     copied = save(qmodel, out, [model] if tokenizer is None else [model, tokenizer])
+    if resume is not None:
+        discard(resume)
     result = qtk.summary(qmodel)
     if as_json:
         _print_json({"out": str(out), "files": copied, **result.to_dict()})

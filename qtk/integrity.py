@@ -32,7 +32,7 @@ def checksum(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     held = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    found.update(held.numpy())
+    found.update(held.numpy().data)
     return found.hexdigest()
 
 

@@ -91,7 +91,7 @@ def test_a_checksum_knows_dtype_and_shape():
 
 
 def states(folder: Path) -> tuple[str, ...]:
-    """What a folder holds, by the content of each of its files; not what was never declared whole."""
+    """What a folder holds, by the content of each of its files; but of unfinished saves."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and ".saving-" not in str(p))
     return tuple(f"{path.relative_to(folder)} {hash(path.read_bytes())}" for path in files)
 
@@ -255,7 +255,7 @@ def pristine(tmp_path_factory):
 
 
 def mutations(pristine, seeds, tmp_path):
-    """Damages one of the models by each seed; nothing but a QtkError or the right model may come."""
+    """Damages one of the models by each seed; a QtkError or the right model may come."""
     told = {"refused": 0, "right": 0}
     for seed in seeds:
         folder, batch, wanted = pristine[seed % 2]

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LOW = {f"qtk.{name}" for name in (
-    "errors", "discover", "scheme", "numerics", "grids", "models", "integrity",
+    "errors", "discover", "scheme", "numerics", "grids", "models", "integrity", "ranks",
 )}  # fmt: skip
 STAGES = {"qtk.transform", "qtk.ranges", "qtk.round"}
 ALLOWED = {
@@ -18,12 +18,13 @@ ALLOWED = {
     "qtk.discover": {"qtk.errors"},
     "qtk.scheme": {"qtk.errors"},
     "qtk.integrity": {"qtk.errors"},
+    "qtk.ranks": {"qtk.errors"},
     "qtk.table": set(),
     "qtk.timing": set(),
     "qtk.numerics": {"qtk.scheme"},
     "qtk.grids": {"qtk.errors", "qtk.numerics", "qtk.scheme"},
     "qtk.models": {"qtk.discover", "qtk.errors", "qtk.models"},
-    "qtk.observe": {"qtk.errors", "qtk.models", "qtk.observe"},
+    "qtk.observe": {"qtk.errors", "qtk.models", "qtk.observe", "qtk.ranks"},
     "qtk.transform": LOW | {"qtk.observe", "qtk.transform"},
     "qtk.ranges": LOW | {"qtk.ranges"},
     "qtk.round": LOW | {"qtk.round"},
@@ -61,7 +62,7 @@ ORDER = {
     "learn": ["__init__", "descent", "objective", "resume", "trainable", "block", "model"],
     "pipeline": [
         "progress", "recipes", "assign", "attention", "sensitivity", "request", "site", "learning",
-        "__init__",
+        "state", "keeper", "__init__",
     ],
 }  # fmt: skip
 PLAIN = "qtk_kernels.hadamard"  # the definition of a matrix, in PyTorch: whoever needs it

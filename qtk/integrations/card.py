@@ -30,10 +30,10 @@ def card(cls: str, record: Record, stored: int) -> str:
         "---", "library_name: transformers", "tags: [qtk, quantized]", "---", OURS, "",
         f"# {cls}, quantized by qtk", "", *_what(record, stored), "", "## How", "",
         *_how(record), "", "## Measured", "", *_measured(record.layers), "", "## Load", "",
-        "```python", "import qtk", "", 'model = qtk.load("this/folder")', "print(qtk.summary(model).table())",
-        "```", "",
-        "`transformers.AutoModel.from_pretrained` reads it too, after `import qtk`. Each tensor has a "
-        "checksum in its file, which `qtk.load` compares.", "",
+        "```python", "import qtk", "", 'model = qtk.load("this/folder")',
+        "print(qtk.summary(model).table())", "```", "",
+        "`transformers.AutoModel.from_pretrained` reads it too, after `import qtk`. Each tensor has "
+        "a checksum in its file, which `qtk.load` compares.", "",
     ])  # fmt: skip
 
 
@@ -41,7 +41,9 @@ def _what(record: Record, stored: int) -> list[str]:
     schemes = Counter(layer.scheme.name for layer in record.layers.values())
     layers = ", ".join(f"{n} in {scheme}" for scheme, n in sorted(schemes.items())) or "none"
     attention = "floating point" if record.attention is None else record.attention.name
-    return [f"Quantized layers: {layers}. Attention: {attention}. Weights on disk: {stored:,} bytes."]
+    return [
+        f"Quantized layers: {layers}. Attention: {attention}. Weights on disk: {stored:,} bytes."
+    ]
 
 
 def _how(record: Record) -> list[str]:
@@ -60,7 +62,9 @@ def _measured(layers: dict[str, Layer]) -> list[str]:
     """The error of the layers' outputs on the calibration data."""
     found = {name: layer.sqnr for name, layer in layers.items() if layer.sqnr is not None}
     if not found:
-        return ["Nothing: there was no calibration data, or learning came after. `qtk eval` does it."]
+        return [
+            "Nothing: there was no calibration data, or learning came after. `qtk eval` does it."
+        ]
     worst = min(found, key=found.__getitem__)
     mean = sum(found.values()) / len(found)
     return [

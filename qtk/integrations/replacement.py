@@ -1,12 +1,12 @@
 """A saved model takes the place of another as a whole: old or new, never some files of each.
 
 Names such as config.json and tokenizer.json are fixed, and no operating system renames several
-files at once. So a save is written beside the old model, brought to the disk, and then declared whole by one
-rename; from there on it will be what the folder holds. Moving its files into place is redone by
-whoever comes next, should the process end in between: `qtk.load`, or another save. Until the last
-file is there the folder has no config.json, and nobody takes it for a model.
+files at once. So a save is written beside the old model, brought to the disk, and then declared
+whole by one rename; from there on it will be what the folder holds. Moving its files into place is
+redone by whoever comes next, should the process end in between: `qtk.load`, or another save. Until
+the last file is there the folder has no config.json, and nobody takes it for a model.
 
-    .saving-x/   being written; left by a killed process it is worth nothing, and the next save removes it
+    .saving-x/   being written; what a killed process left of it, the next save removes
     .saved/      whole; `settle` moves it into place
 """
 
@@ -117,8 +117,8 @@ def _move(target: Path) -> None:
     names = _files(whole)
     if CONFIG in names:  # else only the tidying up is left
         (target / CONFIG).unlink(missing_ok=True)
-        for name in _going(whole / GOING):
-            (target / name).unlink(missing_ok=True)
+        for old in _going(whole / GOING):
+            (target / old).unlink(missing_ok=True)
         integrity.sync(target)
         for name in names:
             if name not in (CONFIG, Path(GOING)):

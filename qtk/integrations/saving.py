@@ -43,7 +43,9 @@ class Unfinished:
         )
 
 
-def save(model: Any, folder: object, sources: Sequence[str | Path] = (), **kwargs: Any) -> list[str]:
+def save(
+    model: Any, folder: object, sources: Sequence[str | Path] = (), **kwargs: Any
+) -> list[str]:
     """Saves a quantized model, with the tokenizer and its like, as one change of the folder.
 
     Args:

@@ -18,12 +18,14 @@ from qtk.observe.batches import prepare
 from qtk.observe.gradients import block_gradients
 from qtk.pipeline.assign import Assignment, assign
 from qtk.pipeline.attention import quantize_attention
+from qtk.pipeline.keeper import Keeper
 from qtk.pipeline.learning import Learning, say_who_disagrees
 from qtk.pipeline.progress import progress_bar
 from qtk.pipeline.request import Request
 from qtk.pipeline.sensitivity import sensitive
 from qtk.pipeline.site import quantize_outside, quantize_site, rounded_to_nearest
-from qtk.record import Layer, Record
+from qtk.pipeline.state import State, check, identity, weights_of
+from qtk.record import Record
 
 logger = logging.getLogger("qtk")
 
@@ -100,8 +102,9 @@ def quantize(
         skip: patterns of module names left in floating point.
 
         backend: Bookkeeping. "auto" (by device), "triton", "cpu" or "reference".
-        resume: a file that learn="model" keeps its state in, and goes on from; a run that ended is
-            had again at once. Delete it when the model is saved.
+        resume: a folder that keeps every finished block and the state of learning, and is gone on
+            from: interrupted at any moment, the same call ends with the same model, and makes the
+            unfinished block alone again. Delete it when the model is saved.
         seed: of what is drawn: samples from a file or folder, rows where there is no `calib`,
             labels for ranges="hessian", and the order in which learning sees its batches.
         progress: shows a bar over the blocks.
@@ -117,23 +120,26 @@ def quantize(
         w, a, calib, activations=activations, weights=weights, group_size=group_size,
         attention=attention, softmax=softmax, softmax_bits=softmax_bits, method=method,
         rounding=rounding, ranges=ranges, learn=learn, preset=preset, bits=bits, skip=skip,
-        resume=resume, seed=seed,
+        seed=seed,
     )  # fmt: skip
+    folder = check(resume)
     source, blocks = _opened(model, backend)
     found = assign(source, blocks, request.default, request.overrides)
     request.check(found)
     batches = _data(source, calib, tokenizer, request, found)
-    found = _widened(source, blocks, batches, request, found, backend)
+    state = _state(folder, source, request, batches, backend)
+    found = _widened(source, blocks, batches, request, found, backend, state)
     teacher, qmodel = _copies(source, request, inplace)
     with torch.no_grad(), progress_bar(progress) as bar:
-        made: dict[str, Layer] = {}
         learning = Learning(request, bar.learning)
+        keeper = Keeper(qmodel, learning, request.attention, backend, state)
         blocks = _merged(qmodel, blocks, request)
-        for site in bar.over(_sites(qmodel, blocks, batches, found, learning), blocks):
+        for site in bar.over(_sites(qmodel, blocks, batches, found, keeper), blocks):
             for choice, part in found.parts(site):
-                made |= quantize_site(qmodel, part, choice, backend)
+                keeper.made |= quantize_site(qmodel, part, choice, backend)
             quantize_attention(qmodel, site, request.attention, backend)
-        made = learning.after_all(qmodel, teacher, batches, made)
+        path = None if state is None else state.learning
+        made = learning.after_all(qmodel, teacher, batches, keeper.made, path)
         made |= quantize_outside(qmodel, found.outside, backend)
     finish(qmodel)
     layers = {base_name(qmodel, name): layer for name, layer in made.items()}
@@ -171,9 +177,18 @@ def _data(
     return None
 
 
+def _state(
+    folder: Path | None, source: Model, request: Request, batches: list[Batch] | None, backend: str
+) -> State | None:
+    """What was finished before, if that is kept."""
+    if folder is None:
+        return None
+    return State.open(folder, identity(weights_of(source), request, batches, backend))
+
+
 def _widened(
     source: Model, blocks: Sequence[Block], batches: list[Batch] | None, request: Request,
-    found: Assignment, backend: str,
+    found: Assignment, backend: str, state: State | None,
 ) -> Assignment:  # fmt: skip
     """With eight bits for the layers that bits="auto" finds most sensitive."""
     if request.share is None or batches is None:
@@ -182,7 +197,11 @@ def _widened(
     def alone(site: Site) -> Iterator[tuple[str, nn.Module]]:
         return rounded_to_nearest(site, found, backend)
 
-    names = sensitive(source, blocks, batches, alone, request.share)
+    names = None if state is None else state.sensitive()
+    if names is None:
+        names = sensitive(source, blocks, batches, alone, request.share)
+        if state is not None:
+            state.keep_sensitive(names)
     wide = dict.fromkeys(names, request.wide)
     return assign(source, blocks, request.default, {**request.overrides, **wide})
 
@@ -206,13 +225,14 @@ def _merged(qmodel: Model, blocks: Sequence[Block], request: Request) -> tuple[B
 
 def _sites(
     qmodel: Model, blocks: Sequence[Block], batches: Sequence[Batch] | None, found: Assignment,
-    learning: Learning,
+    keeper: Keeper,
 ) -> Iterator[Site]:  # fmt: skip
-    """The sites of all blocks, in order; a block may learn once its own are quantized."""
-    seed = learning.request.seed
+    """The sites of all blocks that are not finished, in order."""
+    request = keeper.learning.request
     if batches is None:
-        return imagine(qmodel, blocks, seed)
+        return imagine(qmodel, blocks, request.seed, keeper=keeper)
     gradients = None
     if any(choice.recipe.needs_gradients for choice in found.quantized.values()):
-        gradients = block_gradients(qmodel, blocks, batches, seed)
-    return walk(qmodel, blocks, batches, gradients=gradients, after_block=learning.after_block)
+        gradients = block_gradients(qmodel, blocks, batches, request.seed)
+    shared = gradients is None and request.learn != "block"  # those look at every batch
+    return walk(qmodel, blocks, batches, gradients=gradients, keeper=keeper, shared=shared)

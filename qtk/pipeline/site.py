@@ -1,19 +1,21 @@
 """One site at a time: transform, input grid, codes, bias, and the integer linear made of them."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qtk import ranks
 from qtk.errors import ModelError
-from qtk.grids import Change, InputGrid, LinearSpec
+from qtk.grids import Change, InputGrid, LinearSpec, Steps
 from qtk.modules.base import Quantized
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.linear import QuantLinear
 from qtk.modules.patch import QuantPatchConv
-from qtk.numerics import scale_and_zero_point, sqnr
+from qtk.numerics import decibels, scale_and_zero_point
 from qtk.observe import Site
 from qtk.pipeline.assign import Assignment
 from qtk.pipeline.recipes import Choice
@@ -43,39 +45,98 @@ def quantized(site: Site, choice: Choice) -> Iterator[tuple[str, LinearSpec, Lay
         choice.recipe.method if changed else "none",
         choice.recipe.rounder.runs(inputs is not None), None if rule is None else rule.name,
     )  # fmt: skip
-    for name, linear in site.linears.items():
-        wanted = site.float_rows @ linear.weight.float().T if len(site.float_rows) else None
-        spec, quality = quantize_linear(name, linear, change, grid, inputs, wanted, choice)
+    task = Task(site.float_rows, change, grid, inputs, choice)
+    for name, (spec, quality) in _shared_out(task, site.linears):
         yield name, spec, Layer(
             choice.scheme, spec.bias is not None, change.shift is not None, change.rotation,
             quality, recipe,
         )  # fmt: skip
 
 
-def quantize_linear(
-    name: str, linear: nn.Linear, change: Change, grid: InputGrid, inputs: Tensor | None,
-    wanted: Tensor | None, choice: Choice,
-) -> tuple[LinearSpec, float | None]:  # fmt: skip
-    """Rounds one weight and corrects its bias; with the SQNR (dB) of what the layer computes.
+@dataclass(frozen=True)
+class Task:
+    """What the linears of one site have in common when they are rounded.
 
-    Args:
-        inputs: [T, K], what the layer will read, on its grid.
-        wanted: [T, N], what the float model computes there, without the bias.
+    Attributes:
+        floats: [T, K], what they read in the float model; empty without data.
+        inputs: [T, K], what they will read, on its grid; None without data.
     """
-    assert choice.scheme.w is not None
-    weight = linear.weight.float()
-    problem = Problem(change.weight(weight), choice.scheme.w, inputs, wanted, name)
-    codes, steps = choice.recipe.rounder.find(problem)
+
+    floats: Tensor
+    change: Change
+    grid: InputGrid
+    inputs: Tensor | None
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows [N, K] of a weight, rounded.
+
+    Attributes:
+        missed: [N], what is added to the bias so that the mean output is the float model's.
+        signal, noise: sums of squares of the float output, and of what is off then.
+    """
+
+    codes: Tensor
+    steps: Steps
+    missed: Tensor | None = None
+    signal: float = 0.0
+    noise: float = 0.0
+
+
+def _shared_out(
+    task: Task, linears: Mapping[str, nn.Linear]
+) -> Iterator[tuple[str, tuple[LinearSpec, float | None]]]:
+    """The linears, quantized: shared out among the ranks by rows, or one by one."""
+    weights = {name: linear.weight.detach() for name, linear in linears.items()}
+    whole: list[list[Rows]] | None = None
+    if not task.choice.recipe.rounder.rows_apart:
+        whole = [
+            [rows] for rows in ranks.spread(lambda n: rounded(task, n, weights[n]), [*linears])
+        ]
+    for i, (name, linear) in enumerate(linears.items()):
+        if whole is None:
+            split = weights[name].tensor_split(ranks.world())
+            parts = ranks.spread(partial(rounded, task, name), split)
+        else:
+            parts = whole[i]
+        yield name, finished(task, name, linear, parts)
+
+
+def rounded(task: Task, name: str, weight: Tensor) -> Rows:
+    """A weight [N, K], or some of its rows, as codes; and how far its output is off."""
+    assert task.choice.scheme.w is not None
+    weight, inputs = weight.float(), task.inputs
+    wanted = task.floats @ weight.T if len(task.floats) else None  # [T, N]
+    problem = Problem(task.change.weight(weight), task.choice.scheme.w, inputs, wanted, name)
+    codes, steps = task.choice.recipe.rounder.find(problem)
+    if inputs is None or wanted is None:
+        return Rows(codes, steps)
+    got = inputs @ steps.dequantize(codes).T
+    missed = (wanted - got).mean(0)
+    noise = (wanted.double() - (got + missed).double()).square().sum()
+    return Rows(codes, steps, missed, float(wanted.double().square().sum()), float(noise))
+
+
+def finished(
+    task: Task, name: str, linear: nn.Linear, parts: Sequence[Rows]
+) -> tuple[LinearSpec, float | None]:
+    """The layer of all its rows, with its SQNR (dB)."""
+    missed = [rows.missed for rows in parts if rows.missed is not None]
     bias: Tensor | None = None if linear.bias is None else linear.bias.float()
     quality = None
-    if inputs is not None and wanted is not None:
-        got = inputs @ steps.dequantize(codes).T
-        correction = (wanted - got).mean(0)  # makes the mean output what the float model's is
-        quality = sqnr(wanted, got + correction)
+    if missed:
+        correction = torch.cat(missed)
         bias = correction if bias is None else bias + correction
+        quality = decibels(sum(rows.signal for rows in parts), sum(rows.noise for rows in parts))
     else:
-        bias = grid.change.bias(weight, bias)
-    spec = LinearSpec(codes.to(torch.int8), steps, grid, bias)
+        bias = task.change.bias(linear.weight.float(), bias)
+    zeros = [rows.steps.zero_point for rows in parts if rows.steps.zero_point is not None]
+    scale = torch.cat([rows.steps.scale for rows in parts])
+    steps = Steps(parts[0].steps.fmt, scale, torch.cat(zeros) if zeros else None)
+    codes = torch.cat([rows.codes for rows in parts]).to(torch.int8)
+    spec = LinearSpec(codes, steps, task.grid, bias)
     _check_finite(name, spec)
     return spec, quality
 

@@ -18,6 +18,7 @@ from qtk.round._coordinates import ROUNDS, SWEEPS, descended
 from qtk.round._least_squares import DAMP, FIT_DAMP, better, target
 
 NEEDS_DATA = True
+ROWS_APART = True
 BLOCK = 128  # columns whose errors are carried on together
 
 
