@@ -4,8 +4,6 @@ code = clamp(round(x / scale) + zero_point, qmin, qmax)         round half to ev
 x_hat = (code - zero_point) * scale
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -96,10 +94,4 @@ def sqnr(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise ratio in dB; infinite when the two are equal."""
     noise = (reference.double() - approximation.double()).square().sum()
     signal = reference.double().square().sum()
-    return decibels(float(signal), float(noise))
-
-
-def decibels(signal: float, noise: float) -> float:
-    """The ratio of two powers in dB; infinite where there is no noise."""
-    ratio = math.inf if noise == 0 else signal / noise
-    return 10 * math.log10(ratio) if 0 < ratio < math.inf else math.inf if ratio else -math.inf
+    return float("inf") if noise == 0 else float(10 * torch.log10(signal / noise))

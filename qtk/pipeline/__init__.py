@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtk import ranks
 from qtk.assembly import base_name, check_float, finish
 from qtk.integrations.transformers import attach, load_float, refuse_saving
+from qtk.integrity import checksum
 from qtk.models import Block, describe, fold_scales
 from qtk.modules.base import resolve_backend
 from qtk.observe import Batch, Site, imagine, walk
@@ -168,13 +170,21 @@ def _data(
     """The calibration batches."""
     say_who_disagrees(request, found)
     if calib is not None:
-        return prepare(source, calib, tokenizer, request.seed, request.samples)
+        return _of_all_ranks(prepare(source, calib, tokenizer, request.seed, request.samples))
     if any(choice.scheme.a is not None for choice in found.quantized.values()):
         logger.warning(
             "no calibration data: activations are dynamic per token, and shift and scale come from "
             "the LayerNorms' own parameters. A few hundred unlabelled samples (calib=) do better."
         )
     return None
+
+
+def _of_all_ranks(batches: list[Batch]) -> list[Batch]:
+    """The same batches on every rank: those of one, where all have the same, or all in a row."""
+    sums = ranks.together(lambda: [[*map(checksum, batch.values())] for batch in batches])
+    if all(found == sums[0] for found in sums):
+        return batches
+    return [batch for part in ranks.together(lambda: batches) for batch in part]
 
 
 def _state(

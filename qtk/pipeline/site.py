@@ -1,6 +1,6 @@
 """One site at a time: transform, input grid, codes, bias, and the integer linear made of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,13 +15,13 @@ from qtk.modules.base import Quantized
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.linear import QuantLinear
 from qtk.modules.patch import QuantPatchConv
-from qtk.numerics import decibels, scale_and_zero_point
+from qtk.numerics import scale_and_zero_point, sqnr
 from qtk.observe import Site
 from qtk.pipeline.assign import Assignment
 from qtk.pipeline.recipes import Choice
 from qtk.ranges import CheckedRule, Question
 from qtk.record import Layer, LayerRecipe
-from qtk.round import Problem, rounder_of
+from qtk.round import Problem, Rounded, rounder_of
 from qtk.scheme import Format, Scheme
 
 ALONE = LayerRecipe("none", "nearest", None)
@@ -69,76 +69,63 @@ class Task:
     choice: Choice
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Some rows [N, K] of a weight, rounded.
-
-    Attributes:
-        missed: [N], what is added to the bias so that the mean output is the float model's.
-        signal, noise: sums of squares of the float output, and of what is off then.
-    """
-
-    codes: Tensor
-    steps: Steps
-    missed: Tensor | None = None
-    signal: float = 0.0
-    noise: float = 0.0
-
-
 def _shared_out(
     task: Task, linears: Mapping[str, nn.Linear]
 ) -> Iterator[tuple[str, tuple[LinearSpec, float | None]]]:
-    """The linears, quantized: shared out among the ranks by rows, or one by one."""
+    """The linears, quantized: rounded by rows or one by one, each as the ranks share them out."""
     weights = {name: linear.weight.detach() for name, linear in linears.items()}
-    whole: list[list[Rows]] | None = None
-    if not task.choice.recipe.rounder.rows_apart:
-        whole = [
-            [rows] for rows in ranks.spread(lambda n: rounded(task, n, weights[n]), [*linears])
-        ]
-    for i, (name, linear) in enumerate(linears.items()):
-        if whole is None:
-            split = weights[name].tensor_split(ranks.world())
-            parts = ranks.spread(partial(rounded, task, name), split)
-        else:
-            parts = whole[i]
-        yield name, finished(task, name, linear, parts)
+    if task.choice.recipe.rounder.rows_apart:
+        every = [_rounded_by_rows(task, name, weight) for name, weight in weights.items()]
+    else:
+        every = ranks.spread(lambda name: rounded(task, name, weights[name]), [*weights])
+    found = dict(zip(weights, every, strict=True))
+    # not by rows: sums over another number of rows come out some ulps apart, and others read them
+    fits = ranks.spread(lambda name: fit(task, weights[name], found[name]), [*weights])
+    for (name, linear), (missed, quality) in zip(linears.items(), fits, strict=True):
+        yield name, (finished(task, name, linear, found[name], missed), quality)
 
 
-def rounded(task: Task, name: str, weight: Tensor) -> Rows:
-    """A weight [N, K], or some of its rows, as codes; and how far its output is off."""
+def _rounded_by_rows(task: Task, name: str, weight: Tensor) -> Rounded:
+    parts = ranks.spread(partial(rounded, task, name), weight.tensor_split(ranks.world()))
+    codes, steps = zip(*parts, strict=True)
+    zeros = [part.zero_point for part in steps if part.zero_point is not None]
+    scale = torch.cat([part.scale for part in steps])
+    return Rounded(
+        torch.cat(codes), Steps(steps[0].fmt, scale, torch.cat(zeros) if zeros else None)
+    )
+
+
+def rounded(task: Task, name: str, weight: Tensor) -> Rounded:
+    """The codes and steps of a weight [N, K], or of some of its rows."""
     assert task.choice.scheme.w is not None
-    weight, inputs = weight.float(), task.inputs
+    weight = weight.float()
     wanted = task.floats @ weight.T if len(task.floats) else None  # [T, N]
-    problem = Problem(task.change.weight(weight), task.choice.scheme.w, inputs, wanted, name)
-    codes, steps = task.choice.recipe.rounder.find(problem)
-    if inputs is None or wanted is None:
-        return Rows(codes, steps)
-    got = inputs @ steps.dequantize(codes).T
+    problem = Problem(task.change.weight(weight), task.choice.scheme.w, task.inputs, wanted, name)
+    return task.choice.recipe.rounder.find(problem)
+
+
+def fit(task: Task, weight: Tensor, found: Rounded) -> tuple[Tensor | None, float | None]:
+    """What the bias needs so that the mean output is the float model's [N], and the SQNR then."""
+    if task.inputs is None or not len(task.floats):
+        return None, None
+    wanted = task.floats @ weight.float().T
+    got = task.inputs @ found.steps.dequantize(found.codes).T
     missed = (wanted - got).mean(0)
-    noise = (wanted.double() - (got + missed).double()).square().sum()
-    return Rows(codes, steps, missed, float(wanted.double().square().sum()), float(noise))
+    return missed, sqnr(wanted, got + missed)
 
 
 def finished(
-    task: Task, name: str, linear: nn.Linear, parts: Sequence[Rows]
-) -> tuple[LinearSpec, float | None]:
-    """The layer of all its rows, with its SQNR (dB)."""
-    missed = [rows.missed for rows in parts if rows.missed is not None]
+    task: Task, name: str, linear: nn.Linear, found: Rounded, missed: Tensor | None
+) -> LinearSpec:
+    """The layer as a value, its bias corrected."""
     bias: Tensor | None = None if linear.bias is None else linear.bias.float()
-    quality = None
-    if missed:
-        correction = torch.cat(missed)
-        bias = correction if bias is None else bias + correction
-        quality = decibels(sum(rows.signal for rows in parts), sum(rows.noise for rows in parts))
-    else:
+    if missed is None:
         bias = task.change.bias(linear.weight.float(), bias)
-    zeros = [rows.steps.zero_point for rows in parts if rows.steps.zero_point is not None]
-    scale = torch.cat([rows.steps.scale for rows in parts])
-    steps = Steps(parts[0].steps.fmt, scale, torch.cat(zeros) if zeros else None)
-    codes = torch.cat([rows.codes for rows in parts]).to(torch.int8)
-    spec = LinearSpec(codes, steps, task.grid, bias)
+    else:
+        bias = missed if bias is None else bias + missed
+    spec = LinearSpec(found.codes.to(torch.int8), found.steps, task.grid, bias)
     _check_finite(name, spec)
-    return spec, quality
+    return spec
 
 
 def input_grid(site: Site, change: Change, choice: Choice) -> tuple[InputGrid, CheckedRule | None]:
