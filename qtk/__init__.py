@@ -19,6 +19,7 @@ from qtk.errors import (
 from qtk.fidelity import Fidelity, evaluate
 from qtk.integrations.transformers import load
 from qtk.pipeline import quantize
+from qtk.pipeline.files import quantize_files
 from qtk.report.summary import Summary, summary
 
 __version__ = "0.1.0"
@@ -35,5 +36,6 @@ __all__ = [
     "evaluate",
     "load",
     "quantize",
+    "quantize_files",
     "summary",
 ]

@@ -12,9 +12,11 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import qtk
+from qtk import ranks
 from qtk.discover import available
 from qtk.errors import CheckpointError, ModelError, QtkError, SchemeError
 from qtk.pipeline.recipes import LEARNERS, LEARNING, METHODS
+from qtk.report.summary import Summary
 from qtk.scheme import SOFTMAXES
 
 errors = Console(stderr=True)
@@ -149,6 +151,9 @@ def quantize(
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Of a model in OUT.")] = False,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="One block in memory at a time, from .safetensors.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL and save it, tokenizer included, into OUT."""
@@ -161,17 +166,43 @@ def quantize(
         raise CheckpointError(f"{out} is the model itself: give another folder to save into")
     if (out / "config.json").exists() and not overwrite:
         raise CheckpointError(f"{out} holds a model already: give another folder, or --overwrite")
-    qmodel = qtk.quantize(
-        _load(model, dtype, device), _number(w), _number(a), calib=calib, tokenizer=tokenizer,
-        method=method, rounding=rounding, ranges=ranges, learn=learn, inplace=True,
-        activations=activations.value, weights=weights.value, attention=attention, softmax=softmax,
-        softmax_bits=softmax_bits, group_size=group_size, bits=_mixed(bits or []), skip=skip,
-        backend=backend.value, preset=preset, resume=resume, seed=seed, progress=not as_json,
-    )  # fmt: skip
-    copied = save(qmodel, out, [model] if tokenizer is None else [model, tokenizer])
-    if resume is not None:
-        discard(resume)
-    result = qtk.summary(qmodel)
+    options: dict[str, Any] = {
+        "w": _number(w), "a": _number(a), "calib": calib, "tokenizer": tokenizer, "method": method,
+        "rounding": rounding, "ranges": ranges, "learn": learn, "activations": activations.value,
+        "weights": weights.value, "attention": attention, "softmax": softmax,
+        "softmax_bits": softmax_bits, "group_size": group_size, "bits": _mixed(bits or []) or None,
+        "skip": skip, "preset": preset, "backend": backend.value, "resume": resume, "seed": seed,
+        "progress": not as_json,
+    }  # fmt: skip
+    with ranks.group(device or "cpu") as device:
+        if low_memory:
+            result, copied = _by_blocks(model, out, dtype, device, options)
+        else:
+            qmodel = qtk.quantize(_load(model, dtype, device), inplace=True, **options)
+            sources = [model] if tokenizer is None else [model, tokenizer]
+            copied = ranks.from_first(lambda: save(qmodel, out, sources))
+            result = qtk.summary(qmodel)
+    if ranks.is_first():
+        if resume is not None:
+            discard(resume)
+        _say_saved(out, copied, result, as_json)
+
+
+def _by_blocks(
+    model: str, out: Path, dtype: Dtype | None, device: str, options: dict[str, Any]
+) -> tuple[Summary, list[str]]:
+    """`quantize` where one block is in memory at a time."""
+    import torch
+
+    if device != "cpu" or ranks.world() > 1:
+        raise SchemeError("--low-memory runs on the CPU, in one process")
+    copied = qtk.quantize_files(
+        model, out, dtype=None if dtype is None else getattr(torch, dtype.value), **options
+    )
+    return qtk.summary(out), copied
+
+
+def _say_saved(out: Path, copied: list[str], result: Summary, as_json: bool) -> None:
     if as_json:
         _print_json({"out": str(out), "files": copied, **result.to_dict()})
     else:

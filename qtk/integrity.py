@@ -1,7 +1,7 @@
 """Files that are whole or not there, and tensors that are known to be what was written.
 
 A .safetensors file of ours says in its metadata what every tensor's SHA-256 is; a checksum finds
-accidents, not attackers. What is written is on the disk, not on its way there, when it gets its name.
+accidents, not attackers. What is written is on the disk before it gets its name.
 """
 
 import hashlib

@@ -6,7 +6,9 @@ ends with the same model. Without a group there is one rank, and nothing is sent
 """
 
 import io
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +29,37 @@ def world() -> int:
 def rank() -> int:
     """Which of them this is."""
     return distributed.get_rank() if world() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints; before, in and after a group."""
+    return int(os.environ.get("RANK", "0")) == 0 if launched() else rank() == 0
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return distributed.is_available() and distributed.is_torchelastic_launched()
+
+
+@contextmanager
+def group(device: str) -> Iterator[str]:
+    """The process group of the processes that torchrun started, if it did; and this one's device.
+
+    Args:
+        device: "cpu", or "cuda" for as many GPUs as there are processes on a machine.
+    """
+    if not launched() or distributed.is_initialized():
+        yield device
+        return
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = f"cuda:{torch.cuda.current_device()}"
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()
 
 
 def together(work: Callable[[], T]) -> list[T]:

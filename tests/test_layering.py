@@ -53,7 +53,7 @@ ALLOWED = {
 ORDER = {
     "integrations": [
         "__init__", "companions", "quiet", "replacement", "folder", "card", "saving",
-        "transformers",
+        "transformers", "offload",
     ],
     "observe": [
         "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "beside", "files",
@@ -62,7 +62,7 @@ ORDER = {
     "learn": ["__init__", "descent", "objective", "resume", "trainable", "block", "model"],
     "pipeline": [
         "progress", "recipes", "assign", "attention", "sensitivity", "request", "site", "learning",
-        "state", "keeper", "__init__",
+        "state", "keeper", "__init__", "files",
     ],
 }  # fmt: skip
 PLAIN = "qtk_kernels.hadamard"  # the definition of a matrix, in PyTorch: whoever needs it

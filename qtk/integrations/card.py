@@ -32,8 +32,8 @@ def card(cls: str, record: Record, stored: int) -> str:
         *_how(record), "", "## Measured", "", *_measured(record.layers), "", "## Load", "",
         "```python", "import qtk", "", 'model = qtk.load("this/folder")',
         "print(qtk.summary(model).table())", "```", "",
-        "`transformers.AutoModel.from_pretrained` reads it too, after `import qtk`. Each tensor has "
-        "a checksum in its file, which `qtk.load` compares.", "",
+        "`transformers.AutoModel.from_pretrained` reads it too, after `import qtk`. Each tensor "
+        "has a checksum in its file, which `qtk.load` compares.", "",
     ])  # fmt: skip
 
 

@@ -159,7 +159,8 @@ def load(
 ) -> Any:
     """Reads a model that `save_pretrained` of a quantized model wrote, and checks every tensor.
 
-    A save that was whole when its process ended, but not yet in place, is finished first. No code of the checkpoint runs, and config.json decides neither which attention nor which files.
+    A save that was whole when its process ended, but not yet in place, is finished first. No code
+    of the checkpoint runs, and config.json decides neither which attention nor which files.
 
     Args:
         path: the folder.
@@ -201,7 +202,7 @@ def _built(path: Any, config: dict[str, Any], kwargs: dict[str, Any]) -> tuple[A
     """The model and what transformers says of the loading, from a config that was looked at."""
     from transformers import CONFIG_MAPPING
 
-    cls, kwargs = _class(config), {"trust_remote_code": False, **kwargs}
+    cls, kwargs = class_of(config), {"trust_remote_code": False, **kwargs}
     if "config" not in kwargs:
         own: Any = getattr(cls, "config_class", None) or CONFIG_MAPPING[config["model_type"]]
         dtypes: dict[str, Any] = {
@@ -231,7 +232,7 @@ def _read(path: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.random.fork_rng(devices=[]):
-            cls = _class(config.to_dict())
+            cls = class_of(config.to_dict())
             return cls.from_pretrained(path, dtype="auto", trust_remote_code=False)
     except MemoryError:
         raise
@@ -239,7 +240,7 @@ def _read(path: str) -> Any:
         raise ModelError(f"cannot load {path!r}: {error}") from error
 
 
-def _class(config: dict[str, Any]) -> Any:
+def class_of(config: dict[str, Any]) -> Any:
     """The class that a model was saved from, or AutoModel where the config does not say."""
     import transformers
 

@@ -259,6 +259,6 @@ def _read_by(linear: nn.Module, module: nn.Module, calls: list[Call]) -> dict[in
 def _check_finite(hidden: Tensor, call: Call, what: str) -> None:
     if not torch.isfinite(hidden[call.mask]).all():
         raise CalibrationError(
-            f"{what} gives nan or inf on calibration batch {call.index}: it overflows; look for huge "
-            "weights or biases, or load the model in a wider dtype"
+            f"{what} gives nan or inf on calibration batch {call.index}: it overflows; look for "
+            "huge weights or biases, or load the model in a wider dtype"
         )

@@ -20,9 +20,9 @@ from qtk.observe.batches import prepare
 from qtk.observe.gradients import block_gradients
 from qtk.pipeline.assign import Assignment, assign
 from qtk.pipeline.attention import quantize_attention
-from qtk.pipeline.keeper import Keeper
+from qtk.pipeline.keeper import Keeper, Store
 from qtk.pipeline.learning import Learning, say_who_disagrees
-from qtk.pipeline.progress import progress_bar
+from qtk.pipeline.progress import Bar, progress_bar
 from qtk.pipeline.request import Request
 from qtk.pipeline.sensitivity import sensitive
 from qtk.pipeline.site import quantize_outside, quantize_site, rounded_to_nearest
@@ -128,26 +128,42 @@ def quantize(
     source, blocks = _opened(model, backend)
     found = assign(source, blocks, request.default, request.overrides)
     request.check(found)
-    batches = _data(source, calib, tokenizer, request, found)
+    batches = calibration(source, calib, tokenizer, request, found)
     state = _state(folder, source, request, batches, backend)
     found = _widened(source, blocks, batches, request, found, backend, state)
     teacher, qmodel = _copies(source, request, inplace)
-    with torch.no_grad(), progress_bar(progress) as bar:
-        learning = Learning(request, bar.learning)
-        keeper = Keeper(qmodel, learning, request.attention, backend, state)
+    with progress_bar(progress) as bar:
         blocks = _merged(qmodel, blocks, request)
-        for site in bar.over(_sites(qmodel, blocks, batches, found, keeper), blocks):
-            for choice, part in found.parts(site):
-                keeper.made |= quantize_site(qmodel, part, choice, backend)
-            quantize_attention(qmodel, site, request.attention, backend)
-        path = None if state is None else state.learning
-        made = learning.after_all(qmodel, teacher, batches, keeper.made, path)
-        made |= quantize_outside(qmodel, found.outside, backend)
+        carried_out(qmodel, teacher, blocks, batches, request, found, backend, bar, state)
     finish(qmodel)
+    return qmodel
+
+
+@torch.no_grad()
+def carried_out(
+    qmodel: Model, teacher: Model, blocks: Sequence[Block], batches: list[Batch] | None,
+    request: Request, found: Assignment, backend: str, bar: Bar, state: State | None = None,
+    store: Store | None = None,
+) -> None:  # fmt: skip
+    """Quantizes a model in place, block after block, and attaches the record of it.
+
+    Args:
+        teacher: the float model, to learn from.
+        state: where finished blocks are kept.
+        store: where blocks are that memory does not hold.
+    """
+    learning = Learning(request, bar.learning)
+    keeper = Keeper(qmodel, learning, request.attention, backend, state, store)
+    for site in bar.over(_sites(qmodel, blocks, batches, found, keeper), blocks):
+        for choice, part in found.parts(site):
+            keeper.made |= quantize_site(qmodel, part, choice, backend)
+        quantize_attention(qmodel, site, request.attention, backend)
+    path = None if state is None else state.learning
+    made = learning.after_all(qmodel, teacher, batches, keeper.made, path)
+    made |= quantize_outside(qmodel, found.outside, backend)
     layers = {base_name(qmodel, name): layer for name, layer in made.items()}
     told = request.told(batches, learning.told())
     attach(qmodel, Record(layers, told, backend, request.attention))
-    return qmodel
 
 
 def _opened(model: nn.Module | str | Path, backend: str) -> tuple[Model, tuple[Block, ...]]:
@@ -164,7 +180,7 @@ def _opened(model: nn.Module | str | Path, backend: str) -> tuple[Model, tuple[B
     return source, blocks
 
 
-def _data(
+def calibration(
     source: Model, calib: Any, tokenizer: Any, request: Request, found: Assignment
 ) -> list[Batch] | None:
     """The calibration batches."""
@@ -224,6 +240,7 @@ def _copies(source: Model, request: Request, inplace: bool) -> tuple[Model, Mode
     return teacher, qmodel
 
 
+@torch.no_grad()
 def _merged(qmodel: Model, blocks: Sequence[Block], request: Request) -> tuple[Block, ...]:
     """The blocks after the default method has moved into the weights what it can, in place."""
     fold_scales(qmodel, blocks)

@@ -1,4 +1,4 @@
-"""What happens to a block before and after it is quantized: brought, taken up again, kept, let go."""
+"""What happens to a block around its quantizing: brought, taken up again, kept, let go."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -14,6 +14,11 @@ from qtk.pipeline.sensitivity import KEPT_BITS, share_of
 from qtk.ranges import clip_tokens
 from qtk.scheme import FLOAT, FP8, AttentionScheme, Scheme
 
+DEFAULTS: dict[str, Any] = {  # of the arguments of `quantize` that say what becomes of a model
+    "activations": "static", "weights": "symmetric", "group_size": None, "attention": "float",
+    "softmax": "float", "softmax_bits": None, "method": None, "rounding": None, "ranges": None,
+    "learn": None, "preset": None, "bits": None, "skip": None,
+}  # fmt: skip
 FLOATS = Scheme(None, None)  # of what is skipped
 SEEDS = 2**63  # what a generator takes, of either sign
 OUTSIDE = ("w", "a", "group_size", "weights")  # what means something for heads and embeddings
