@@ -242,6 +242,31 @@ def info(model: Quantized, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML: models and schemes.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("sweep-out"),
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Of a Ray cluster, or local.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize and measure schemes x models of CONFIG; run again, it goes on where it was."""
+    from qtk.sweep import engine, page, plan, table
+
+    def say(row: dict[str, Any]) -> None:
+        told = row["error"] or f"{row['sqnr'] or float('inf'):.2f} dB, {row['ms']:.2f} ms"
+        errors.print(f"{row['model']} {row['scheme']}: {told}", markup=False, highlight=False)
+
+    rows = engine.run(plan.read(config), out / "cells", ray, say)
+    files = [str(file) for file in table.write(rows, out)]
+    page.write_page(rows, out / "report.html")
+    if as_json:
+        _print_json({"rows": rows, "files": files, "report": str(out / "report.html")})
+    else:
+        typer.echo(f"{len(rows)} cells: {', '.join(files)}; {out / 'report.html'} shows them")
+
+
+@app.command()
 def tune(
     out: Annotated[Path | None, typer.Option(help="Folder; the package itself if none.")] = None,
     minutes: Annotated[float, typer.Option(help="Stop after so long.")] = 8.0,

@@ -48,6 +48,16 @@ ALLOWED = {
     | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
     "qtk.report": LOW
     | {"qtk.record", "qtk.assembly", "qtk.integrations", "qtk.table", "qtk.report"},
+    "qtk.sweep": LOW
+    | {
+        "qtk.observe",
+        "qtk.integrations",
+        "qtk.pipeline",
+        "qtk.fidelity",
+        "qtk.report",
+        "qtk.timing",
+        "qtk.sweep",
+    },
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
@@ -55,6 +65,7 @@ ORDER = {
         "__init__", "companions", "quiet", "replacement", "folder", "card", "saving",
         "transformers", "offload",
     ],
+    "sweep": ["__init__", "plan", "cell", "engine", "table", "page"],
     "observe": [
         "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "beside", "files",
         "images", "items", "tokens", "check", "batches",

@@ -115,10 +115,10 @@ else:
 
 def test_a_model_four_times_as_large_as_the_memory_allowed(tmp_path):
     sizes = {
-        "hidden_size": 512,
-        "word_embed_proj_dim": 512,
-        "ffn_dim": 2048,
-        "num_hidden_layers": 32,
+        "hidden_size": 384,
+        "word_embed_proj_dim": 384,
+        "ffn_dim": 1536,
+        "num_hidden_layers": 24,
     }
     model, _ = build("OPTForCausalLM", **sizes)
     model.save_pretrained(tmp_path / "model", max_shard_size="5MB")

@@ -21,7 +21,7 @@ import qtk
 from benchmarks.result import Row, result, write
 from benchmarks.speed.quantize import peak
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_hidden_layers": 24,
     "num_attention_heads": 32, "vocab_size": 50272, "max_position_embeddings": 2048,
 }  # fmt: skip
