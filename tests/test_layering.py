@@ -63,7 +63,7 @@ ALLOWED = {
 ORDER = {
     "integrations": [
         "__init__", "companions", "quiet", "replacement", "folder", "card", "saving",
-        "transformers", "offload",
+        "offload", "transformers",
     ],
     "sweep": ["__init__", "plan", "cell", "engine", "table", "page"],
     "observe": [

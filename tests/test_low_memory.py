@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import qtk
+from qtk.models import describe
 from tests.zoo import build
 
 pytest.importorskip("accelerate")
@@ -142,3 +143,32 @@ def test_a_model_four_times_as_large_as_the_memory_allowed(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert qtk.summary(tmp_path / "out").layers[0].scheme == "W4A16"
     assert run("memory").returncode != 0  # the limit is one
+
+
+@pytest.mark.parametrize("name, options", [
+    ("OPTForCausalLM", {"w": 4, "a": 8}),
+    ("BertModel", {"w": 8, "a": 8, "attention": "int8"}),
+])  # fmt: skip
+def test_blocks_on_disk_come_at_each_call_and_compute_the_same(tmp_path, name, options):
+    model, batch = build(name)
+    qmodel = qtk.quantize(model, calib=[batch], progress=False, **options)
+    qmodel.save_pretrained(tmp_path)
+    blocks = [block.name for block in describe(model)]
+    rest = {n: "cpu" for n, m in model.named_modules() if not list(m.children())}
+    rest = {n: d for n, d in rest.items() if not n.startswith(tuple(blocks))}
+    some = {**rest, blocks[0]: "cpu", blocks[1]: "disk"}
+    small = {"cpu": sum(p.nbytes for p in qmodel.parameters()) + 9000}
+    for loaded, left in (
+        (qtk.load(tmp_path, device_map=some), blocks[1:]),
+        (qtk.load(tmp_path, device_map="auto", max_memory=small), None),
+        (qtk.load(tmp_path, device_map="auto"), []),
+    ):
+        on_disk = getattr(loaded, "qtk_on_disk", [])
+        assert on_disk if left is None else on_disk == left
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.equal(loaded(**batch)[0], qmodel(**batch)[0])
+            for block in on_disk:
+                assert all(t.is_meta for t in loaded.get_submodule(block).buffers())
+    with pytest.raises(qtk.ModelError, match="only whole blocks"):
+        qtk.load(tmp_path, device_map={"": "cpu", f"{blocks[0]}.nothing": "disk"})

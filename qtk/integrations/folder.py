@@ -229,3 +229,13 @@ def _check_dtypes(record: Record, stored: Stored) -> None:
 
 def _is_scale(name: str) -> bool:
     return name.endswith(".weight_scale")
+
+
+def class_of(config: dict[str, Any]) -> Any:
+    """The class that a model was saved from, or AutoModel where the config does not say."""
+    import transformers
+
+    names = config.get("architectures") or [""]
+    found = getattr(transformers, str(names[0]), None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel

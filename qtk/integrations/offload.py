@@ -4,7 +4,7 @@ accelerate builds the model without its weights; what lies outside the blocks is
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qtk import integrity
+from qtk import assembly, integrity
 from qtk.errors import ModelError
 from qtk.integrations.card import may_write
 from qtk.integrations.companions import copy_companions
-from qtk.integrations.folder import CONFIG_SUM, config_sum
+from qtk.integrations.folder import CONFIG_SUM, class_of, config_sum
 from qtk.integrations.replacement import replacing
 from qtk.integrations.saving import folder_to_save, write_card
-from qtk.integrations.transformers import class_of
 from qtk.models import Block, describe
-from qtk.modules.attention import QuantAttention
+from qtk.modules.attention import QuantAttention, install
+from qtk.modules.fused.block import FusedBlock, fuse
 from qtk.modules.linear import QuantLinear
 
 INDEX = "model.safetensors.index.json"
@@ -106,6 +106,20 @@ class Shards:
                 part.to("meta")
 
 
+def empty(cls: Any, config: Any) -> Any:
+    """A model whose parameters are on the meta device.
+
+    Raises:
+        ModelError: accelerate is not installed.
+    """
+    try:
+        from accelerate import init_empty_weights
+    except ImportError:
+        raise ModelError("this needs accelerate: install qtk[offload]") from None
+    with init_empty_weights(include_buffers=False):
+        return cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
+
+
 def open_empty(path: str | Path, dtype: torch.dtype | None) -> tuple[Any, Shards]:
     """A float model of which only what lies outside its blocks is in memory, and where the rest is.
 
@@ -114,25 +128,15 @@ def open_empty(path: str | Path, dtype: torch.dtype | None) -> tuple[Any, Shards
     """
     from transformers import AutoConfig
 
-    try:
-        from accelerate import init_empty_weights
-    except ImportError:
-        raise ModelError(
-            "models larger than memory need accelerate: install qtk[offload]"
-        ) from None
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"{str(path)!r} is no folder; fetch the model into one first")
     shards = Shards.of(folder, dtype)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            cls = class_of(config.to_dict())
-            model = (
-                cls._from_config(config)
-                if hasattr(cls, "_from_config")
-                else cls.from_config(config)
-            )
+        model = empty(class_of(config.to_dict()), config)
+    except ModelError:
+        raise
     except Exception as error:  # a folder may hold anything
         raise ModelError(f"cannot build {str(path)!r}: {error}") from error
     model.eval().requires_grad_(False)
@@ -190,3 +194,93 @@ def _parts(model: Any, blocks: list[tuple[Block, Path]]) -> Iterator[tuple[str, 
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = model.state_dict().items()
     yield "", {n: v.contiguous() for n, v in state if not n.startswith(inside) and n not in tied}
+
+
+def load_offloaded(folder: Path, model: Any, on_disk: Sequence[Block], backend: str | None) -> Any:
+    """Fills a quantized model but for some blocks, which come from their files at each call.
+
+    accelerate's hooks bring a block before its forward and let it go after.
+
+    Args:
+        model: a skeleton on the meta device.
+        on_disk: the blocks that memory does not hold.
+    """
+    from accelerate.hooks import add_hook_to_module
+
+    if backend is not None:
+        for layer in assembly.quantized_layers(model).values():
+            layer.backend = backend  # type: ignore[assignment]
+    shards, blocks = Shards.of(folder), describe(model)
+    outside = tuple(f"{block.name}." for block in on_disk)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    shards.fill(
+        model, [n for n in model.state_dict() if not n.startswith(outside) and n not in tied]
+    )
+    model.tie_weights()
+    assembly.check_tensors(model)
+    for name, products in assembly.quantized_attentions(model).items():
+        install(model.get_submodule(name.rpartition(".")[0]), products)
+    for block in blocks:
+        module = model.get_submodule(block.name)
+        if block in on_disk:
+            _bring(shards, model, block)
+        fuse(model, blocks, only=[block])
+        if block in on_disk:
+            _let_go(module)
+            add_hook_to_module(module, _hook(shards, model, block))
+    for layer in assembly.quantized_layers(model).values():
+        layer.prepare()
+    model.qtk_on_disk = [block.name for block in on_disk]
+    return model.eval().requires_grad_(False)
+
+
+def _hook(shards: Shards, model: Any, block: Block) -> Any:
+    from accelerate.hooks import ModelHook
+
+    class OnDisk(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            _bring(shards, model, block)
+            return args, kwargs
+
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            _let_go(module)
+            return output
+
+    return OnDisk()
+
+
+def _bring(shards: Shards, model: Any, block: Block) -> None:
+    module = model.get_submodule(block.name)
+    names = {n: shards.key(model, f"{block.name}.{n}") for n in module.state_dict()}
+    module.load_state_dict({n: shards.read(key) for n, key in names.items()}, assign=True)
+
+
+def _let_go(module: nn.Module) -> None:
+    if isinstance(module, FusedBlock):
+        module.unprepare()
+    module.to("meta")
+
+
+def blocks_on_disk(model: Any, device_map: Any, max_memory: Any) -> list[Block]:
+    """Which blocks of an empty quantized model a device map leaves on disk.
+
+    Args:
+        device_map: "auto", or a dict of module names, as accelerate takes it.
+        max_memory: as accelerate takes it, for "auto".
+
+    Raises:
+        ModelError: something else than whole blocks would be on disk.
+    """
+    from accelerate import infer_auto_device_map
+
+    blocks, found = describe(model), device_map
+    if device_map == "auto":
+        whole = {type(model.get_submodule(block.name)).__name__ for block in blocks}
+        found = infer_auto_device_map(model, max_memory, sorted(whole))
+    names = [name for name, device in found.items() if device == "disk"]
+    inside = [b for b in blocks if any(f"{b.name}.".startswith(f"{n}.") for n in names)]
+    if device_map != "auto":
+        others = sorted(set(names) - {block.name for block in inside})
+        if others:
+            raise ModelError(f"only whole blocks may be on disk, not {', '.join(others)}")
+    return inside
