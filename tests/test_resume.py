@@ -68,7 +68,7 @@ def whole(tmp_path):
 def test_a_run_killed_while_it_keeps_something_ends_with_the_same_bytes(recipe, tmp_path, whole):
     options, state, out = RECIPES[recipe], tmp_path / "state", tmp_path / "out"
     wanted = whole(**options)
-    for count in (2, 8, 13):  # files are opened, brought to the disk, renamed
+    for count in (2, 9):  # the state is begun, and a block is written
         killed_before(count, state, lambda: run(out, state, **options))
     run(out, state, **options)
     assert states(out) == wanted
