@@ -22,6 +22,7 @@ from qtk.integrations.transformers import load
 from qtk.mixed_precision.latency import Latencies
 from qtk.mixed_precision.result import Search
 from qtk.mixed_precision.search import bench_ops, search
+from qtk.pipeline.files import quantize_files
 from qtk.report.summary import Summary, summary
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "evaluate",
     "load",
     "quantize",
+    "quantize_files",
     "search",
     "summary",
 ]

@@ -12,6 +12,7 @@ from qtk.mixed_precision.search import OPTIONS, search
 from qtk.observe.batches import prepare
 from qtk.pipeline import opened, run
 from qtk.pipeline.request import Request
+from qtk.pipeline.state import check
 
 Part = Any  # a name, a module with `find`, or such a function
 
@@ -88,8 +89,9 @@ def quantize(
         skip: patterns of module names left in floating point.
 
         backend: Bookkeeping. "auto" (by device), "triton", "cpu" or "reference".
-        resume: a file that learn="model" keeps its state in, and goes on from; a run that ended is
-            had again at once. Delete it when the model is saved.
+        resume: a folder that keeps every finished block and the state of learning, and is gone on
+            from: interrupted at any moment, the same call ends with the same model, and makes the
+            unfinished block alone again. Delete it when the model is saved.
         seed: of what is drawn: samples from a file or folder, rows where there is no `calib`,
             labels for ranges="hessian", and the order in which learning sees its batches.
         progress: shows a bar over the blocks.
@@ -105,8 +107,9 @@ def quantize(
         "activations": activations, "weights": weights, "group_size": group_size,
         "attention": attention, "softmax": softmax, "softmax_bits": softmax_bits, "method": method,
         "rounding": rounding, "ranges": ranges, "learn": learn, "preset": preset, "skip": skip,
-        "resume": resume, "seed": seed,
+        "seed": seed,
     }  # fmt: skip
+    folder = check(resume)
     if budget is not None:
         if bits is not None or (w, a) != (8, 8):
             raise SchemeError("budget chooses the bits: leave out w, a and bits, or budget")
@@ -123,5 +126,6 @@ def quantize(
         bits = auto.sensitive(source, calib, bits, pairs, options, backend)
     request = Request.of(w, a, calib, bits=bits, **options)
     return run(
-        model, calib, tokenizer, request, backend=backend, progress=progress, inplace=inplace
-    )
+        model, calib, tokenizer, request, backend=backend, resume=folder, progress=progress,
+        inplace=inplace,
+    )  # fmt: skip

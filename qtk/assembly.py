@@ -1,6 +1,6 @@
 """How a quantized model is put together again: built empty, looked at once filled, made ready."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from qtk.errors import CheckpointError, ModelError
-from qtk.models import describe
+from qtk.models import Block, describe
 from qtk.modules.attention import CHILD, QuantAttention, install
 from qtk.modules.base import kind_of
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.fused.block import FusedBlock, fuse
 from qtk.modules.linear import QuantLinear
-from qtk.record import Record
-from qtk.scheme import Scheme
+from qtk.record import Layer, Record
+from qtk.scheme import AttentionScheme, Scheme
 
 POSITIVE = ("input_scale", "input_channel_scale", "input_clip", "softmax_step")
 NOT_ZERO = ("weight_scale", "v_scale")
@@ -84,35 +84,68 @@ def skeleton(model: nn.Module, record: Record) -> None:
                 f"the checkpoint has a quantized {name!r}, which {type(model).__name__} shares "
                 "with its head; load it as the class it was saved from"
             )
-        module: Any = model.get_submodule(full) if has_module(model, full) else None
-        kind = kind_of(module)
-        if kind is None:
-            raise CheckpointError(
-                f"the checkpoint has a quantized {name!r}, but {type(model).__name__} has no such "
-                "layer; load it as the class it was saved from"
-            )
-        empty: nn.Module = kind.empty(
-            module, _fitted(layer.scheme, module.weight[0].numel()), bias=layer.bias,
-            transform=layer.transform, rotation=layer.rotation, backend=backend,
-        )  # fmt: skip
-        model.set_submodule(full, empty)
+        _empty(model, name, full, layer, backend)
     if record.attention is not None:
-        _add_attention(model, record, backend)
+        for block in describe(model):
+            _add_attention(model, block, record.attention, backend)
 
 
-def _add_attention(model: nn.Module, record: Record, backend: str) -> None:
-    """Empty quantized products in every block."""
-    assert record.attention is not None
-    for block in describe(model):
-        if block.anatomy is None:
-            raise CheckpointError(f"quantized attention, which {block.name} cannot have")
-        attention = block.anatomy.attention
-        q: Any = model.get_submodule(f"{block.name}.{attention.q}")
-        products = QuantAttention(
-            attention.heads, q.out_features // attention.heads, record.attention, backend=backend,
-            device=next(q.buffers() if isinstance(q, QuantLinear) else q.parameters()).device,
-        )  # fmt: skip
-        model.get_submodule(f"{block.name}.{attention.module}").add_module(CHILD, products)
+def rebuild(
+    model: nn.Module, block: Block, layers: Mapping[str, Layer],
+    attention: AttentionScheme | None, backend: str, tensors: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """Puts a quantized block in the place of the float one, in place, ready to run.
+
+    Args:
+        layers: its linears by full name; the others stay as they are.
+        tensors: the state_dict of the block.
+
+    Raises:
+        CheckpointError: the tensors are of another block.
+    """
+    for name, layer in layers.items():
+        _empty(model, name, name, layer, backend)
+    if attention is not None:
+        _add_attention(model, block, attention, backend)
+    module = model.get_submodule(block.name)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{block.name}: what was kept does not fit: {error}") from None
+    for name, layer_or_products in module.named_modules():
+        if isinstance(layer_or_products, QuantAttention):
+            install(module.get_submodule(name.rpartition(".")[0]), layer_or_products)
+        elif isinstance(layer_or_products, QuantLinear):
+            layer_or_products.prepare()
+
+
+def _empty(model: nn.Module, name: str, full: str, layer: Layer, backend: str) -> None:
+    """An empty quantized layer in the place of a float one."""
+    module: Any = model.get_submodule(full) if has_module(model, full) else None
+    kind = kind_of(module)
+    if kind is None:
+        raise CheckpointError(
+            f"the checkpoint has a quantized {name!r}, but {type(model).__name__} has no such "
+            "layer; load it as the class it was saved from"
+        )
+    empty: nn.Module = kind.empty(
+        module, _fitted(layer.scheme, module.weight[0].numel()), bias=layer.bias,
+        transform=layer.transform, rotation=layer.rotation, backend=backend,
+    )  # fmt: skip
+    model.set_submodule(full, empty)
+
+
+def _add_attention(model: nn.Module, block: Block, scheme: AttentionScheme, backend: str) -> None:
+    """Empty quantized products in a block."""
+    if block.anatomy is None:
+        raise CheckpointError(f"quantized attention, which {block.name} cannot have")
+    attention = block.anatomy.attention
+    q: Any = model.get_submodule(f"{block.name}.{attention.q}")
+    products = QuantAttention(
+        attention.heads, q.out_features // attention.heads, scheme, backend=backend,
+        device=next(q.buffers() if isinstance(q, QuantLinear) else q.parameters()).device,
+    )  # fmt: skip
+    model.get_submodule(f"{block.name}.{attention.module}").add_module(CHILD, products)
 
 
 def _fitted(scheme: Scheme, K: int) -> Scheme:

@@ -12,9 +12,11 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import qtk
+from qtk import ranks
 from qtk.discover import available
 from qtk.errors import CheckpointError, ModelError, QtkError, SchemeError
 from qtk.pipeline.recipes import LEARNERS, LEARNING, METHODS
+from qtk.report.summary import Summary
 from qtk.scheme import SOFTMAXES
 
 errors = Console(stderr=True)
@@ -155,32 +157,64 @@ def quantize(
     skip: Skip = None,
     backend: Annotated[Backend, typer.Option()] = Backend.auto,
     resume: Annotated[
-        Path | None, typer.Option(help="File to go on from, with --rounding tuned.")
+        Path | None, typer.Option(help="Folder that keeps finished blocks, and is gone on from.")
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Of a model in OUT.")] = False,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="One block in memory at a time, from .safetensors.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL and save it, tokenizer included, into OUT."""
-    from qtk.integrations.companions import copy_companions
+    from qtk.integrations.replacement import settle
+    from qtk.integrations.saving import save
+    from qtk.pipeline.state import discard
 
+    settle(out)
     if Path(model).is_dir() and out.exists() and out.samefile(model):
         raise CheckpointError(f"{out} is the model itself: give another folder to save into")
     if (out / "config.json").exists() and not overwrite:
         raise CheckpointError(f"{out} holds a model already: give another folder, or --overwrite")
-    qmodel = qtk.quantize(
-        _load(model, dtype, device), _number(w), _number(a), calib=calib, tokenizer=tokenizer,
-        method=method, rounding=rounding, ranges=ranges, learn=learn, inplace=True,
-        activations=activations.value, weights=weights.value, attention=attention, softmax=softmax,
-        softmax_bits=softmax_bits, group_size=group_size, bits=_mixed(bits) if bits else None,
-        budget=budget, skip=skip, backend=backend.value, preset=preset, resume=resume, seed=seed,
-        progress=not as_json,
-    )  # fmt: skip
-    qmodel.save_pretrained(out)  # type: ignore[operator]
-    copied = copy_companions(model, out)
-    if tokenizer is not None:
-        copied = sorted({*copied, *copy_companions(tokenizer, out)})
-    result = qtk.summary(qmodel)
+    options: dict[str, Any] = {
+        "w": _number(w), "a": _number(a), "calib": calib, "tokenizer": tokenizer, "method": method,
+        "rounding": rounding, "ranges": ranges, "learn": learn, "activations": activations.value,
+        "weights": weights.value, "attention": attention, "softmax": softmax,
+        "softmax_bits": softmax_bits, "group_size": group_size, "bits": _mixed(bits) if bits else None,
+        "budget": budget, "skip": skip, "preset": preset, "backend": backend.value,
+        "resume": resume, "seed": seed, "progress": not as_json,
+    }  # fmt: skip
+    with ranks.group(device or "cpu") as device:
+        if low_memory:
+            result, copied = _by_blocks(model, out, dtype, device, options)
+        else:
+            qmodel = qtk.quantize(_load(model, dtype, device), inplace=True, **options)
+            sources = [model] if tokenizer is None else [model, tokenizer]
+            copied = ranks.from_first(lambda: save(qmodel, out, sources))
+            result = qtk.summary(qmodel)
+    if ranks.is_first():
+        if resume is not None:
+            discard(resume)
+        _say_saved(out, copied, result, as_json)
+
+
+def _by_blocks(
+    model: str, out: Path, dtype: Dtype | None, device: str, options: dict[str, Any]
+) -> tuple[Summary, list[str]]:
+    """`quantize` where one block is in memory at a time."""
+    import torch
+
+    if device != "cpu" or ranks.world() > 1:
+        raise SchemeError("--low-memory runs on the CPU, in one process")
+    if options.pop("budget"):
+        raise SchemeError("--budget measures the whole model; leave out --low-memory")
+    copied = qtk.quantize_files(
+        model, out, dtype=None if dtype is None else getattr(torch, dtype.value), **options
+    )
+    return qtk.summary(out), copied
+
+
+def _say_saved(out: Path, copied: list[str], result: Summary, as_json: bool) -> None:
     if as_json:
         _print_json({"out": str(out), "files": copied, **result.to_dict()})
     else:
@@ -230,7 +264,7 @@ def search(
     verify: Annotated[int, typer.Option(help="Points of the front to measure as well.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="SVG of the front to write.")] = None,
     latencies: Timings = None,
-    resume: Annotated[Path | None, typer.Option(help="File to go on from.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of losses to go on from.")] = None,
     backend: Annotated[Backend, typer.Option()] = Backend.auto,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: AsJson = False,
@@ -272,6 +306,31 @@ def bench_ops(
 def info(model: Quantized, as_json: AsJson = False) -> None:
     """List the layers of a quantized model: scheme, kernel, bytes, error."""
     _show(qtk.summary(qtk.load(model)), as_json)
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML: models and schemes.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("sweep-out"),
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Of a Ray cluster, or local.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize and measure schemes x models of CONFIG; run again, it goes on where it was."""
+    from qtk.sweep import engine, page, plan, table
+
+    def say(row: dict[str, Any]) -> None:
+        told = row["error"] or f"{row['sqnr'] or float('inf'):.2f} dB, {row['ms']:.2f} ms"
+        errors.print(f"{row['model']} {row['scheme']}: {told}", markup=False, highlight=False)
+
+    rows = engine.run(plan.read(config), out / "cells", ray, say)
+    files = [str(file) for file in table.write(rows, out)]
+    page.write_page(rows, out / "report.html")
+    if as_json:
+        _print_json({"rows": rows, "files": files, "report": str(out / "report.html")})
+    else:
+        typer.echo(f"{len(rows)} cells: {', '.join(files)}; {out / 'report.html'} shows them")
 
 
 @app.command()

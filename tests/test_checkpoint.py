@@ -278,7 +278,7 @@ def test_saving_again_replaces_the_weights_and_keeps_the_tokenizer(tmp_path):
     second, batch = quantized("BertModel", "w4a4")
     second.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "config.json", "model.safetensors", "more", "tokenizer.json",
+        "README.md", "config.json", "model.safetensors", "more", "tokenizer.json",
     ]  # fmt: skip
     assert torch.equal(output(qtk.load(tmp_path), batch), output(second, batch))
 
@@ -316,6 +316,9 @@ def test_others_may_read_what_is_saved(tmp_path):
     (tmp_path / "plain").mkdir()
     qmodel.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "file").write_text("")
+    modes = {path.stat().st_mode for path in (tmp_path / "saved").iterdir()}
+    assert modes == {(tmp_path / "file").stat().st_mode}
 
 
 def test_the_config_is_strict_json(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LOW = {f"qtk.{name}" for name in (
-    "errors", "discover", "scheme", "numerics", "grids", "models",
+    "errors", "discover", "scheme", "numerics", "grids", "models", "integrity", "ranks",
 )}  # fmt: skip
 STAGES = {"qtk.transform", "qtk.ranges", "qtk.round"}
 ALLOWED = {
@@ -17,12 +17,14 @@ ALLOWED = {
     "qtk.errors": set(),
     "qtk.discover": {"qtk.errors"},
     "qtk.scheme": {"qtk.errors"},
+    "qtk.integrity": {"qtk.errors"},
+    "qtk.ranks": {"qtk.errors"},
     "qtk.table": set(),
     "qtk.timing": set(),
     "qtk.numerics": {"qtk.scheme"},
     "qtk.grids": {"qtk.errors", "qtk.numerics", "qtk.scheme"},
     "qtk.models": {"qtk.discover", "qtk.errors", "qtk.models"},
-    "qtk.observe": {"qtk.errors", "qtk.models", "qtk.observe"},
+    "qtk.observe": {"qtk.errors", "qtk.models", "qtk.observe", "qtk.ranks"},
     "qtk.transform": LOW | {"qtk.observe", "qtk.transform"},
     "qtk.ranges": LOW | {"qtk.ranges"},
     "qtk.round": LOW | {"qtk.round"},
@@ -58,17 +60,32 @@ ALLOWED = {
     | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
     "qtk.report": LOW
     | {"qtk.record", "qtk.assembly", "qtk.integrations", "qtk.table", "qtk.report"},
+    "qtk.sweep": LOW
+    | {
+        "qtk.observe",
+        "qtk.integrations",
+        "qtk.pipeline",
+        "qtk.fidelity",
+        "qtk.report",
+        "qtk.timing",
+        "qtk.sweep",
+    },
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
-    "integrations": ["__init__", "companions", "quiet", "folder", "saving", "transformers"],
+    "integrations": [
+        "__init__", "companions", "quiet", "replacement", "folder", "card", "saving",
+        "offload", "transformers",
+    ],
+    "sweep": ["__init__", "plan", "cell", "engine", "table", "page"],
     "observe": [
         "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "beside", "files",
         "images", "items", "tokens", "check", "batches",
     ],
     "learn": ["__init__", "descent", "objective", "resume", "trainable", "block", "model"],
     "pipeline": [
-        "progress", "recipes", "assign", "attention", "request", "site", "learning", "__init__",
+        "progress", "recipes", "assign", "attention", "request", "site", "learning", "state",
+        "keeper", "__init__", "files",
     ],
     "mixed_precision": [
         "__init__", "budget", "space", "allocate", "loss", "synthetic", "latency", "sensitivity",

@@ -187,7 +187,7 @@ def latency(task: Task, preset: str, draws: int) -> None:
     calib = task.calibration(0)[-1:]
     found = qtk.bench_ops(task.model, calib, schemes=SCHEMES, preset=preset, progress=False)
     space = Space.of(task.model, describe(task.model), SCHEMES, calib, {**OPTIONS, "preset": preset,
-                     "resume": None, "seed": 0})  # fmt: skip
+                     "seed": 0})  # fmt: skip
     rng = np.random.default_rng(0)
     mixed = tuple(int(s) for s in rng.integers(0, len(SCHEMES), len(space.units)))
     integers = tuple(int(s) for s in rng.integers(0, len(SCHEMES) - 1, len(space.units)))

@@ -19,7 +19,7 @@ import qtk
 from qtk.demo import measure
 from qtk.demo.sentences import split
 from qtk.fidelity import Fidelity
-from qtk.integrations.companions import copy_companions
+from qtk.integrations.saving import save
 from qtk.integrations.transformers import load_float
 from qtk.observe.batches import prepare
 from qtk.report.summary import Summary
@@ -144,8 +144,7 @@ def run(
             fidelity, quality = qtk.evaluate(model, qmodel, batches), spearman(qmodel)
         with step(f"saving {name}, loading it in a fresh process"):
             folder = out / name.lower()
-            qmodel.save_pretrained(folder)
-            copy_companions(path, folder)
+            save(qmodel, folder, [path])
             reloads = measure.reloads_exactly(qmodel, folder)
         variants.append(Variant(
             name, (w, a), qmodel, qtk.summary(qmodel), seconds, fidelity, quality,

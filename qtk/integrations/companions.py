@@ -34,7 +34,7 @@ def copy_companions(source: str | Path, target: str | Path) -> list[str]:
             or a name or link that leads out of one of the folders. Nothing is copied then.
     """
     folder, target = _folder(source), Path(target)
-    names = sorted(set(_names(folder)))
+    names = companions(folder)
     for name in names:
         _check(folder, name, target)
     for name in names:
@@ -42,6 +42,15 @@ def copy_companions(source: str | Path, target: str | Path) -> list[str]:
         (target / name).unlink(missing_ok=True)
         shutil.copyfile(folder / name, target / name)
     return [str(name) for name in names]
+
+
+def companions(folder: Path) -> list[Path]:
+    """The names of these files in a folder, relative to it.
+
+    Raises:
+        ModelError: as `copy_companions`.
+    """
+    return sorted(set(_names(folder)))
 
 
 def _names(folder: Path) -> Iterator[Path]:

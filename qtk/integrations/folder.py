@@ -14,7 +14,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from qtk import integrity
 from qtk.errors import CheckpointError
+from qtk.integrations.replacement import settle
 from qtk.record import Record, shown
 
 Stored = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape of tensors by name
@@ -35,6 +37,9 @@ NOT_THEIRS = (
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal",
     "transformers_weights", "custom_pipelines", "name_or_path", "_name_or_path",
 )  # fmt: skip
+# What a config.json may say otherwise than when it was saved: who wrote it, and where it runs.
+NOT_SUMMED = ("transformers_version", *NOT_THEIRS)
+CONFIG_SUM = "qtk.config"  # the key of the metadata of files of tensors
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,12 @@ class Saved:
     stored: Stored
 
 
-def read(path: Any, variant: str | None = None) -> Saved:
-    """Looks at a folder; reads no tensor.
+def read(path: Any, variant: str | None = None, verify: bool = True) -> Saved:
+    """Looks at a folder; an interrupted save is finished first.
 
     Args:
         variant: the middle of the weights' name, model.VARIANT.safetensors.
+        verify: whether checksums are compared, which reads all tensors; else none is read.
 
     Raises:
         CheckpointError: no such folder, not saved by qtk, or not what it says it is.
@@ -64,22 +70,46 @@ def read(path: Any, variant: str | None = None) -> Saved:
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
+    settle(folder)
     config = _json(folder / "config.json", f"{folder} has no config.json: not a saved model")
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qtk":
         raise CheckpointError(f"{folder} was not saved by qtk; qtk.quantize makes such a model")
     record = Record.from_dict({k: v for k, v in quantization.items() if k != "quant_method"})
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in _weights(folder, variant):
+    files = _weights(folder, variant)
+    for file in files:
         stored |= _header(file)
     _check_sizes(config, record, stored)
     _check_dtypes(record, stored)
+    if verify:
+        _verify(folder, config, files)
     return Saved({k: v for k, v in config.items() if k not in NOT_THEIRS}, record, stored)
+
+
+def config_sum(config: dict[str, Any]) -> str:
+    """The checksum of a config.json, but for what changes no number."""
+    kept = {name: value for name, value in config.items() if name not in NOT_SUMMED}
+    quantization = kept.get("quantization_config")
+    if isinstance(quantization, dict):
+        kept["quantization_config"] = {k: v for k, v in quantization.items() if k != "backend"}
+    return integrity.digest(kept)
+
+
+def _verify(folder: Path, config: dict[str, Any], files: list[Path]) -> None:
+    """Compares tensors and config with what was saved, where a file says what that is."""
+    wanted = integrity.verify(files).get(CONFIG_SUM)
+    if wanted is not None and wanted != config_sum(config):
+        raise CheckpointError(
+            f"{folder}: config.json is not the one that was saved with these weights (checksums "
+            "differ): copy it again from where it came, or load with verify=False if you changed it"
+        )
 
 
 def is_quantized(path: Any) -> bool:
     """Whether a config.json says that qtk made what lies beside it."""
     try:
+        settle(Path(path))
         config = _json(Path(path) / "config.json", "")
     except CheckpointError:
         return False
@@ -199,3 +229,13 @@ def _check_dtypes(record: Record, stored: Stored) -> None:
 
 def _is_scale(name: str) -> bool:
     return name.endswith(".weight_scale")
+
+
+def class_of(config: dict[str, Any]) -> Any:
+    """The class that a model was saved from, or AutoModel where the config does not say."""
+    import transformers
+
+    names = config.get("architectures") or [""]
+    found = getattr(transformers, str(names[0]), None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel

@@ -2,41 +2,35 @@
 
 import json
 import os
-import shutil
-import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from qtk import integrity
 from qtk.errors import CheckpointError, ModelError
+from qtk.integrations.card import NAME, card, may_write
+from qtk.integrations.companions import companions, copy_companions
+from qtk.integrations.folder import CONFIG_SUM, config_sum
+from qtk.integrations.replacement import replacing
 
 
 class AtomicSave:
-    """`save_pretrained` of a quantized model: what was there stays whole until all is written."""
+    """`save_pretrained` of a quantized model: the folder holds the old or the new one, whole.
+
+    Beside what transformers writes there is a model card, unless somebody else's README.md is
+    there, and a checksum of every tensor and of the config.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        target = _folder(save_directory)
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", target.resolve().name)
-        is_new = not target.exists()
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot make the folder {str(target)!r}: {error}") from None
-        work = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-        try:
-            type(self.model).save_pretrained(self.model, work, **kwargs)
-            _put_in_place(work, target)
-        except SafetensorError as error:
-            raise CheckpointError(f"{target} cannot be written: {error}") from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            if is_new and not any(target.iterdir()):
-                target.rmdir()
+        save(self.model, save_directory, **kwargs)
 
 
 class Unfinished:
@@ -49,7 +43,40 @@ class Unfinished:
         )
 
 
-def _folder(given: object) -> Path:
+def save(
+    model: Any, folder: object, sources: Sequence[str | Path] = (), **kwargs: Any
+) -> list[str]:
+    """Saves a quantized model, with the tokenizer and its like, as one change of the folder.
+
+    Args:
+        sources: folders or hub names whose tokenizer, image processor and pooling come along, the
+            last one's where several have a file; those of an older model in the folder go.
+        kwargs: as `save_pretrained` of transformers takes them.
+
+    Returns:
+        The names of the files that came along.
+
+    Raises:
+        CheckpointError: not a folder, or one that cannot be written to.
+        ModelError: as `copy_companions`.
+    """
+    target = folder_to_save(folder)
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", target.resolve().name)
+    old = partial(_old_companions, is_known=bool(sources))
+    try:
+        with replacing(target, old) as work:
+            type(model).save_pretrained(model, work, **kwargs)
+            copied = {name for source in sources for name in copy_companions(source, work)}
+            seal(work)
+            if may_write(target):
+                write_card(work, type(model).__name__, model.config.quantization_config.record)
+            return sorted(copied)
+    except SafetensorError as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
+
+
+def folder_to_save(given: object) -> Path:
     """Where to save into.
 
     Raises:
@@ -64,30 +91,21 @@ def _folder(given: object) -> Path:
     return target
 
 
-def _put_in_place(work: Path, target: Path) -> None:
-    """Moves finished files into a folder, which is no checkpoint until the last one is there.
-
-    The weights that were there go, and nothing else: what the old index names, and model*.
-    """
-    new = sorted(work.iterdir(), key=lambda path: path.name == "config.json")
-    (target / "config.json").unlink(missing_ok=True)
-    for old in _old_weights(target):
-        old.unlink(missing_ok=True)
-    for path in new:
-        os.replace(path, target / path.name)
+def seal(work: Path) -> None:
+    """Gives the tensors of a folder, and its config.json, their checksums."""
+    config = json.loads((work / "config.json").read_text(encoding="utf-8"))
+    for file in sorted(work.glob("*.safetensors")):
+        integrity.write(file, load_file(file), {"format": "pt", CONFIG_SUM: config_sum(config)})
 
 
-def _old_weights(target: Path) -> list[Path]:
-    """Files of a checkpoint that was saved in the folder before."""
-    indices = list(target.glob("model*.safetensors.index*.json"))
-    named: set[str] = set()
-    for index in indices:
-        try:
-            places = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
-            named |= {
-                n for n in places.values() if n == Path(n).name and n.endswith(".safetensors")
-            }
-        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-            continue  # not an index that a checkpoint could be read by
-    shards = [target / name for name in named if (target / name).is_file()]
-    return [*indices, *shards, *target.glob("model*.safetensors")]
+def write_card(work: Path, cls: str, record: Any) -> None:
+    stored = sum(file.stat().st_size for file in work.glob("*.safetensors"))
+    integrity.write_text(work / NAME, card(cls, record, stored))
+
+
+def _old_companions(target: Path, is_known: bool) -> list[Path]:
+    """What an older model brought along; left alone where the new one brings nothing."""
+    if is_known:
+        with suppress(ModelError):
+            return [target / name for name in companions(target)]
+    return []

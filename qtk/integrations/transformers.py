@@ -1,5 +1,6 @@
 """transformers: `from_pretrained` and `save_pretrained` of quantized models, after `import qtk`."""
 
+import copy
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qtk import assembly
 from qtk.errors import BackendError, CheckpointError, ModelError
 from qtk.integrations import folder
+from qtk.integrations.offload import blocks_on_disk, empty, load_offloaded
 from qtk.integrations.saving import AtomicSave, Unfinished
 from qtk.models import check_whole
 from qtk.modules.embedding import QuantEmbedding
@@ -154,30 +156,36 @@ def open_model(model: Any) -> Any:
     return load_float(model)
 
 
-def load(path: str | os.PathLike[str], *, backend: str | None = None, **kwargs: Any) -> Any:
+def load(
+    path: str | os.PathLike[str], *, backend: str | None = None, verify: bool = True, **kwargs: Any
+) -> Any:
     """Reads a model that `save_pretrained` of a quantized model wrote, and checks every tensor.
 
-    No code of the checkpoint runs, and config.json decides neither which attention nor which files.
+    A save that was whole when its process ended, but not yet in place, is finished first. No code
+    of the checkpoint runs, and config.json decides neither which attention nor which files.
 
     Args:
         path: the folder.
         backend: "auto", "triton", "cpu" or "reference"; what the model was made for if not given.
-        kwargs: passed to the class's `from_pretrained`.
+        verify: compares config.json and each tensor with the checksums that were saved; without, a
+            config that was edited by hand is believed. Files of older versions have none.
+        kwargs: passed to the class's `from_pretrained`. With device_map="auto", or one that says
+            "disk", blocks that memory does not hold come from their files at each call.
 
     Returns:
         The model, computing what the saved one did, bit for bit.
 
     Raises:
         CheckpointError: no such folder, not written by qtk, truncated, or with tensors that are
-            missing, unknown, of another shape, or impossible.
+            missing, unknown, of another shape, impossible, or not those that were saved.
         BackendError: there is no such backend, or it cannot run where the model is.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"a {type(path).__name__} is not a path; give the folder of a model")
-    saved = folder.read(path, kwargs.get("variant"))
+    saved = folder.read(path, kwargs.get("variant"), verify)
     try:
-        model, info = _built(path, saved.config, kwargs)
-    except (CheckpointError, BackendError, MemoryError):
+        model, info = _built(path, saved, kwargs, backend)
+    except (CheckpointError, BackendError, ModelError, MemoryError):
         raise
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read, truncated perhaps: {error}") from error
@@ -187,17 +195,21 @@ def load(path: str | os.PathLike[str], *, backend: str | None = None, **kwargs: 
         if info.get(what):
             names = sorted(map(str, info[what]))
             raise CheckpointError(f"{path}: {what.replace('_', ' ')}: {', '.join(names[:5])}")
-    if backend is not None:
+    if backend is not None and not hasattr(model, "qtk_on_disk"):
         assembly.run_on(model, backend)
         attach(model, replace(saved.record, backend=backend))
     return model
 
 
-def _built(path: Any, config: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _built(
+    path: Any, saved: folder.Saved, kwargs: dict[str, Any], backend: str | None
+) -> tuple[Any, Any]:
     """The model and what transformers says of the loading, from a config that was looked at."""
     from transformers import CONFIG_MAPPING
 
-    cls, kwargs = _class(config), {"trust_remote_code": False, **kwargs}
+    config = saved.config
+
+    cls, kwargs = folder.class_of(config), {"trust_remote_code": False, **kwargs}
     if "config" not in kwargs:
         own: Any = getattr(cls, "config_class", None) or CONFIG_MAPPING[config["model_type"]]
         dtypes: dict[str, Any] = {
@@ -205,6 +217,15 @@ def _built(path: Any, config: dict[str, Any], kwargs: dict[str, Any]) -> tuple[A
         }
         read, kwargs = own.from_dict(config, return_unused_kwargs=True, **kwargs)
         kwargs |= {"config": read, **dtypes}
+    device_map = kwargs.get("device_map")
+    if device_map == "auto" or isinstance(device_map, dict):
+        model = empty(cls, copy.deepcopy(kwargs["config"]))
+        assembly.skeleton(model, saved.record)
+        on_disk = blocks_on_disk(model, device_map, kwargs.get("max_memory"))
+        if on_disk:
+            model = load_offloaded(Path(path), model, on_disk, backend)
+            attach(model, replace(saved.record, backend=backend or saved.record.backend))
+            return model, {}
     with torch.random.fork_rng(devices=[]):  # a class may initialise what it then reads
         return cls.from_pretrained(path, output_loading_info=True, use_safetensors=True, **kwargs)
 
@@ -227,19 +248,9 @@ def _read(path: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.random.fork_rng(devices=[]):
-            cls = _class(config.to_dict())
+            cls = folder.class_of(config.to_dict())
             return cls.from_pretrained(path, dtype="auto", trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # a folder may hold anything
         raise ModelError(f"cannot load {path!r}: {error}") from error
-
-
-def _class(config: dict[str, Any]) -> Any:
-    """The class that a model was saved from, or AutoModel where the config does not say."""
-    import transformers
-
-    names = config.get("architectures") or [""]
-    found = getattr(transformers, str(names[0]), None)
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else transformers.AutoModel

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qtk import integrity
 from qtk.learn import resume
 from qtk.learn.descent import Learned, Rates, Report, Task, descend
 from qtk.learn.objective import output_error
@@ -52,7 +53,7 @@ def learn_model(
             start = [
                 (n, float(m.codes.sum()), float(m.scale.double().sum())) for n, m in linears.items()
             ]
-            run = resume.identity_of(start, len(batches), seed, steps, astuple(rates))
+            run = integrity.digest(start, len(batches), seed, steps, astuple(rates))
             task.state = resume.read(path, run)
             task.keep = lambda state: resume.write(path, state, run)
         return descend(task, steps, rates, checks=12)

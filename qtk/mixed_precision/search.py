@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from qtk.errors import SchemeError
-from qtk.learn import resume as state
 from qtk.mixed_precision import latency, sensitivity
 from qtk.mixed_precision.allocate import allocate
 from qtk.mixed_precision.budget import Budget, read
@@ -24,6 +23,7 @@ from qtk.mixed_precision.space import Pair, Space, default_schemes, name_of
 from qtk.mixed_precision.verify import Lab, within_accuracy
 from qtk.pipeline import opened
 from qtk.pipeline.progress import Bar, progress_bar
+from qtk.pipeline.state import check
 
 logger = logging.getLogger("qtk")
 
@@ -32,6 +32,7 @@ OPTIONS: dict[str, Any] = {  # of quantize that a search passes on, and what the
     "softmax": "float", "softmax_bits": None, "method": None, "rounding": None, "ranges": None,
     "learn": None, "preset": None, "skip": None,
 }  # fmt: skip
+LOSSES = "losses.safetensors"
 PROBED = 64  # samples that masks are measured on, and as many that layers alone are calibrated on
 FRONT = 12  # points of the front
 
@@ -75,7 +76,7 @@ def search(
             front besides. An accuracy budget without it rests on predictions alone.
         batch_size: rows of the batch whose latency counts.
         latencies: a file of timings, read and extended, of any number of devices.
-        resume: a file that keeps the losses measured so far, so that an interrupted search goes on.
+        resume: a folder that keeps the losses measured so far: an interrupted search goes on.
         backend, seed, progress: as `qtk.quantize` takes them.
         options: other options of `qtk.quantize`, which every model is quantized with.
 
@@ -86,7 +87,8 @@ def search(
     """
     budgets, chosen_options = read(budget), _options(options, seed)
     _check_batch_size(batch_size)
-    kept = state.check(resume)
+    folder = check(resume)
+    kept = None if folder is None else folder / LOSSES
     source, blocks = opened(model, backend)
     pairs = default_schemes(next(source.parameters()).device) if schemes is None else schemes
     space = Space.of(source, blocks, pairs, calib, chosen_options)
@@ -203,4 +205,4 @@ def _check_batch_size(batch_size: object) -> None:
 def _options(given: Mapping[str, Any], seed: int) -> dict[str, Any]:
     if unknown := [name for name in given if name not in OPTIONS]:
         raise SchemeError(f"search knows no {', '.join(unknown)}; choose {', '.join(OPTIONS)}")
-    return {**OPTIONS, **given, "resume": None, "seed": seed}
+    return {**OPTIONS, **given, "seed": seed}

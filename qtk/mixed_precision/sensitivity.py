@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qtk import integrity
 from qtk.learn import resume as state
 from qtk.mixed_precision.allocate import total
 from qtk.mixed_precision.loss import Judge
@@ -85,7 +86,7 @@ def measure(
         judge: of the float model, on the samples that losses are measured on.
         randoms: masks of many units.
         pairs: whether interactions are measured too.
-        resume: a file that keeps the losses measured so far.
+        resume: a file that keeps the losses measured so far; its folder is made.
     """
     masks = [*singles(space), *random_masks(space, randoms, seed)]
     losses = _Losses(resume, _identity(model, judge, space, seed, backend, masks), report)
@@ -230,6 +231,7 @@ class _Losses:
             self.found.append(loss(masks[done]))
             if self.path is not None and (done % KEEP == 0 or done + 1 == len(masks)):
                 kept = torch.tensor(self.found, dtype=torch.float64)
+                self.path.parent.mkdir(exist_ok=True)
                 state.write(self.path, {"losses": kept}, self.identity)
         return np.array(self.found[: len(masks)])
 
@@ -239,4 +241,4 @@ def _identity(
 ) -> str:
     sums = [float(p.double().sum()) for p in model.parameters()]
     data = [float(answer.double().square().sum()) for answer in judge.answers]
-    return state.identity_of(sums, data, str(space.assignments), seed, backend, masks)
+    return integrity.digest(sums, data, str(space.assignments), seed, backend, masks)

@@ -58,8 +58,8 @@ class Lab:
         else:
             request = Request.of(*W8A8, self.calib, bits=bits, **self.options)
             qmodel = run(
-                self.source, self.calib, None, request, backend=self.backend, progress=False,
-                inplace=False,
+                self.source, self.calib, None, request, backend=self.backend, resume=None,
+                progress=False, inplace=False,
             )  # fmt: skip
         loss = float(self.judge.losses(qmodel).mean()) if self.data.given else None
         held = bound(self.judge.losses(qmodel, metric), metric) if metric else None

@@ -1,7 +1,8 @@
 """One site: the tensor that a group of linears reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,15 @@ class Site:
             for linear in self.linears.values()
         ]
         return torch.cat([part.detach().float() for part in parts])
+
+
+class Keeper(Protocol):
+    """Goes along with a walk, block by block (`qtk.pipeline.keeper.Keeper`)."""
+
+    def bring(self, block: Block) -> None: ...
+    def restored(self, index: int, block: Block) -> bool: ...
+    def done(self, index: int, block: Block, calls: Sequence[Any]) -> None: ...
+    def release(self, block: Block) -> None: ...
 
 
 def linears_of(model: nn.Module, group: Group) -> dict[str, nn.Linear]:

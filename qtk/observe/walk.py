@@ -8,29 +8,49 @@ so that a site knows both what its linears get and what they should have got.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from qtk import ranks
 from qtk.errors import CalibrationError
 from qtk.models import Block, Group
 from qtk.observe.guard import reading
 from qtk.observe.probe import Gradients, Probe, parts_of
-from qtk.observe.site import Batch, Site, linears_of
+from qtk.observe.site import Batch, Keeper, Site, linears_of
 
 MAX_TOKENS = 16384  # rows kept of one site for searches; extremes are taken over all tokens
 
 
+T = TypeVar("T")
+Rows = dict[str, dict[int, Tensor]]  # [T, K] by group and batch
+Read = tuple[Tensor | None, Tensor, Tensor, Tensor]  # [B, T, K] if kept, mask, lowest, highest [K]
+
+
+class Gather(Protocol):
+    """Does the work on every rank, and gives all results by rank."""
+
+    def __call__(self, work: Callable[[], T]) -> list[T]: ...
+
+
 @dataclass
 class Call:
-    """One batch on its way through the blocks."""
+    """One batch on its way through the blocks.
 
+    Attributes:
+        index: of the batch among those of all ranks.
+        kept: whether its rows are among those that sites show.
+    """
+
+    index: int
     hidden: Tensor  # [B, T, H], quantized stream
     float_hidden: Tensor  # [B, T, H], float stream
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mask: Tensor  # [B, T] bool, False at padding
+    kept: bool = True
 
 
 class _Stop(Exception):
@@ -44,12 +64,16 @@ def walk(
     batches: Sequence[Batch],
     max_tokens: int = MAX_TOKENS,
     gradients: Gradients | None = None,
-    after_block: Callable[[nn.Module, Sequence[Call]], None] | None = None,
+    keeper: Keeper | None = None,
+    shared: bool = True,
 ) -> Iterator[Site]:
-    """Yields every site of every block, in the order of computation.
+    """Yields every site of every block that is not finished yet, in the order of computation.
 
-    `after_block` sees each block once all its sites are replaced, with the quantized stream before
-    it (`hidden`) and the float stream after it (`float_hidden`).
+    `keeper` sees each block before it is looked at, and once all its sites are replaced, with the
+    quantized stream before it (`hidden`) and the float stream after it (`float_hidden`).
+
+    Where several ranks quantize together, each runs its share of the batches, unless `shared` is
+    False; every rank's sites show the rows of all.
 
     The memory held is one block's inputs (twice), one float copy of the block, and at most
     `max_tokens` rows of each of its sites.
@@ -57,25 +81,61 @@ def walk(
     Raises:
         CalibrationError: a batch that the model cannot read, or a block that gives nan or inf.
     """
-    calls = _first_calls(model, blocks[0], batches)
-    for block in blocks:
+    gather = ranks.together if shared else _alone
+    mine = range(ranks.rank(), len(batches), ranks.world()) if shared else range(len(batches))
+    calls = _kept(gather, lambda: _first_calls(model, blocks[0], batches, mine), max_tokens)
+    for index, block in enumerate(blocks):
+        if keeper is not None:
+            keeper.bring(block)
         module = model.get_submodule(block.name)
-        seen = _run_float(copy.deepcopy(module), block, calls, max_tokens)
-        for group in block.groups:
-            site = _observe(model, module, block, group, calls, seen.pop(group.name), max_tokens)
+        floats = copy.deepcopy(module)
+        restored = keeper is not None and keeper.restored(index, block)
+        seen = gather(partial(_run_float, floats, block, calls, restored))
+        del floats
+        for group in () if restored else block.groups:
+            site = _observe(model, module, block, group, calls, seen, gather)
             if gradients is not None:
                 parts = parts_of(calls, [x for x, _ in site.sequences])
                 weights = {n: m.weight.detach().float() for n, m in site.linears.items()}
                 site = replace(site, probe=Probe(module, block, weights, parts, gradients))
             yield site
-        if after_block is not None:
-            after_block(module, calls)
-        for i, call in enumerate(calls):
-            call.hidden = run(module, call.hidden, call)
-            _check_finite(call.hidden, call, f"{block.name}, quantized,", i)
+        if keeper is not None and not restored:
+            keeper.done(index, block, calls)
+        gather(partial(_run_quantized, module, block, calls))
+        if keeper is not None:
+            keeper.release(block)
 
 
-def _first_calls(model: nn.Module, block: Block, batches: Sequence[Batch]) -> list[Call]:
+def _alone(work: Callable[[], T]) -> list[T]:
+    """`ranks.together` where every rank does everything."""
+    return [work()]
+
+
+def _kept(gather: Gather, work: Callable[[], list[Call]], max_tokens: int) -> list[Call]:
+    """This rank's calls, marked where their rows are among the first `max_tokens` of all ranks."""
+    calls: list[Call] = []
+
+    def sizes() -> dict[int, int]:
+        calls[:] = work()
+        return {call.index: int(call.mask.sum()) for call in calls}
+
+    every = {index: size for part in gather(sizes) for index, size in part.items()}
+    before = {i: sum(size for j, size in every.items() if j < i) for i in every}
+    for call in calls:
+        call.kept = before[call.index] < max_tokens
+    return calls
+
+
+def _run_quantized(module: nn.Module, block: Block, calls: list[Call]) -> None:
+    """Moves the quantized stream over the block."""
+    for call in calls:
+        call.hidden = run(module, call.hidden, call)
+        _check_finite(call.hidden, call, f"{block.name}, quantized,")
+
+
+def _first_calls(
+    model: nn.Module, block: Block, batches: Sequence[Batch], mine: Sequence[int]
+) -> list[Call]:
     """Runs the model up to its first block and keeps what that block was called with."""
     calls: list[Call] = []
 
@@ -83,24 +143,24 @@ def _first_calls(model: nn.Module, block: Block, batches: Sequence[Batch]) -> li
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
         if not torch.isfinite(hidden).all():
             raise CalibrationError(
-                f"batch {len(calls)} gives nan or inf at the input of {block.name}: "
+                f"batch {mine[len(calls)]} gives nan or inf at the input of {block.name}: "
                 "check the calibration data and the model's embeddings"
             )
-        mask = batches[len(calls)].get("attention_mask")
+        mask = batches[mine[len(calls)]].get("attention_mask")
         if mask is not None and mask.dim() == 3:  # of [B, choices, T], which the model flattens
             mask = mask.flatten(0, 1)
         if mask is None or tuple(mask.shape) != tuple(hidden.shape[:2]):
             mask = torch.ones(hidden.shape[:2])
         mask = mask.bool().to(hidden.device)
-        calls.append(Call(hidden, hidden, tuple(rest), kwargs, mask))
+        calls.append(Call(mine[len(calls)], hidden, hidden, tuple(rest), kwargs, mask))
         raise _Stop
 
     handle = model.get_submodule(block.name).register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        for batch in batches:
+        for index in mine:
             extra = {"use_cache": False} if block.causal else {}
             try:
-                forward(model, batch, len(calls), **extra)
+                forward(model, batches[index], index, **extra)
             except _Stop:
                 continue
             raise CalibrationError(f"the model never reached {block.name} on a calibration batch")
@@ -125,61 +185,65 @@ def run(module: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
-def _run_float(
-    module: nn.Module, block: Block, calls: list[Call], max_tokens: int
-) -> dict[str, Tensor]:
-    """Moves the float stream over the block; returns the float rows of each group."""
-    rows: dict[str, list[Tensor]] = {group.name: [] for group in block.groups}
+def _run_float(module: nn.Module, block: Block, calls: list[Call], only_run: bool = False) -> Rows:
+    """Moves the float stream over the block; returns the float rows of each group and batch."""
+    rows: Rows = {group.name: {} for group in block.groups}
     handles = []
     current: list[Call] = []
     passed: set[str] = set()  # a linear may read something else afterwards: positions, for one
-    for group in block.groups:
+    for group in () if only_run else block.groups:
 
         def keep(_: nn.Module, args: tuple[Tensor, ...], name: str = group.name) -> None:
-            mask = current[0].mask
+            call = current[0]
             first = name not in passed
             passed.add(name)
-            if first and sum(map(len, rows[name])) < max_tokens:
-                rows[name].append(args[0].reshape(*mask.shape, -1)[mask].float())
+            if first and call.kept:
+                x = args[0].reshape(*call.mask.shape, -1)
+                rows[name][call.index] = x[call.mask].float()
 
         linear = module.get_submodule(group.linears[0].removeprefix(f"{block.name}."))
         handles.append(linear.register_forward_pre_hook(keep))
-    for i, call in enumerate(calls):
+    for call in calls:
         current[:] = [call]
         passed.clear()
-        with reading(f"calibration batch {i}"):  # a mask of another shape shows only here
+        with reading(f"calibration batch {call.index}"):  # a mask of another shape shows only here
             call.float_hidden = run(module, call.float_hidden, call)
-        _check_finite(call.float_hidden, call, f"{block.name}, in floating point,", i)
+        _check_finite(call.float_hidden, call, f"{block.name}, in floating point,")
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+    return rows
 
 
 def _observe(
     model: nn.Module, module: nn.Module, block: Block, group: Group, calls: list[Call],
-    float_rows: Tensor, max_tokens: int,
+    floats: list[Rows], gather: Gather,
 ) -> Site:  # fmt: skip
-    """Runs the block on the quantized stream until the group's linears are reached."""
+    """The group's site, from the rows of all ranks."""
     linears = linears_of(model, group)
-    sequences: list[tuple[Tensor, Tensor]] = []
-    lo: list[Tensor] = []
-    hi: list[Tensor] = []
+    seen = gather(partial(_read_by, linears[group.linears[0]], module, calls))
+    every = [found for _, found in sorted(item for part in seen for item in part.items())]
+    rows = dict(item for part in floats for item in part.pop(group.name).items())
+    sequences = [(x, mask) for x, mask, *_ in every if x is not None]
+    lo, hi = torch.stack([low for *_, low, _ in every]), torch.stack([high for *_, high in every])
+    return Site(
+        block, group, linears, sequences, torch.cat([rows[i] for i in sorted(rows)]), lo, hi
+    )
+
+
+def _read_by(linear: nn.Module, module: nn.Module, calls: list[Call]) -> dict[int, Read]:
+    """Runs the block on the quantized stream until a linear is reached; what it reads, by batch."""
+    found: dict[int, Read] = {}
     current: list[Call] = []
-    kept = 0
 
     def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        nonlocal kept
-        mask = current[0].mask
-        x = args[0].reshape(*mask.shape, -1).float()
-        rows = x[mask]
-        lo.append(rows.amin(0))
-        hi.append(rows.amax(0))
-        if kept < max_tokens:
-            sequences.append((x, mask))
-            kept += len(rows)
+        call = current[0]
+        x = args[0].reshape(*call.mask.shape, -1).float()
+        rows = x[call.mask]
+        kept = x if call.kept else None
+        found[call.index] = (kept, call.mask, rows.amin(0), rows.amax(0))
         raise _Stop
 
-    handle = linears[group.linears[0]].register_forward_pre_hook(stop)
+    handle = linear.register_forward_pre_hook(stop)
     try:
         for call in calls:
             current[:] = [call]
@@ -189,12 +253,12 @@ def _observe(
                 continue
     finally:
         handle.remove()
-    return Site(block, group, linears, sequences, float_rows, torch.stack(lo), torch.stack(hi))
+    return found
 
 
-def _check_finite(hidden: Tensor, call: Call, what: str, index: int) -> None:
+def _check_finite(hidden: Tensor, call: Call, what: str) -> None:
     if not torch.isfinite(hidden[call.mask]).all():
         raise CalibrationError(
-            f"{what} gives nan or inf on calibration batch {index}: it overflows; look for huge "
-            "weights or biases, or load the model in a wider dtype"
+            f"{what} gives nan or inf on calibration batch {call.index}: it overflows; look for "
+            "huge weights or biases, or load the model in a wider dtype"
         )

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtk import ranks
 from qtk.assembly import base_name, check_float, finish
 from qtk.integrations.transformers import attach, load_float, refuse_saving
+from qtk.integrity import checksum
 from qtk.models import Block, describe, fold_scales
 from qtk.modules.base import resolve_backend
 from qtk.observe import Batch, Site, imagine, walk
@@ -18,11 +20,13 @@ from qtk.observe.batches import prepare
 from qtk.observe.gradients import block_gradients
 from qtk.pipeline.assign import Assignment, assign
 from qtk.pipeline.attention import quantize_attention
+from qtk.pipeline.keeper import Keeper, Store
 from qtk.pipeline.learning import Learning, say_who_disagrees
-from qtk.pipeline.progress import progress_bar
+from qtk.pipeline.progress import Bar, progress_bar
 from qtk.pipeline.request import Request
 from qtk.pipeline.site import quantize_outside, quantize_site
-from qtk.record import Layer, Record
+from qtk.pipeline.state import State, identity, weights_of
+from qtk.record import Record
 
 logger = logging.getLogger("qtk")
 
@@ -31,12 +35,13 @@ Model = Any  # a transformers model
 
 def run(
     model: nn.Module | str | Path, calib: Any, tokenizer: Any, request: Request, *, backend: str,
-    progress: bool, inplace: bool,
+    resume: Path | None, progress: bool, inplace: bool,
 ) -> Model:  # fmt: skip
     """What `qtk.quantize` does once it is known what every layer becomes.
 
     Args:
         model, calib, tokenizer, backend, progress, inplace: of `qtk.quantize`.
+        resume: the folder of finished blocks, or None.
 
     Raises:
         QtkError: as `qtk.quantize`.
@@ -44,23 +49,41 @@ def run(
     source, blocks = opened(model, backend)
     found = assign(source, blocks, request.default, request.overrides)
     request.check(found)
-    batches = _data(source, calib, tokenizer, request, found)
+    batches = calibration(source, calib, tokenizer, request, found)
+    state = _state(resume, source, request, batches, backend)
     teacher, qmodel = _copies(source, request, inplace)
-    with torch.no_grad(), progress_bar(progress) as bar:
-        made: dict[str, Layer] = {}
-        learning = Learning(request, bar.learning)
+    with progress_bar(progress) as bar:
         blocks = _merged(qmodel, blocks, request)
-        for site in bar.over(_sites(qmodel, blocks, batches, found, learning), blocks):
-            for choice, part in found.parts(site):
-                made |= quantize_site(qmodel, part, choice, backend)
-            quantize_attention(qmodel, site, request.attention, backend)
-        made = learning.after_all(qmodel, teacher, batches, made)
-        made |= quantize_outside(qmodel, found.outside, backend)
+        carried_out(qmodel, teacher, blocks, batches, request, found, backend, bar, state)
     finish(qmodel)
+    return qmodel
+
+
+@torch.no_grad()
+def carried_out(
+    qmodel: Model, teacher: Model, blocks: Sequence[Block], batches: list[Batch] | None,
+    request: Request, found: Assignment, backend: str, bar: Bar, state: State | None = None,
+    store: Store | None = None,
+) -> None:  # fmt: skip
+    """Quantizes a model in place, block after block, and attaches the record of it.
+
+    Args:
+        teacher: the float model, to learn from.
+        state: where finished blocks are kept.
+        store: where blocks are that memory does not hold.
+    """
+    learning = Learning(request, bar.learning)
+    keeper = Keeper(qmodel, learning, request.attention, backend, state, store)
+    for site in bar.over(_sites(qmodel, blocks, batches, found, keeper), blocks):
+        for choice, part in found.parts(site):
+            keeper.made |= quantize_site(qmodel, part, choice, backend)
+        quantize_attention(qmodel, site, request.attention, backend)
+    path = None if state is None else state.learning
+    made = learning.after_all(qmodel, teacher, batches, keeper.made, path)
+    made |= quantize_outside(qmodel, found.outside, backend)
     layers = {base_name(qmodel, name): layer for name, layer in made.items()}
     told = request.told(batches, learning.told())
     attach(qmodel, Record(layers, told, backend, request.attention))
-    return qmodel
 
 
 def opened(model: nn.Module | str | Path, backend: str) -> tuple[Model, tuple[Block, ...]]:
@@ -77,19 +100,36 @@ def opened(model: nn.Module | str | Path, backend: str) -> tuple[Model, tuple[Bl
     return source, blocks
 
 
-def _data(
+def calibration(
     source: Model, calib: Any, tokenizer: Any, request: Request, found: Assignment
 ) -> list[Batch] | None:
     """The calibration batches."""
     say_who_disagrees(request, found)
     if calib is not None:
-        return prepare(source, calib, tokenizer, request.seed, request.samples)
+        return _of_all_ranks(prepare(source, calib, tokenizer, request.seed, request.samples))
     if any(choice.scheme.a is not None for choice in found.quantized.values()):
         logger.warning(
             "no calibration data: activations are dynamic per token, and shift and scale come from "
             "the LayerNorms' own parameters. A few hundred unlabelled samples (calib=) do better."
         )
     return None
+
+
+def _of_all_ranks(batches: list[Batch]) -> list[Batch]:
+    """The same batches on every rank: those of one, where all have the same, or all in a row."""
+    sums = ranks.together(lambda: [[*map(checksum, batch.values())] for batch in batches])
+    if all(found == sums[0] for found in sums):
+        return batches
+    return [batch for part in ranks.together(lambda: batches) for batch in part]
+
+
+def _state(
+    folder: Path | None, source: Model, request: Request, batches: list[Batch] | None, backend: str
+) -> State | None:
+    """What was finished before, if that is kept."""
+    if folder is None:
+        return None
+    return State.open(folder, identity(weights_of(source), request, batches, backend))
 
 
 def _copies(source: Model, request: Request, inplace: bool) -> tuple[Model, Model]:
@@ -100,6 +140,7 @@ def _copies(source: Model, request: Request, inplace: bool) -> tuple[Model, Mode
     return teacher, qmodel
 
 
+@torch.no_grad()
 def _merged(qmodel: Model, blocks: Sequence[Block], request: Request) -> tuple[Block, ...]:
     """The blocks after the default method has moved into the weights what it can, in place."""
     fold_scales(qmodel, blocks)
@@ -111,13 +152,14 @@ def _merged(qmodel: Model, blocks: Sequence[Block], request: Request) -> tuple[B
 
 def _sites(
     qmodel: Model, blocks: Sequence[Block], batches: Sequence[Batch] | None, found: Assignment,
-    learning: Learning,
+    keeper: Keeper,
 ) -> Iterator[Site]:  # fmt: skip
-    """The sites of all blocks, in order; a block may learn once its own are quantized."""
-    seed = learning.request.seed
+    """The sites of all blocks that are not finished, in order."""
+    request = keeper.learning.request
     if batches is None:
-        return imagine(qmodel, blocks, seed)
+        return imagine(qmodel, blocks, request.seed, keeper=keeper)
     gradients = None
     if any(choice.recipe.needs_gradients for choice in found.quantized.values()):
-        gradients = block_gradients(qmodel, blocks, batches, seed)
-    return walk(qmodel, blocks, batches, gradients=gradients, after_block=learning.after_block)
+        gradients = block_gradients(qmodel, blocks, batches, request.seed)
+    shared = gradients is None and request.learn != "block"  # those look at every batch
+    return walk(qmodel, blocks, batches, gradients=gradients, keeper=keeper, shared=shared)

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -27,18 +28,24 @@ class Learning:
     report: Report
     results: list[Learned] = field(default_factory=list)
 
-    def after_block(self, module: nn.Module, calls: Sequence[Call]) -> None:
+    def after_block(self, module: nn.Module, calls: Sequence[Call]) -> Learned | None:
         """Learns a block whose linears are all quantized."""
-        if self.request.learn == "block":
-            self.results.append(learn_block(module, calls, self.request.seed, self.report))
+        if self.request.learn != "block":
+            return None
+        self.results.append(learn_block(module, calls, self.request.seed, self.report))
+        return self.results[-1]
 
     def after_all(
         self, model: nn.Module, teacher: nn.Module, batches: Sequence[Batch] | None,
-        made: dict[str, Layer],
+        made: dict[str, Layer], path: Path | None = None,
     ) -> dict[str, Layer]:  # fmt: skip
-        """Learns the whole model; returns what the record says of the layers then."""
+        """Learns the whole model; returns what the record says of the layers then.
+
+        Args:
+            path: a file to keep the state of learning in.
+        """
         if self.request.learn == "model" and batches is not None:
-            seed, path = self.request.seed, self.request.resume
+            seed = self.request.seed
             self.results.append(learn_model(model, teacher, batches, seed, self.report, path))
         if not self.changed:
             return made

@@ -1,6 +1,7 @@
 """Names that users type, as the parts that they stand for; resolved once for each layer."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from qtk.discover import available
 from qtk.errors import SchemeError
@@ -121,6 +122,11 @@ class Choice:
 
     scheme: Scheme
     recipe: Recipe
+
+    def facts(self) -> list[Any]:
+        """What tells it from another, as JSON knows it; a caller's own part by its name."""
+        recipe = self.recipe
+        return [asdict(self.scheme), recipe.method, recipe.rounder.name, recipe.ranges]
 
 
 def _width(a: int | str) -> str:

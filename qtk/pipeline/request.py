@@ -3,11 +3,9 @@
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from qtk.errors import SchemeError
-from qtk.learn import resume as state
 from qtk.learn.model import SAMPLES as SAMPLES_TO_LEARN
 from qtk.observe.batches import SAMPLES
 from qtk.pipeline.assign import Assignment
@@ -15,6 +13,11 @@ from qtk.pipeline.recipes import Choice, Recipe
 from qtk.ranges import clip_tokens
 from qtk.scheme import FLOAT, AttentionScheme, Scheme
 
+DEFAULTS: dict[str, Any] = {  # of the arguments of `quantize` that say what becomes of a model
+    "activations": "static", "weights": "symmetric", "group_size": None, "attention": "float",
+    "softmax": "float", "softmax_bits": None, "method": None, "rounding": None, "ranges": None,
+    "learn": None, "preset": None, "bits": None, "skip": None,
+}  # fmt: skip
 FLOATS = Scheme(None, None)  # of what is skipped
 SEEDS = 2**63  # what a generator takes, of either sign
 OUTSIDE = ("w", "a", "group_size", "weights")  # what means something for heads and embeddings
@@ -41,7 +44,6 @@ class Request:
     overrides: dict[str, Choice]
     attention: AttentionScheme | None
     learn: str | None
-    resume: Path | None
     seed: int
     samples: int
     options: dict[str, Any]
@@ -50,7 +52,7 @@ class Request:
     @classmethod
     def of(
         cls, w: int | str, a: int | str, calib: object, *, attention: str, softmax: str,
-        softmax_bits: int | None, bits: Any, skip: Any, resume: Any, seed: Any, **options: Any,
+        softmax_bits: int | None, bits: Any, skip: Any, seed: Any, **options: Any,
     ) -> "Request":  # fmt: skip
         """The arguments of `quantize` but for model, data and backend.
 
@@ -59,7 +61,6 @@ class Request:
 
         Raises:
             SchemeError: what does not exist, or does not go together.
-            CheckpointError: `resume` names a file that holds no state.
         """
         if isinstance(seed, bool) or not isinstance(seed, int) or not -SEEDS <= seed < SEEDS:
             raise SchemeError(f"seed={seed!r}: give an integer of at most 63 bits")
@@ -78,14 +79,17 @@ class Request:
         if learn is not None and not has_data:
             what = options["rounding"] or learn
             raise SchemeError(f"{what!r} learns from data: give calib, or another rounding")
-        if resume is not None and learn != "model":
-            raise SchemeError("resume goes with learning the whole model, as rounding='tuned' does")
         asked = _asked(bits)
         return cls(
             default, _overrides(asked, skip, has_data, options), products, learn,
-            state.check(resume), seed, SAMPLES_TO_LEARN if learn == "model" else SAMPLES, options,
+            seed, SAMPLES_TO_LEARN if learn == "model" else SAMPLES, options,
             asked,
         )  # fmt: skip
+
+    def facts(self) -> list[Any]:
+        """Everything that decides what comes out but attention and the seed, as JSON knows it."""
+        patterns = [(pattern, choice.facts()) for pattern, choice in self.overrides.items()]
+        return [self.default.facts(), patterns, self.learn]
 
     def check(self, found: Assignment) -> None:
         """Raises SchemeError when nothing is left to do, or an option has nothing to work on."""

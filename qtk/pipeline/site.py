@@ -1,14 +1,16 @@
 """One site at a time: transform, input grid, codes, bias, and the integer linear made of them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qtk import ranks
 from qtk.errors import ModelError
-from qtk.grids import Change, InputGrid, LinearSpec
+from qtk.grids import Change, InputGrid, LinearSpec, Steps
 from qtk.modules.base import Quantized
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.linear import QuantLinear
@@ -19,7 +21,7 @@ from qtk.pipeline.assign import Assignment
 from qtk.pipeline.recipes import Choice
 from qtk.ranges import CheckedRule, Question
 from qtk.record import Layer, LayerRecipe
-from qtk.round import Problem, rounder_of
+from qtk.round import Problem, Rounded, rounder_of
 from qtk.scheme import Format, Scheme
 
 ALONE = LayerRecipe("none", "nearest", None)
@@ -43,41 +45,87 @@ def quantized(site: Site, choice: Choice) -> Iterator[tuple[str, LinearSpec, Lay
         choice.recipe.method if changed else "none",
         choice.recipe.rounder.runs(inputs is not None), None if rule is None else rule.name,
     )  # fmt: skip
-    for name, linear in site.linears.items():
-        wanted = site.float_rows @ linear.weight.float().T if len(site.float_rows) else None
-        spec, quality = quantize_linear(name, linear, change, grid, inputs, wanted, choice)
+    task = Task(site.float_rows, change, grid, inputs, choice)
+    for name, (spec, quality) in _shared_out(task, site.linears):
         yield name, spec, Layer(
             choice.scheme, spec.bias is not None, change.shift is not None, change.rotation,
             quality, recipe,
         )  # fmt: skip
 
 
-def quantize_linear(
-    name: str, linear: nn.Linear, change: Change, grid: InputGrid, inputs: Tensor | None,
-    wanted: Tensor | None, choice: Choice,
-) -> tuple[LinearSpec, float | None]:  # fmt: skip
-    """Rounds one weight and corrects its bias; with the SQNR (dB) of what the layer computes.
+@dataclass(frozen=True)
+class Task:
+    """What the linears of one site have in common when they are rounded.
 
-    Args:
-        inputs: [T, K], what the layer will read, on its grid.
-        wanted: [T, N], what the float model computes there, without the bias.
+    Attributes:
+        floats: [T, K], what they read in the float model; empty without data.
+        inputs: [T, K], what they will read, on its grid; None without data.
     """
-    assert choice.scheme.w is not None
-    weight = linear.weight.float()
-    problem = Problem(change.weight(weight), choice.scheme.w, inputs, wanted, name)
-    codes, steps = choice.recipe.rounder.find(problem)
-    bias: Tensor | None = None if linear.bias is None else linear.bias.float()
-    quality = None
-    if inputs is not None and wanted is not None:
-        got = inputs @ steps.dequantize(codes).T
-        correction = (wanted - got).mean(0)  # makes the mean output what the float model's is
-        quality = sqnr(wanted, got + correction)
-        bias = correction if bias is None else bias + correction
+
+    floats: Tensor
+    change: Change
+    grid: InputGrid
+    inputs: Tensor | None
+    choice: Choice
+
+
+def _shared_out(
+    task: Task, linears: Mapping[str, nn.Linear]
+) -> Iterator[tuple[str, tuple[LinearSpec, float | None]]]:
+    """The linears, quantized: rounded by rows or one by one, each as the ranks share them out."""
+    weights = {name: linear.weight.detach() for name, linear in linears.items()}
+    if task.choice.recipe.rounder.rows_apart:
+        every = [_rounded_by_rows(task, name, weight) for name, weight in weights.items()]
     else:
-        bias = grid.change.bias(weight, bias)
-    spec = LinearSpec(codes.to(torch.int8), steps, grid, bias)
+        every = ranks.spread(lambda name: rounded(task, name, weights[name]), [*weights])
+    found = dict(zip(weights, every, strict=True))
+    # not by rows: sums over another number of rows come out some ulps apart, and others read them
+    fits = ranks.spread(lambda name: fit(task, weights[name], found[name]), [*weights])
+    for (name, linear), (missed, quality) in zip(linears.items(), fits, strict=True):
+        yield name, (finished(task, name, linear, found[name], missed), quality)
+
+
+def _rounded_by_rows(task: Task, name: str, weight: Tensor) -> Rounded:
+    parts = ranks.spread(partial(rounded, task, name), weight.tensor_split(ranks.world()))
+    codes, steps = zip(*parts, strict=True)
+    zeros = [part.zero_point for part in steps if part.zero_point is not None]
+    scale = torch.cat([part.scale for part in steps])
+    return Rounded(
+        torch.cat(codes), Steps(steps[0].fmt, scale, torch.cat(zeros) if zeros else None)
+    )
+
+
+def rounded(task: Task, name: str, weight: Tensor) -> Rounded:
+    """The codes and steps of a weight [N, K], or of some of its rows."""
+    assert task.choice.scheme.w is not None
+    weight = weight.float()
+    wanted = task.floats @ weight.T if len(task.floats) else None  # [T, N]
+    problem = Problem(task.change.weight(weight), task.choice.scheme.w, task.inputs, wanted, name)
+    return task.choice.recipe.rounder.find(problem)
+
+
+def fit(task: Task, weight: Tensor, found: Rounded) -> tuple[Tensor | None, float | None]:
+    """What the bias needs so that the mean output is the float model's [N], and the SQNR then."""
+    if task.inputs is None or not len(task.floats):
+        return None, None
+    wanted = task.floats @ weight.float().T
+    got = task.inputs @ found.steps.dequantize(found.codes).T
+    missed = (wanted - got).mean(0)
+    return missed, sqnr(wanted, got + missed)
+
+
+def finished(
+    task: Task, name: str, linear: nn.Linear, found: Rounded, missed: Tensor | None
+) -> LinearSpec:
+    """The layer as a value, its bias corrected."""
+    bias: Tensor | None = None if linear.bias is None else linear.bias.float()
+    if missed is None:
+        bias = task.change.bias(linear.weight.float(), bias)
+    else:
+        bias = missed if bias is None else bias + missed
+    spec = LinearSpec(found.codes.to(torch.int8), found.steps, task.grid, bias)
     _check_finite(name, spec)
-    return spec, quality
+    return spec
 
 
 def input_grid(site: Site, change: Change, choice: Choice) -> tuple[InputGrid, CheckedRule | None]:

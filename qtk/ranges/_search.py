@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qtk import ranks
 from qtk.numerics import fake_quantize, fake_quantize_token, scale_and_zero_point
 from qtk.ranges import Question, Range
 
@@ -27,10 +28,12 @@ def smallest_error(question: Question, importance: Tensor) -> Range:
         squares = (fake_quantize(x, scale, zero_point, fmt) - x).square().sum(0)
         return float(squares @ importance)
 
-    share = min(TOGETHER, key=lambda c: error(full_lo * c, full_hi * c))
+    share = ranks.least(TOGETHER, lambda c: error(full_lo * c, full_hi * c))
     low, high = full_lo * share, full_hi * share
-    high = min((torch.minimum(high * c, full_hi) for c in APART), key=lambda end: error(low, end))
-    low = min((torch.maximum(low * c, full_lo) for c in APART), key=lambda end: error(end, high))
+    highs = [torch.minimum(high * c, full_hi) for c in APART]
+    high = ranks.least(highs, lambda end: error(low, end))
+    lows = [torch.maximum(low * c, full_lo) for c in APART]
+    low = ranks.least(lows, lambda end: error(end, high))
     return Range(low, high)
 
 
@@ -41,7 +44,7 @@ def _clip(question: Question, importance: Tensor) -> Range:
         got = fake_quantize_token(x, question.fmt.bits, clip)
         return float((got - x).square().sum(0) @ importance)
 
-    return Range(clip=min(CLIPS, key=error))
+    return Range(clip=ranks.least(CLIPS, error))
 
 
 def sampled(question: Question) -> Tensor:

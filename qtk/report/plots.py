@@ -83,6 +83,26 @@ def channel_ranges(panels: Mapping[str, Tensor]) -> str:
         return _svg(figure)
 
 
+def pareto(points: Mapping[str, tuple[float, float, float, bool]]) -> str:
+    """Fidelity against size, the larger the mark the slower.
+
+    Args:
+        points: name -> MB, SQNR in dB, milliseconds, and whether nothing beats it.
+    """
+    with _style():
+        figure, (axis,) = _subplots(1, 1, (6.4, 3.2))
+        slowest = max(ms for _, _, ms, _ in points.values())
+        for name, (size, sqnr, ms, is_best) in points.items():
+            fill = COLORS[1] if is_best else "none"
+            axis.scatter(size, sqnr, s=30 + 120 * ms / slowest, color=fill, edgecolors=COLORS[1])
+            axis.annotate(f"{name}, {ms:.1f} ms", (size, sqnr), (7, 4), textcoords="offset points")
+        axis.set_xlabel("MB")
+        axis.set_ylabel("SQNR, dB")
+        axis.grid()
+        axis.margins(0.2)
+        return _svg(figure)
+
+
 def bars(panels: Mapping[str, Mapping[str, float]], unit: str, better: str, worse: str) -> str:
     """Horizontal bars, a panel each with its own scale; each bar says its value and its ratio.
 

@@ -9,6 +9,8 @@ is fitted to the float model's output where that is known (qtk/round/_least_squa
 paper, coordinate descent then takes off what is left to take off (qtk/round/_coordinates.py).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from qtk.round._coordinates import ROUNDS, SWEEPS, descended
 from qtk.round._least_squares import DAMP, FIT_DAMP, better, target
 
 NEEDS_DATA = True
+ROWS_APART = True
 BLOCK = 128  # columns whose errors are carried on together
 
 
@@ -44,8 +47,14 @@ def find(
 def compensated(weight: Tensor, grid: WeightGrid, hessian: Tensor) -> Tensor:
     """Levels [N, K] of the blocked algorithm; the grid is fixed beforehand."""
     order = hessian.diag().argsort(descending=True)
-    H = hessian[order][:, order].double()
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).float()
+    U = hessian[order][:, order].double()  # one [K, K] float64 at a time: K may be 8192
+    for step in (
+        torch.linalg.cholesky,
+        torch.cholesky_inverse,
+        partial(torch.linalg.cholesky, upper=True),
+    ):
+        U = step(U)
+    U = U.float()
     w, grid = weight[:, order], grid.columns(order)
     levels = torch.empty_like(w)
     K = w.shape[1]

@@ -7,6 +7,8 @@
 
 from qtk.round import Problem, Rounded, refuse_overflow, to_nearest
 
+ROWS_APART = True
+
 
 def find(problem: Problem) -> Rounded:
     if problem.inputs is None:

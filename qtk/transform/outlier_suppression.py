@@ -10,6 +10,7 @@ MLP linear are treated too, because the fused quantizers make it free.
 
 import torch
 
+from qtk import ranks
 from qtk.grids import Change
 from qtk.observe import Site
 from qtk.scheme import Scheme
@@ -29,4 +30,4 @@ def find(site: Site, scheme: Scheme, *, candidates: int = 24) -> Change:
     if scheme.a is None:
         shift = torch.zeros_like(shift)  # changes nothing for inputs in floating point
     changes = [Change(shift, scale) for scale in channel_scales(reach, candidates)]
-    return min(changes, key=output_loss(site, scheme))  # a tie: the one that scales less
+    return ranks.least(changes, output_loss(site, scheme))  # a tie: the one that scales less

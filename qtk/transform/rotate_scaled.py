@@ -8,6 +8,7 @@ such sites choose among shifts and scales alone.
 
 import torch
 
+from qtk import ranks
 from qtk.grids import Change
 from qtk.observe import Site
 from qtk.scheme import Scheme
@@ -30,4 +31,4 @@ def find(site: Site, scheme: Scheme, *, candidates: int = 6) -> Change:
     # inputs that stay in floating point need no shift
     shifts = (site.rows.mean(0), middle) if scheme.a is not None else (torch.zeros_like(middle),)
     changes = [Change(shift, scale, rotation) for shift in shifts for scale in scales]
-    return min(changes, key=output_loss(site, scheme))
+    return ranks.least(changes, output_loss(site, scheme))

@@ -135,10 +135,14 @@ def fused_class(base: Any) -> Any:
     return type(base.__name__, (FusedBlock, base), {"__module__": base.__module__})
 
 
-def fuse(model: nn.Module, blocks: Sequence[Block]) -> None:
-    """Gives every block of the model that has an anatomy its fused forward, in place."""
+def fuse(model: nn.Module, blocks: Sequence[Block], only: Sequence[Block] | None = None) -> None:
+    """Gives every block of the model that has an anatomy its fused forward, in place.
+
+    Args:
+        only: of the blocks, those that are in memory; all if None.
+    """
     for i, block in enumerate(blocks):
-        if block.anatomy is None:
+        if block.anatomy is None or (only is not None and block not in only):
             continue
         module: Any = model.get_submodule(block.name)
         if not isinstance(module, FusedBlock):
