@@ -1,0 +1,90 @@
+"""What a runtime makes of a file, beside what the quantized model does."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qtk.errors import ModelError
+from qtk.export import _trace
+
+if TYPE_CHECKING:
+    from qtk.export import Exported, Source
+
+SHAPES = ((3, 13), (1, 5))  # sentences and tokens of the random batches: not those traced
+LEAST = 0.98  # mean cosine: codes that fall differently cost thousandths, a wrong file much more
+
+Run = Callable[[dict[str, Tensor]], dict[str, Any]]  # a batch to the outputs by name
+
+
+def compared(source: "Source", run: Run, **told: Any) -> "Exported":
+    """An `Exported` with what the comparison found.
+
+    Rows are tokens or images of the model's first output, padding left out.
+
+    Raises:
+        ModelError: what was written computes something else.
+    """
+    from qtk.export import Exported
+
+    cosines, largest = [], 0.0
+    model = reference(source.model)
+    for batch in source.batches or _random(source.model):
+        wanted, found = _rows(model, batch), _found(run, model, batch)
+        cosines.append(torch.cosine_similarity(found, wanted, dim=-1))
+        largest = max(largest, float((found - wanted).abs().max()))
+    every = torch.cat(cosines)
+    result = Exported(
+        cosine=float(every.mean()), worst=float(every.min()), largest_difference=largest, **told
+    )
+    if not result.cosine >= LEAST:
+        raise ModelError(
+            f"the {result.format} file computes something else: cosine {result.cosine:.4f}, largest "
+            f"difference {largest:.3g} in {result.checked_in}; this is a defect of qtk or of that "
+            "runtime"
+        )
+    return result
+
+
+def reference(model: Any) -> Any:
+    """The model that the file is held to: with float attention, if its own is not."""
+    import copy
+
+    from qtk.modules.attention import CHILD
+    from qtk.modules.fused.block import unfuse
+
+    if not any(CHILD in module._modules for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    unfuse(model)
+    for parent in model.modules():
+        if CHILD in parent._modules:
+            del parent._modules[CHILD]
+            parent.config._attn_implementation = model.config._attn_implementation
+    return model
+
+
+def _random(model: Any) -> Iterator[dict[str, Tensor]]:
+    for seed, (rows, tokens) in enumerate(SHAPES, 1):
+        yield _trace.example(model, rows, tokens, seed)
+
+
+@torch.no_grad()
+def _rows(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """[rows, features] float32 of the first output."""
+    device = next(model.parameters()).device
+    out = model(**{name: value.to(device) for name, value in batch.items()}, return_dict=True)
+    return _flat(next(v for v in out.values() if isinstance(v, Tensor)).float().cpu(), batch)
+
+
+def _found(run: Run, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    outputs = run({name: value.cpu() for name, value in batch.items()})
+    return _flat(torch.from_numpy(next(iter(outputs.values()))), batch)
+
+
+def _flat(y: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    mask = batch.get("attention_mask")
+    if mask is not None and y.shape[: mask.dim()] == mask.shape and y.dim() > mask.dim():
+        return y[mask.bool().cpu()]
+    return y.reshape(-1, y.shape[-1])
