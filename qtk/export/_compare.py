@@ -1,13 +1,16 @@
 """What a runtime makes of a file, beside what the quantized model does."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qtk.assembly import quantized_attentions, quantized_layers, run_on
 from qtk.errors import ModelError
 from qtk.export import _trace
+from qtk.modules.floats import restore_attention
 
 if TYPE_CHECKING:
     from qtk.export import Exported, Source
@@ -48,20 +51,18 @@ def compared(source: "Source", run: Run, **told: Any) -> "Exported":
 
 
 def reference(model: Any) -> Any:
-    """The model that the file is held to: with float attention, if its own is not."""
-    import copy
+    """The model that a file is held to.
 
-    from qtk.modules.attention import CHILD
-    from qtk.modules.fused.block import unfuse
-
-    if not any(CHILD in module._modules for module in model.modules()):
+    Attention is in floating point, as it is in the file; layers of weights alone compute what they
+    are defined as, and not in bfloat16, as a CPU does for few tokens.
+    """
+    alone = any(layer.scheme.a is None for layer in quantized_layers(model).values())
+    if not (alone or quantized_attentions(model)):
         return model
     model = copy.deepcopy(model)
-    unfuse(model)
-    for parent in model.modules():
-        if CHILD in parent._modules:
-            del parent._modules[CHILD]
-            parent.config._attn_implementation = model.config._attn_implementation
+    restore_attention(model)
+    if alone:
+        run_on(model, "reference")
     return model
 
 

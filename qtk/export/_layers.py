@@ -77,12 +77,13 @@ def write(proto: Any, linears: Mapping[str, LinearSpec], tables: Mapping[str, An
     joined = {group[0][0].output[0]: group for group in _joined(graph, linears)}
     others = {node.output[0] for group in joined.values() for node, _ in group[1:]}
     norms = _private_norms(graph, joined.values())
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
     nodes = []
     for node in graph.node:
         if node.output[0] in joined:
             writer = Writer(graph, _layer_of(node))
             group = joined[node.output[0]]
-            nodes += writer.linears(group, norms.get(node.input[0]))
+            nodes += writer.linears(group, norms.get(node.input[0]), ranks.get(node.input[0], 3))
         elif node.domain == DOMAIN and node.op_type == "Embedding":
             writer = Writer(graph, _layer_of(node))
             nodes += writer.embedding(node, tables[_layer_of(node)])
@@ -175,27 +176,31 @@ class Writer:
     prefix: str
     nodes: list[Any] = field(default_factory=list)
 
-    def linears(self, group: Group, norm: Any) -> list[Any]:
+    def linears(self, group: Group, norm: Any, rank: int) -> list[Any]:
         """The nodes of linears that are one product.
 
         Args:
             norm: the LayerNorm before them that nobody else reads, or None.
+            rank: of the tensor that they read.
         """
         specs = [spec for _, spec in group]
         weight_only = specs[0].scheme.a is None
-        x = group[0][0].input[0]
+        x, is_matrix = group[0][0].input[0], rank == 2
+        if is_matrix:  # ONNX Runtime takes product and bias of a matrix for a float Gemm
+            axis = self.constant("axis", np.array([0], np.int64))
+            x = self.node("Unsqueeze", [x, axis], f"{self.prefix}.batch")
         y = self._weights_alone(x, specs, norm) if weight_only else self._qdq(x, specs, norm)
         bias = _bias(specs)
         outputs = [node.output[0] for node, _ in group]
-        whole = outputs[0] if len(outputs) == 1 else f"{self.prefix}.joined"
-        if bias is None:
-            self.node("Identity", [y], whole)
-        else:
-            self.node("Add", [y, self.constant("bias", bias)], whole)
+        if bias is not None:
+            y = self.node("Add", [y, self.constant("bias", bias)], f"{self.prefix}.biased")
+        if is_matrix:
+            y = self.node("Squeeze", [y, axis], f"{self.prefix}.matrix")
+        sizes = np.array([len(spec.codes) for spec in specs], np.int64)
         if len(outputs) > 1:
-            sizes = np.array([len(spec.codes) for spec in specs], np.int64)
-            inputs = [whole, self.constant("widths", sizes)]
-            self.node("Split", inputs, *outputs, axis=-1)
+            self.node("Split", [y, self.constant("widths", sizes)], *outputs, axis=-1)
+        else:
+            self.nodes[-1].output[0] = outputs[0]
         return self.nodes
 
     def _qdq(self, x: str, specs: list[LinearSpec], norm: Any) -> str:
@@ -212,7 +217,10 @@ class Writer:
         scale = torch.cat([spec.steps.scale for spec in specs]).flatten() * grid.static[0]
         weight = self.node(
             "DequantizeLinear",
-            [self.constant("weight", levels), self.constant("scale", scale)],
+            [
+                self.constant("weight", levels), self.constant("scale", scale),
+                self.constant("weight_zero", torch.zeros(len(scale), dtype=torch.int8)),
+            ],
             f"{self.prefix}.dequantized", axis=1,
         )  # fmt: skip
         return self.node("MatMul", [floats, weight], f"{self.prefix}.product")

@@ -75,6 +75,7 @@ def skeleton(model: Any) -> Any:
                 kind, width = "Embedding", layer.in_features
             empty.set_submodule(name, Placeholder(kind, name, width))
     restore_floats(empty)
+    empty.set_attn_implementation("eager")  # PyTorch's own traces to Where and IsNaN besides
     if hasattr(empty.config, "use_cache"):
         empty.config.use_cache = False
     return nn.Module.float(nn.Module.to(empty, "cpu")).eval()
