@@ -11,6 +11,7 @@ from qtk.assembly import quantized_attentions, quantized_layers, run_on
 from qtk.errors import ModelError
 from qtk.export import _trace
 from qtk.modules.floats import restore_attention
+from qtk.modules.patch import QuantPatchConv
 
 if TYPE_CHECKING:
     from qtk.export import Exported, Source
@@ -64,6 +65,25 @@ def reference(model: Any) -> Any:
     if alone:
         run_on(model, "reference")
     return model
+
+
+def needs_float_attention(model: Any) -> tuple[str, ...]:
+    """A note where the file's attention is not the model's."""
+    told = "attention is in floating point; qtk computes its products in integers"
+    return (told,) if quantized_attentions(model) else ()
+
+
+def needs_float_patches(model: Any) -> tuple[str, ...]:
+    """A note where the file's patch embedding is not the model's."""
+    told = "the patch embedding is a float convolution, with the weights of its codes"
+    return (told,) if any(isinstance(m, QuantPatchConv) for m in model.modules()) else ()
+
+
+def saturates() -> bool:
+    """Whether this CPU adds pairs of u8 x s8 products in 16 bits, as x86 does without VNNI."""
+    found = torch.cpu.get_capabilities()
+    exact = ("avx512_vnni", "avx_vnni", "amx_int8")
+    return found.get("architecture") == "x86_64" and not any(found.get(name) for name in exact)
 
 
 def _random(model: Any) -> Iterator[dict[str, Tensor]]:

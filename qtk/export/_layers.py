@@ -11,7 +11,7 @@ Weights alone are `MatMulNBits` of ONNX Runtime's domain, which OpenVINO reads t
 one tensor on one grid are joined into one product. An embedding is a gather of codes and scales.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,6 @@ from qtk.errors import SchemeError
 from qtk.export._trace import DOMAIN
 from qtk.grids import InputGrid, LinearSpec, Steps
 from qtk.modules.embedding import QuantEmbedding
-from qtk.scheme import Scheme
 
 RUNTIME = "com.microsoft"  # the domain of ONNX Runtime's own operators
 CODES = 128  # added to signed codes of 8 bits: x86 runtimes multiply unsigned ones by signed ones
@@ -78,15 +77,17 @@ def write(proto: Any, linears: Mapping[str, LinearSpec], tables: Mapping[str, An
     others = {node.output[0] for group in joined.values() for node, _ in group[1:]}
     norms = _private_norms(graph, joined.values())
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
-    nodes = []
+    nodes, uses = [], Counter[str]()
     for node in graph.node:
+        if node.domain == DOMAIN:
+            layer = _layer_of(node)
+            uses[layer] += 1
+            writer = Writer(graph, layer if uses[layer] == 1 else f"{layer}.{uses[layer]}")
         if node.output[0] in joined:
-            writer = Writer(graph, _layer_of(node))
             group = joined[node.output[0]]
             nodes += writer.linears(group, norms.get(node.input[0]), ranks.get(node.input[0], 3))
         elif node.domain == DOMAIN and node.op_type == "Embedding":
-            writer = Writer(graph, _layer_of(node))
-            nodes += writer.embedding(node, tables[_layer_of(node)])
+            nodes += writer.embedding(node, tables[layer])
         elif node.output[0] not in others:
             nodes.append(node)
     del graph.node[:]
@@ -378,8 +379,3 @@ def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
     found = np.pad(found, ((0, 0), (0, found.shape[1] % 2)))
     packed: np.ndarray = found[:, 0::2] | found[:, 1::2] << 4
     return packed
-
-
-def needs_runtime(schemes: Iterable[Scheme]) -> bool:
-    """Whether a file has operators of ONNX Runtime's own."""
-    return any(scheme.a is None for scheme in schemes)

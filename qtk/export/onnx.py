@@ -15,21 +15,29 @@ import torch
 
 from qtk.errors import BackendError
 from qtk.export import _layers, _trace
-from qtk.export._compare import compared
+from qtk.export._compare import (
+    compared,
+    needs_float_attention,
+    needs_float_patches,
+    saturates,
+)
 
 if TYPE_CHECKING:
     from qtk.export import Exported, Source
 
 FILE = "onnx/model.onnx"
 LARGEST = 2**31 - 2**24  # bytes of one protocol buffer; larger weights lie in a file beside it
-FLOAT_ATTENTION = "attention is in floating point, qtk computes its products in integers"
+SATURATES = (
+    "this CPU has no VNNI, integer products of u8 x s8 overflow on it: sessions of ONNX Runtime need "
+    "session.x64quantprecision=1, and OpenVINO has no such option; checked without overflow"
+)
 EXACT = {"session.x64quantprecision": "1"}  # no saturation where there is no VNNI
 
 
 def write(source: "Source", folder: Path) -> "Exported":
     proto = graph(source)
     (folder / "onnx").mkdir()
-    _save(proto, folder / FILE)
+    save(proto, folder / FILE)
     write_config(source.model, folder)
     session = _session(folder / FILE)
     names = [output.name for output in session.get_outputs()]
@@ -69,14 +77,13 @@ def graph(source: "Source") -> Any:
 
 
 def notes(source: "Source") -> tuple[str, ...]:
-    """What the file has not as qtk has it."""
-    found = []
-    if any(type(module).__name__ == "QuantAttention" for module in source.model.modules()):
-        found.append(FLOAT_ATTENTION)
-    if any(type(module).__name__ == "QuantPatchConv" for module in source.model.modules()):
-        found.append("the patch embedding is a float convolution with the weights of its codes")
-    if _layers.needs_runtime(spec.scheme for spec in source.linears.values()):
+    """What the file has not as qtk has it, and what a runtime needs for it."""
+    found = [*needs_float_attention(source.model), *needs_float_patches(source.model)]
+    schemes = {spec.scheme for spec in source.linears.values()}
+    if any(scheme.a is None for scheme in schemes):
         found.append("MatMulNBits is an operator of ONNX Runtime's own, which OpenVINO reads too")
+    if saturates() and any(scheme.a is not None for scheme in schemes):
+        found.append(SATURATES)
     return tuple(found)
 
 
@@ -89,7 +96,7 @@ def write_config(model: Any, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def _save(proto: Any, path: Path) -> None:
+def save(proto: Any, path: Path) -> None:
     import onnx
 
     if proto.ByteSize() < LARGEST:
