@@ -16,6 +16,7 @@ from qtk.errors import (
     QtkError,
     SchemeError,
 )
+from qtk.export import Exported, export
 from qtk.fidelity import Fidelity, evaluate
 from qtk.integrations.transformers import load
 from qtk.pipeline import quantize
@@ -27,12 +28,14 @@ __all__ = [
     "BackendError",
     "CalibrationError",
     "CheckpointError",
+    "Exported",
     "Fidelity",
     "ModelError",
     "QtkError",
     "SchemeError",
     "Summary",
     "evaluate",
+    "export",
     "load",
     "quantize",
     "summary",

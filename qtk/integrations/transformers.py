@@ -1,6 +1,7 @@
 """transformers: `from_pretrained` and `save_pretrained` of quantized models, after `import qtk`."""
 
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtk import assembly
 from qtk.errors import BackendError, CheckpointError, ModelError
-from qtk.integrations import folder
+from qtk.integrations import compressed_tensors, folder
 from qtk.integrations.saving import AtomicSave, Unfinished
 from qtk.models import check_whole
 from qtk.modules.embedding import QuantEmbedding
@@ -157,6 +158,9 @@ def open_model(model: Any) -> Any:
 def load(path: str | os.PathLike[str], *, backend: str | None = None, **kwargs: Any) -> Any:
     """Reads a model that `save_pretrained` of a quantized model wrote, and checks every tensor.
 
+    Checkpoints that others made with compressed-tensors, of integer weights alone or with integer
+    activations, are read as well.
+
     No code of the checkpoint runs, and config.json decides neither which attention nor which files.
 
     Args:
@@ -174,6 +178,8 @@ def load(path: str | os.PathLike[str], *, backend: str | None = None, **kwargs: 
     """
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"a {type(path).__name__} is not a path; give the folder of a model")
+    if compressed_tensors.is_one(Path(path)):
+        return _load_translated(path, backend, kwargs)
     saved = folder.read(path, kwargs.get("variant"))
     try:
         model, info = _built(path, saved.config, kwargs)
@@ -193,11 +199,20 @@ def load(path: str | os.PathLike[str], *, backend: str | None = None, **kwargs: 
     return model
 
 
+def _load_translated(path: Any, backend: str | None, kwargs: dict[str, Any]) -> Any:
+    """A checkpoint of compressed-tensors, by way of one of qtk's in a temporary folder."""
+    with tempfile.TemporaryDirectory() as work:
+        compressed_tensors.translate(Path(path), Path(work))
+        model = load(work, backend=backend, **kwargs)
+    model.name_or_path = model.config._name_or_path = str(path)
+    return model
+
+
 def _built(path: Any, config: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """The model and what transformers says of the loading, from a config that was looked at."""
     from transformers import CONFIG_MAPPING
 
-    cls, kwargs = _class(config), {"trust_remote_code": False, **kwargs}
+    cls, kwargs = folder.class_of(config), {"trust_remote_code": False, **kwargs}
     if "config" not in kwargs:
         own: Any = getattr(cls, "config_class", None) or CONFIG_MAPPING[config["model_type"]]
         dtypes: dict[str, Any] = {
@@ -227,19 +242,9 @@ def _read(path: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.random.fork_rng(devices=[]):
-            cls = _class(config.to_dict())
+            cls = folder.class_of(config.to_dict())
             return cls.from_pretrained(path, dtype="auto", trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # a folder may hold anything
         raise ModelError(f"cannot load {path!r}: {error}") from error
-
-
-def _class(config: dict[str, Any]) -> Any:
-    """The class that a model was saved from, or AutoModel where the config does not say."""
-    import transformers
-
-    names = config.get("architectures") or [""]
-    found = getattr(transformers, str(names[0]), None)
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else transformers.AutoModel

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qtk.assembly import base_name, check_float, finish
+from qtk.integrations.sentence_transformers import rewrap, unwrap
 from qtk.integrations.transformers import attach, load_float, refuse_saving
 from qtk.models import Block, describe, fold_scales
 from qtk.modules.base import resolve_backend
@@ -60,7 +61,8 @@ def quantize(
     """Turns a transformers BERT, OPT or ViT into the same model computing in low-bit integers.
 
     Args:
-        model: a model in floating point, or the path or hub name of one.
+        model: a model in floating point, or the path or hub name of one; or a SentenceTransformer
+            or CrossEncoder, whose tokenizer and length then serve for `calib`.
         w, a: bits of weights (2 to 8, or 16) and activations (4 to 8, or 16); 16 is floating point.
             "fp8" for both is e4m3: weights per channel, activations per token.
         calib: batches (dicts of tensors), strings, or a path to a text file or image folder.
@@ -108,7 +110,8 @@ def quantize(
         inplace: changes `model` itself instead of a copy. Interrupted, it refuses to be saved.
 
     Returns:
-        The model, same class and outputs, in eval mode, its parameters frozen.
+        The model, same class and outputs, in eval mode, its parameters frozen; a SentenceTransformer
+        or CrossEncoder around it where one was given.
 
     Raises:
         QtkError: see `qtk.errors`; each message names the module and the remedy.
@@ -119,7 +122,9 @@ def quantize(
         rounding=rounding, ranges=ranges, learn=learn, preset=preset, bits=bits, skip=skip,
         resume=resume, seed=seed,
     )  # fmt: skip
-    source, blocks = _opened(model, backend)
+    given = unwrap(model, calib, tokenizer)
+    calib, tokenizer = given.data, given.tokenizer
+    source, blocks = _opened(given.model, backend)
     found = assign(source, blocks, request.default, request.overrides)
     request.check(found)
     batches = _data(source, calib, tokenizer, request, found)
@@ -139,7 +144,8 @@ def quantize(
     layers = {base_name(qmodel, name): layer for name, layer in made.items()}
     told = request.told(batches, learning.told())
     attach(qmodel, Record(layers, told, backend, request.attention))
-    return qmodel
+    whole: nn.Module = rewrap(model, qmodel, inplace=inplace)
+    return whole
 
 
 def _opened(model: nn.Module | str | Path, backend: str) -> tuple[Model, tuple[Block, ...]]:
