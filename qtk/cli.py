@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 import qtk
 from qtk.discover import available
 from qtk.errors import CheckpointError, ModelError, QtkError, SchemeError
+from qtk.export import formats
 from qtk.pipeline.recipes import LEARNERS, LEARNING, METHODS
 from qtk.scheme import SOFTMAXES
 
@@ -206,6 +207,23 @@ def evaluate(
 def info(model: Quantized, as_json: AsJson = False) -> None:
     """List the layers of a quantized model: scheme, kernel, bytes, error."""
     _show(qtk.summary(qtk.load(model)), as_json)
+
+
+@app.command()
+def export(
+    quantized: Quantized,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that is not there yet.")],
+    format: Annotated[str, typer.Option(help=one_of("Of the files", formats()))] = "onnx",
+    tokenizer: Tokenizer = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Text file or folder of images to check it on.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write QUANTIZED as files that are served without qtk, and check them."""
+    with errors.status("exporting"):
+        result = qtk.export(quantized, out, format, tokenizer=tokenizer, data=data)
+    _show(result, as_json)
 
 
 @app.command()

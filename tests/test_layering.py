@@ -44,12 +44,26 @@ ALLOWED = {
     },
     "qtk.fidelity": LOW
     | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
+    "qtk.export": LOW
+    | {
+        "qtk.observe",
+        "qtk.modules",
+        "qtk.assembly",
+        "qtk.integrations",
+        "qtk.table",
+        "qtk.export",
+    },
     "qtk.report": LOW
     | {"qtk.record", "qtk.assembly", "qtk.integrations", "qtk.table", "qtk.report"},
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
-    "integrations": ["__init__", "companions", "quiet", "folder", "saving", "transformers"],
+    "export": ["__init__", "_trace", "_layers", "_compare", "onnx", "openvino",
+               "compressed_tensors", "gguf"],
+    "integrations": [
+        "__init__", "companions", "quiet", "folder", "saving", "sentence_transformers",
+        "compressed_tensors", "transformers",
+    ],
     "observe": [
         "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "beside", "files",
         "images", "items", "tokens", "check", "batches",

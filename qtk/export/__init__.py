@@ -38,10 +38,12 @@ class Source:
 
     Attributes:
         model: a quantized model of transformers.
+        tokenizer: of the model, or its folder; None for what lies beside it.
         batches: what the file is checked on; None for tokens or pixels drawn at random.
     """
 
     model: Any
+    tokenizer: Any = None
     batches: list[dict[str, Any]] | None = None
 
     @property
@@ -142,7 +144,8 @@ def export(
     target = _empty(out)
     opened, beside = _opened(model)
     record_of(opened)
-    batches = None if data is None else prepare(opened, data, _object(tokenizer))
+    given = sentence_transformers.unwrap(model, data, tokenizer)
+    batches = None if data is None else prepare(opened, given.data, given.tokenizer)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".exporting-", dir=target.parent))
@@ -150,7 +153,7 @@ def export(
         raise CheckpointError(f"cannot write beside {str(target)!r}: {error}") from None
     try:
         work.chmod(0o755)
-        written: Exported = chosen.write(Source(opened, batches), work)
+        written: Exported = chosen.write(Source(opened, given.tokenizer, batches), work)
         companions = _companions(model, opened, beside, tokenizer, work)
         if target.exists():
             target.rmdir()
@@ -160,11 +163,16 @@ def export(
     return replace(written, companions=tuple(companions))
 
 
+def formats() -> dict[str, str]:
+    """The file of each format."""
+    return {module.replace("_", "-"): module for module in available("export")}
+
+
 def _format(name: object) -> Any:
-    names = {module.replace("_", "-"): module for module in available("export")}
-    if not isinstance(name, str) or name not in names:
-        raise SchemeError(f"format={name!r}: choose {', '.join(map(repr, names))}")
-    return load("export", names[name])
+    known = formats()
+    if not isinstance(name, str) or name not in known:
+        raise SchemeError(f"format={name!r}: choose {', '.join(map(repr, known))}")
+    return load("export", known[name])
 
 
 def _empty(out: object) -> Path:
@@ -186,10 +194,6 @@ def _opened(model: Any) -> tuple[Any, Path | None]:
     return opened, source if source.is_dir() else None
 
 
-def _object(tokenizer: Any) -> Any:
-    return str(tokenizer) if isinstance(tokenizer, os.PathLike) else tokenizer
-
-
 def _companions(
     given: Any, opened: Any, beside: Path | None, tokenizer: Any, folder: Path
 ) -> list[str]:
@@ -200,7 +204,7 @@ def _companions(
     elif beside is not None:
         copy_companions(beside, folder)
     if isinstance(tokenizer, (str, os.PathLike)):
-        copy_companions(tokenizer, folder)
+        copy_companions(Path(tokenizer), folder)
     elif hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
     after = {path for path in folder.rglob("*") if path.is_file()}

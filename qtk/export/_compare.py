@@ -2,19 +2,16 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qtk.assembly import quantized_attentions, quantized_layers, run_on
 from qtk.errors import ModelError
-from qtk.export import _trace
+from qtk.export import Exported, Source, _trace
 from qtk.modules.floats import restore_attention
 from qtk.modules.patch import QuantPatchConv
-
-if TYPE_CHECKING:
-    from qtk.export import Exported, Source
 
 SHAPES = ((3, 13), (1, 5))  # sentences and tokens of the random batches: not those traced
 LEAST = 0.98  # mean cosine: codes that fall differently cost thousandths, a wrong file much more
@@ -22,7 +19,7 @@ LEAST = 0.98  # mean cosine: codes that fall differently cost thousandths, a wro
 Run = Callable[[dict[str, Tensor]], dict[str, Any]]  # a batch to the outputs by name
 
 
-def compared(source: "Source", run: Run, **told: Any) -> "Exported":
+def compared(source: Source, run: Run, **told: Any) -> Exported:
     """An `Exported` with what the comparison found.
 
     Rows are tokens or images of the model's first output, padding left out.
@@ -30,8 +27,6 @@ def compared(source: "Source", run: Run, **told: Any) -> "Exported":
     Raises:
         ModelError: what was written computes something else.
     """
-    from qtk.export import Exported
-
     cosines, largest = [], 0.0
     model = reference(source.model)
     for batch in source.batches or _random(source.model):
@@ -44,9 +39,9 @@ def compared(source: "Source", run: Run, **told: Any) -> "Exported":
     )
     if not result.cosine >= LEAST:
         raise ModelError(
-            f"the {result.format} file computes something else: cosine {result.cosine:.4f}, largest "
-            f"difference {largest:.3g} in {result.checked_in}; this is a defect of qtk or of that "
-            "runtime"
+            f"the {result.format} file computes something else: cosine {result.cosine:.4f}, "
+            f"largest difference {largest:.3g} in {result.checked_in}; this is a defect of qtk or "
+            "of that runtime"
         )
     return result
 

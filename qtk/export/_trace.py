@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtk.errors import BackendError, ModelError, SchemeError
+from qtk.errors import ModelError, SchemeError
 from qtk.modules.attention import QuantAttention
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.floats import restore_floats
 from qtk.modules.linear import QuantLinear
+from qtk.modules.patch import QuantPatchConv
 from qtk.observe.tokens import reads_choices
 
 DOMAIN = "qtk"
@@ -90,7 +91,7 @@ def traced(model: Any, batch: Mapping[str, Tensor], outputs: tuple[str, ...]) ->
     axes = {name: _axes(name, value) for name, value in batch.items()}
     named = Named(model, tuple(batch), outputs).eval()
     try:
-        with torch.no_grad(), _quietly():
+        with torch.no_grad(), _Quietly():
             program = torch.export.export(
                 named, tuple(batch.values()), dynamic_shapes=(tuple(axes.values()),), strict=False
             )
@@ -98,8 +99,6 @@ def traced(model: Any, batch: Mapping[str, Tensor], outputs: tuple[str, ...]) ->
                 program, dynamo=True, input_names=list(batch), output_names=list(outputs),
                 opset_version=OPSET, verbose=False,
             )  # fmt: skip
-    except ImportError as error:
-        raise BackendError(f"exporting needs onnxscript: pip install 'qtk-torch[onnx]' ({error})")
     except Exception as error:
         raise ModelError(
             f"PyTorch cannot trace {type(model).__name__}: {str(error)[:500]}"
@@ -144,11 +143,10 @@ def _axes(name: str, value: Tensor) -> dict[int, Any]:
 
 
 def _in_patches(model: nn.Module, name: str) -> bool:
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return type(parent).__name__ == "QuantPatchConv"
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), QuantPatchConv)
 
 
-class _quietly(warnings.catch_warnings):  # noqa: N801, a context
+class _Quietly(warnings.catch_warnings):
     """Without the exporter's remarks on its own progress."""
 
     def __enter__(self) -> Any:

@@ -1,33 +1,32 @@
 """compressed-tensors: what vLLM, SGLang and transformers read.
 
-W8A8, static or per token, is `int-quantized`; weights alone, and 4-bit weights with any activations,
-are `pack-quantized`: codes plus 2^(bits-1), the first in the lowest bits of an int32. transformers
-computes such a model in floats, on weights that it has unpacked at the first call.
+W8A8, static or per token, is `int-quantized`; weights alone, and 4-bit weights with any
+activations, are `pack-quantized`: codes plus 2^(bits-1), the first in the lowest bits of an int32.
+transformers computes such a model in floats, on weights that it has unpacked at the first call.
 
 Scales of tokens are found when the model runs, by compressed-tensors' rule (absmax / 127.5), not by
-qtk's, which clips; and transformers finds one for all tokens where a linear reads a matrix (OPT's MLP).
+qtk's, which clips; and transformers finds one for all tokens where a linear reads a matrix, as in
+OPT's MLP.
 """
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qtk.errors import BackendError, SchemeError
+from qtk.export import Exported, Source
 from qtk.export._compare import compared, needs_float_attention, needs_float_patches
 from qtk.grids import LinearSpec
 from qtk.modules.floats import restore_floats
 from qtk.scheme import Format
 
-if TYPE_CHECKING:
-    from qtk.export import Exported, Source
-
 PACKED = (2, 4, 8)  # bits of which a whole number fits into an int32
 
 
-def write(source: "Source", folder: Path) -> "Exported":
+def write(source: Source, folder: Path) -> Exported:
     try:
         import compressed_tensors
     except ImportError as error:
@@ -60,7 +59,7 @@ def write(source: "Source", folder: Path) -> "Exported":
                     checked_in=f"compressed-tensors {compressed_tensors.__version__}")  # fmt: skip
 
 
-def _notes(source: "Source") -> tuple[str, ...]:
+def _notes(source: Source) -> tuple[str, ...]:
     notes = [*needs_float_attention(source.model), *needs_float_patches(source.model)]
     if source.embeddings:
         notes.append("embeddings are in floating point, with the values of their codes")

@@ -9,12 +9,12 @@ needs `session.x64quantprecision` at 1, which is what the check below runs with.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qtk.errors import BackendError
-from qtk.export import _layers, _trace
+from qtk.export import Exported, Source, _layers, _trace
 from qtk.export._compare import (
     compared,
     needs_float_attention,
@@ -22,19 +22,16 @@ from qtk.export._compare import (
     saturates,
 )
 
-if TYPE_CHECKING:
-    from qtk.export import Exported, Source
-
 FILE = "onnx/model.onnx"
 LARGEST = 2**31 - 2**24  # bytes of one protocol buffer; larger weights lie in a file beside it
 SATURATES = (
-    "this CPU has no VNNI, integer products of u8 x s8 overflow on it: sessions of ONNX Runtime need "
-    "session.x64quantprecision=1, and OpenVINO has no such option; checked without overflow"
+    "this CPU has no VNNI, integer products of u8 x s8 overflow on it: sessions of ONNX Runtime "
+    "need session.x64quantprecision=1, and OpenVINO has no such option; checked without overflow"
 )
 EXACT = {"session.x64quantprecision": "1"}  # no saturation where there is no VNNI
 
 
-def write(source: "Source", folder: Path) -> "Exported":
+def write(source: Source, folder: Path) -> Exported:
     proto = graph(source)
     (folder / "onnx").mkdir()
     save(proto, folder / FILE)
@@ -54,7 +51,7 @@ def write(source: "Source", folder: Path) -> "Exported":
                     checked_in=f"onnxruntime {onnxruntime.__version__}")  # fmt: skip
 
 
-def graph(source: "Source") -> Any:
+def graph(source: Source) -> Any:
     """The `onnx.ModelProto` of a quantized model.
 
     Raises:
@@ -76,7 +73,7 @@ def graph(source: "Source") -> Any:
     return proto
 
 
-def notes(source: "Source") -> tuple[str, ...]:
+def notes(source: Source) -> tuple[str, ...]:
     """What the file has not as qtk has it, and what a runtime needs for it."""
     found = [*needs_float_attention(source.model), *needs_float_patches(source.model)]
     schemes = {spec.scheme for spec in source.linears.values()}

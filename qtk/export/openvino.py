@@ -1,20 +1,17 @@
 """OpenVINO's own files, through its converter of the ONNX form.
 
-    out/openvino/openvino_model.xml, .bin    what sentence-transformers and optimum-intel look for
+out/openvino/openvino_model.xml, .bin    what sentence-transformers and optimum-intel look for
 """
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qtk.errors import BackendError
-from qtk.export import onnx
+from qtk.export import Exported, Source, onnx
 from qtk.export._compare import compared, saturates
-
-if TYPE_CHECKING:
-    from qtk.export import Exported, Source
 
 FOLDER = "openvino"
 FILES = (f"{FOLDER}/openvino_model.bin", f"{FOLDER}/openvino_model.xml")
@@ -22,7 +19,7 @@ FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # of what is float; some CPUs wou
 EXACT = {"LP_TRANSFORMS_MODE": "NO"}  # codes are multiplied as floats
 
 
-def write(source: "Source", folder: Path) -> "Exported":
+def write(source: Source, folder: Path) -> Exported:
     try:
         import openvino
     except ImportError as error:

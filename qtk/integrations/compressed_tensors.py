@@ -1,8 +1,8 @@
 """Checkpoints of compressed-tensors, made by others, as checkpoints of qtk.
 
-Read are integer weights of 2, 4 or 8 bits, per tensor, channel or group, alone or with activations of
-4 to 8 bits: static per tensor, or dynamic per token. Codes and scales stay what they are. The package
-itself is not needed.
+Read are integer weights of 2, 4 or 8 bits, per tensor, channel or group, alone or with activations
+of 4 to 8 bits: static per tensor, or dynamic per token. Codes and scales stay what they are. The
+package itself is not needed.
 """
 
 import json

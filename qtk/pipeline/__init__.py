@@ -110,8 +110,8 @@ def quantize(
         inplace: changes `model` itself instead of a copy. Interrupted, it refuses to be saved.
 
     Returns:
-        The model, same class and outputs, in eval mode, its parameters frozen; a SentenceTransformer
-        or CrossEncoder around it where one was given.
+        The model, same class and outputs, in eval mode, its parameters frozen, in the
+        SentenceTransformer or CrossEncoder that was around it.
 
     Raises:
         QtkError: see `qtk.errors`; each message names the module and the remedy.
