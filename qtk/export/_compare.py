@@ -95,7 +95,8 @@ def _rows(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _found(run: Run, model: Any, batch: dict[str, Tensor]) -> Tensor:
-    outputs = run({name: value.cpu() for name, value in batch.items()})
+    served = _trace.completed(model, batch)
+    outputs = run({name: value.cpu() for name, value in served.items()})
     return _flat(torch.from_numpy(next(iter(outputs.values()))), batch)
 
 

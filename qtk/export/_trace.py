@@ -129,12 +129,18 @@ def example(model: Any, rows: int = ROWS, tokens: int = TOKENS, seed: int = 0) -
     if rows > 1:
         mask[-1, tokens - tokens // 3 :] = 0
         ids[mask == 0] = int(getattr(config, "pad_token_id", None) or 0)
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if getattr(config, "type_vocab_size", 0) > 1:
-        batch["token_type_ids"] = torch.zeros_like(ids)
+    batch = completed(model, {"input_ids": ids, "attention_mask": mask})
     if reads_choices(model):
         batch = {name: value[:, None].expand(-1, 2, -1) for name, value in batch.items()}
     return batch
+
+
+def completed(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch with all inputs that the file has: the token types that BERT takes for zeros."""
+    ids = batch.get("input_ids")
+    if ids is None or getattr(model.config, "type_vocab_size", 0) < 2:
+        return dict(batch)
+    return {"token_type_ids": torch.zeros_like(ids), **batch}
 
 
 def _axes(name: str, value: Tensor) -> dict[int, Any]:
