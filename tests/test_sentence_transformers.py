@@ -1,5 +1,6 @@
 """SentenceTransformer and CrossEncoder: in and out, with everything that lies in their folders."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def ranker(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_a_sentence_transformer_goes_in_and_comes_out(embedder: Any, tmp_path: Path) -> None:
     before = embedder.encode(TEXTS)
-    quantized = qtk.quantize(embedder, calib=CALIB, progress=False)
+    quantized = qtk.quantize(embedder, calib=CALIB, preset="fast", progress=False)
     assert type(quantized) is type(embedder) and quantized is not embedder
     assert np.array_equal(embedder.encode(TEXTS), before)
     y = quantized.encode(TEXTS)
@@ -62,14 +63,14 @@ def test_a_sentence_transformer_goes_in_and_comes_out(embedder: Any, tmp_path: P
 
 def test_in_place_it_is_the_same_object(tiny_bert: Path) -> None:
     model = st.SentenceTransformer(str(tiny_bert), device="cpu")
-    assert qtk.quantize(model, calib=CALIB, inplace=True, progress=False) is model
+    assert qtk.quantize(model, calib=CALIB, inplace=True, preset="fast", progress=False) is model
     assert qtk.summary(model).layers[0].scheme == "W8A8"
 
 
 def test_a_cross_encoder_is_calibrated_on_pairs(ranker: Any, tmp_path: Path) -> None:
-    pairs = list(zip(TEXTS[:-1], TEXTS[1:], strict=True))
+    pairs = list(pairwise(TEXTS))
     before = ranker.predict(pairs)
-    quantized = qtk.quantize(ranker, calib=pairs[:24], progress=False)
+    quantized = qtk.quantize(ranker, calib=pairs[:24], preset="fast", progress=False)
     y = quantized.predict(pairs)
     assert type(quantized) is type(ranker) and np.abs(y - before).max() < 0.05  # of a sigmoid
     quantized.save_pretrained(str(tmp_path / "out"))
@@ -85,7 +86,7 @@ def test_calibration_is_cut_where_the_model_cuts(embedder: Any) -> None:
 
 def test_it_is_exported_with_its_folders(embedder: Any, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    quantized = qtk.quantize(embedder, calib=CALIB, method="none", progress=False)
+    quantized = qtk.quantize(embedder, calib=CALIB, method="none", preset="fast", progress=False)
     found = qtk.export(quantized, tmp_path / "out", "compressed-tensors", data=REST)
     assert {"2_Dense/model.safetensors", "modules.json", "tokenizer.json"} <= set(found.companions)
     assert "2_Dense/config.json" in found.companions and found.cosine > 0.9999
@@ -93,7 +94,7 @@ def test_it_is_exported_with_its_folders(embedder: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_spawned_pool_gives_the_same_bits(embedder: Any) -> None:
-    quantized = qtk.quantize(embedder, calib=CALIB, progress=False)
+    quantized = qtk.quantize(embedder, calib=CALIB, preset="fast", progress=False)
     pool = quantized.start_multi_process_pool(["cpu", "cpu"])
     try:
         y = quantized.encode(TEXTS, pool=pool, chunk_size=24, batch_size=24)
