@@ -17,6 +17,7 @@ from qtk.errors import (
     QtkError,
     SchemeError,
 )
+from qtk.export import Exported, export
 from qtk.fidelity import Fidelity, evaluate
 from qtk.integrations.transformers import load
 from qtk.mixed_precision.latency import Latencies
@@ -31,6 +32,7 @@ __all__ = [
     "BackendError",
     "CalibrationError",
     "CheckpointError",
+    "Exported",
     "Fidelity",
     "Latencies",
     "ModelError",
@@ -40,6 +42,7 @@ __all__ = [
     "Summary",
     "bench_ops",
     "evaluate",
+    "export",
     "load",
     "quantize",
     "quantize_files",

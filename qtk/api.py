@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from qtk.errors import SchemeError
+from qtk.integrations.sentence_transformers import rewrap, unwrap
 from qtk.mixed_precision import auto
 from qtk.mixed_precision.search import OPTIONS, search
 from qtk.observe.batches import prepare
@@ -47,7 +48,8 @@ def quantize(
     """Turns a transformers BERT, OPT or ViT into the same model computing in low-bit integers.
 
     Args:
-        model: a model in floating point, or the path or hub name of one.
+        model: a model in floating point, or the path or hub name of one; or a SentenceTransformer
+            or CrossEncoder, whose tokenizer and length then serve for `calib`.
         w, a: bits of weights (2 to 8, or 16) and activations (4 to 8, or 16); 16 is floating point.
             "fp8" for both is e4m3: weights per channel, activations per token.
         calib: batches (dicts of tensors), strings, or a path to a text file or image folder.
@@ -98,7 +100,8 @@ def quantize(
         inplace: changes `model` itself instead of a copy. Interrupted, it refuses to be saved.
 
     Returns:
-        The model, same class and outputs, in eval mode, its parameters frozen.
+        The model, same class and outputs, in eval mode, its parameters frozen, in the
+        SentenceTransformer or CrossEncoder that was around it.
 
     Raises:
         QtkError: see `qtk.errors`; each message names the module and the remedy.
@@ -110,22 +113,26 @@ def quantize(
         "seed": seed,
     }  # fmt: skip
     folder = check(resume)
+    given = unwrap(model, calib, tokenizer)
+    bare, calib, tokenizer = given.model, given.data, given.tokenizer
     if budget is not None:
         if bits is not None or (w, a) != (8, 8):
             raise SchemeError("budget chooses the bits: leave out w, a and bits, or budget")
-        model = opened(model, backend)[0]
+        bare = opened(bare, backend)[0]
         passed = {name: options[name] for name in OPTIONS}
-        found = search(model, budget, calib, tokenizer, backend=backend, seed=seed,
+        found = search(bare, budget, calib, tokenizer, backend=backend, seed=seed,
                        progress=progress, **passed)  # fmt: skip
         bits, calib = found.bits, found.calib
     elif isinstance(bits, str):
         pairs = auto.pairs_of(bits, w, a, calib)
         request = Request.of(w, a, calib, bits=None, **options)
-        model = source = opened(model, backend)[0]
-        calib = prepare(source, calib, tokenizer, seed, request.samples)
-        bits = auto.sensitive(source, calib, bits, pairs, options, backend)
+        bare = opened(bare, backend)[0]
+        calib = prepare(bare, calib, tokenizer, seed, request.samples)
+        bits = auto.sensitive(bare, calib, bits, pairs, options, backend)
     request = Request.of(w, a, calib, bits=bits, **options)
-    return run(
-        model, calib, tokenizer, request, backend=backend, resume=folder, progress=progress,
+    qmodel = run(
+        bare, calib, tokenizer, request, backend=backend, resume=folder, progress=progress,
         inplace=inplace,
     )  # fmt: skip
+    whole: nn.Module = rewrap(model, qmodel, inplace=inplace)
+    return whole

@@ -15,6 +15,7 @@ import qtk
 from qtk import ranks
 from qtk.discover import available
 from qtk.errors import CheckpointError, ModelError, QtkError, SchemeError
+from qtk.export import formats
 from qtk.pipeline.recipes import LEARNERS, LEARNING, METHODS
 from qtk.report.summary import Summary
 from qtk.scheme import SOFTMAXES
@@ -180,8 +181,8 @@ def quantize(
         "w": _number(w), "a": _number(a), "calib": calib, "tokenizer": tokenizer, "method": method,
         "rounding": rounding, "ranges": ranges, "learn": learn, "activations": activations.value,
         "weights": weights.value, "attention": attention, "softmax": softmax,
-        "softmax_bits": softmax_bits, "group_size": group_size, "bits": _mixed(bits) if bits else None,
-        "budget": budget, "skip": skip, "preset": preset, "backend": backend.value,
+        "softmax_bits": softmax_bits, "group_size": group_size, "budget": budget, "skip": skip,
+        "bits": _mixed(bits) if bits else None, "preset": preset, "backend": backend.value,
         "resume": resume, "seed": seed, "progress": not as_json,
     }  # fmt: skip
     with ranks.group(device or "cpu") as device:
@@ -331,6 +332,23 @@ def sweep(
         _print_json({"rows": rows, "files": files, "report": str(out / "report.html")})
     else:
         typer.echo(f"{len(rows)} cells: {', '.join(files)}; {out / 'report.html'} shows them")
+
+
+@app.command()
+def export(
+    quantized: Quantized,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that is not there yet.")],
+    format: Annotated[str, typer.Option(help=one_of("Of the files", formats()))] = "onnx",
+    tokenizer: Tokenizer = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Text file or folder of images to check it on.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write QUANTIZED as files that are served without qtk, and check them."""
+    with errors.status("exporting"):
+        result = qtk.export(quantized, out, format, tokenizer=tokenizer, data=data)
+    _show(result, as_json)
 
 
 @app.command()

@@ -191,3 +191,22 @@ def test_demo_prints_table_or_json(
 def test_tune_says_that_it_needs_a_gpu() -> None:
     result = call("tune")
     assert result.exit_code == 1 and "there is none on this machine" in result.output
+
+
+def test_export_writes_files_and_says_what_they_are(quantized: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    refused = call("export", quantized, tmp_path / "out", "--format", "compressed-tensors")
+    assert refused.exit_code == 1 and "method='none'" in refused.stderr
+    unknown = call("export", quantized, tmp_path / "out", "--format", "tflite")
+    assert unknown.exit_code == 1 and "'onnx'" in unknown.stderr
+    assert not (tmp_path / "out").exists()
+    qmodel = qtk.quantize(qtk.load(quantized).dequantize(), 4, 16, progress=False)
+    qmodel.save_pretrained(tmp_path / "packed")  # type: ignore[operator]
+    done = call(
+        "export", tmp_path / "packed", tmp_path / "out", "--format", "compressed-tensors",
+        "--tokenizer", quantized, "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    assert data["files"] == ["config.json", "model.safetensors"] and data["cosine"] > 0.9999
+    assert "tokenizer.json" in data["companions"]

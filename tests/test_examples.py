@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import qtk
 from qtk.demo.sentences import sentences
@@ -106,10 +107,15 @@ def test_code_of_the_documents_runs(
     assert [language for language, _ in blocks].count("python") >= least
     (tmp_path / "sentences.txt").write_text("\n".join(sentences(24)))
     (tmp_path / "tests.txt").write_text("\n".join(sentences(24, seed=1)))
+    pytest.importorskip("compressed_tensors"), pytest.importorskip("onnxruntime")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "ranker")
+    ranker = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=1)
+    ranker.save_pretrained(tmp_path / "ranker")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     for language, block in blocks:
         code = block.replace("sentence-transformers/all-MiniLM-L6-v2", str(tiny_bert))
+        code = code.replace("cross-encoder/ms-marco-MiniLM-L6-v2", str(tmp_path / "ranker"))
         if language == "python":
             exec(compile(code, page, "exec"), namespace)
         elif not language:  # what the code before it prints

@@ -47,6 +47,7 @@ ALLOWED = {
     "qtk.mixed_precision": LOW
     | {
         "qtk.observe",
+        "qtk.integrations",
         "qtk.modules",
         "qtk.learn",
         "qtk.pipeline",
@@ -58,10 +59,20 @@ ALLOWED = {
     },
     "qtk.fidelity": LOW
     | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
+    "qtk.export": LOW
+    | {
+        "qtk.observe",
+        "qtk.modules",
+        "qtk.assembly",
+        "qtk.integrations",
+        "qtk.table",
+        "qtk.export",
+    },
     "qtk.report": LOW
     | {"qtk.record", "qtk.assembly", "qtk.integrations", "qtk.table", "qtk.report"},
     "qtk.sweep": LOW
     | {
+        "qtk.api",
         "qtk.observe",
         "qtk.integrations",
         "qtk.pipeline",
@@ -73,9 +84,13 @@ ALLOWED = {
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
+    "export": [
+        "__init__", "_trace", "_layers", "_compare", "onnx", "openvino", "compressed_tensors",
+        "gguf",
+    ],
     "integrations": [
-        "__init__", "companions", "quiet", "replacement", "folder", "card", "saving",
-        "offload", "transformers",
+        "__init__", "companions", "quiet", "replacement", "folder", "card", "saving", "offload",
+        "sentence_transformers", "compressed_tensors", "transformers",
     ],
     "sweep": ["__init__", "plan", "cell", "engine", "table", "page"],
     "observe": [

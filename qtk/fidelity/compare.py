@@ -20,6 +20,7 @@ from qtk.fidelity.labels import as_tensor, check_labels, class_numbers
 from qtk.fidelity.result import Fidelity
 from qtk.fidelity.tally import CHUNK, EMBEDDING, LOGITS, SCORE, Tally
 from qtk.fidelity.windows import windows
+from qtk.integrations.sentence_transformers import unwrap
 from qtk.integrations.transformers import open_model
 from qtk.models import describe
 from qtk.modules.linear import QuantLinear
@@ -50,7 +51,8 @@ def evaluate(
     that images lie in; -100 stands for none.
 
     Args:
-        model: in floating point, or the path or hub name of one.
+        model: in floating point, or the path or hub name of one; or a SentenceTransformer or
+            CrossEncoder, as may be `qmodel`.
         qmodel: quantized from it, or the path or hub name of one.
         data: what to compare them on.
         tokenizer: tokenizer or image processor, or its folder; looked for beside the float model.
@@ -64,7 +66,9 @@ def evaluate(
         CalibrationError: the data is empty or not what the model reads.
         ModelError: the models are not of one kind, or in the wrong order.
     """
-    reference, quantized = open_model(model), open_model(qmodel)
+    given = unwrap(model, data, tokenizer)
+    data, tokenizer = given.data, given.tokenizer
+    reference, quantized = open_model(given.model), open_model(unwrap(qmodel).model)
     _check_pair(reference, quantized)
     causal = type(reference).__name__.endswith("ForCausalLM")
     if stride is None:

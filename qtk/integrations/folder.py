@@ -77,14 +77,29 @@ def read(path: Any, variant: str | None = None, verify: bool = True) -> Saved:
         raise CheckpointError(f"{folder} was not saved by qtk; qtk.quantize makes such a model")
     record = Record.from_dict({k: v for k, v in quantization.items() if k != "quant_method"})
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-    files = _weights(folder, variant)
+    files = weight_files(folder, variant)
     for file in files:
         stored |= _header(file)
     _check_sizes(config, record, stored)
     _check_dtypes(record, stored)
     if verify:
         _verify(folder, config, files)
-    return Saved({k: v for k, v in config.items() if k not in NOT_THEIRS}, record, stored)
+    return Saved(harmless(config), record, stored)
+
+
+def harmless(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json without what it may not decide."""
+    return {k: v for k, v in config.items() if k not in NOT_THEIRS}
+
+
+def class_of(config: dict[str, Any]) -> Any:
+    """The class that a model was saved from, or AutoModel where the config does not say."""
+    import transformers
+
+    names = config.get("architectures") or [""]
+    found = getattr(transformers, str(names[0]), None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel
 
 
 def config_sum(config: dict[str, Any]) -> str:
@@ -140,8 +155,12 @@ def _is_regular(file: Path) -> bool:
         return False
 
 
-def _weights(folder: Path, variant: str | None) -> list[Path]:
-    """The files that hold the tensors."""
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files that hold the tensors, all inside the folder.
+
+    Raises:
+        CheckpointError: there is none, or an index names something else.
+    """
     middle = "" if variant is None else f".{variant}"
     single = folder / f"model{middle}.safetensors"
     if _is_regular(single):
@@ -229,13 +248,3 @@ def _check_dtypes(record: Record, stored: Stored) -> None:
 
 def _is_scale(name: str) -> bool:
     return name.endswith(".weight_scale")
-
-
-def class_of(config: dict[str, Any]) -> Any:
-    """The class that a model was saved from, or AutoModel where the config does not say."""
-    import transformers
-
-    names = config.get("architectures") or [""]
-    found = getattr(transformers, str(names[0]), None)
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else transformers.AutoModel

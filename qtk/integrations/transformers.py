@@ -2,6 +2,7 @@
 
 import copy
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtk import assembly
 from qtk.errors import BackendError, CheckpointError, ModelError
-from qtk.integrations import folder
+from qtk.integrations import compressed_tensors, folder
 from qtk.integrations.offload import blocks_on_disk, empty, load_offloaded
 from qtk.integrations.saving import AtomicSave, Unfinished
 from qtk.models import check_whole
@@ -161,8 +162,10 @@ def load(
 ) -> Any:
     """Reads a model that `save_pretrained` of a quantized model wrote, and checks every tensor.
 
-    A save that was whole when its process ended, but not yet in place, is finished first. No code
-    of the checkpoint runs, and config.json decides neither which attention nor which files.
+    Checkpoints that others made with compressed-tensors, of integer weights alone or with integer
+    activations, are read as well. A save that was whole when its process ended, but not yet in
+    place, is finished first. No code of the checkpoint runs, and config.json decides neither which
+    attention nor which files.
 
     Args:
         path: the folder.
@@ -182,6 +185,8 @@ def load(
     """
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"a {type(path).__name__} is not a path; give the folder of a model")
+    if compressed_tensors.is_one(Path(path)):
+        return _load_translated(path, backend, kwargs)
     saved = folder.read(path, kwargs.get("variant"), verify)
     try:
         model, info = _built(path, saved, kwargs, backend)
@@ -201,6 +206,15 @@ def load(
     return model
 
 
+def _load_translated(path: Any, backend: str | None, kwargs: dict[str, Any]) -> Any:
+    """A checkpoint of compressed-tensors, by way of one of qtk's in a temporary folder."""
+    with tempfile.TemporaryDirectory() as work:
+        compressed_tensors.translate(Path(path), Path(work))
+        model = load(work, backend=backend, **kwargs)
+    model.name_or_path = model.config._name_or_path = str(path)
+    return model
+
+
 def _built(
     path: Any, saved: folder.Saved, kwargs: dict[str, Any], backend: str | None
 ) -> tuple[Any, Any]:
@@ -208,7 +222,6 @@ def _built(
     from transformers import CONFIG_MAPPING
 
     config = saved.config
-
     cls, kwargs = folder.class_of(config), {"trust_remote_code": False, **kwargs}
     if "config" not in kwargs:
         own: Any = getattr(cls, "config_class", None) or CONFIG_MAPPING[config["model_type"]]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qtk.errors import SchemeError
+from qtk.integrations.sentence_transformers import unwrap
 from qtk.mixed_precision import latency, sensitivity
 from qtk.mixed_precision.allocate import allocate
 from qtk.mixed_precision.budget import Budget, read
@@ -89,6 +90,8 @@ def search(
     _check_batch_size(batch_size)
     folder = check(resume)
     kept = None if folder is None else folder / LOSSES
+    given = unwrap(model, calib, tokenizer)
+    model, calib, tokenizer = given.model, given.data, given.tokenizer
     source, blocks = opened(model, backend)
     pairs = default_schemes(next(source.parameters()).device) if schemes is None else schemes
     space = Space.of(source, blocks, pairs, calib, chosen_options)
@@ -127,6 +130,8 @@ def bench_ops(
     """
     _check_batch_size(batch_size)
     chosen_options = _options(options, seed)
+    given = unwrap(model, calib, tokenizer)
+    model, calib, tokenizer = given.model, given.data, given.tokenizer
     source, blocks = opened(model, backend)
     pairs = default_schemes(next(source.parameters()).device) if schemes is None else schemes
     space = Space.of(source, blocks, pairs, calib, chosen_options)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from qtk import assembly
+from qtk.integrations.sentence_transformers import unwrap
 from qtk.integrations.transformers import load, record_of
 from qtk.models import describe
 from qtk.record import Layer
@@ -111,13 +112,13 @@ def summary(qmodel: nn.Module | str | os.PathLike[str]) -> Summary:
     """Every linear of the blocks, and what else is quantized: scheme, kernel, size and error.
 
     Args:
-        qmodel: a quantized model, or the folder of one.
+        qmodel: a quantized model, a SentenceTransformer or CrossEncoder around one, or a folder.
 
     Raises:
         ModelError: the model was not quantized by qtk.
         CheckpointError: the folder holds no such model.
     """
-    model = load(qmodel) if isinstance(qmodel, (str, os.PathLike)) else qmodel
+    model = load(qmodel) if isinstance(qmodel, (str, os.PathLike)) else unwrap(qmodel).model
     record = record_of(model)
     quantized = assembly.quantized_layers(model)
     blocks = assembly.fused_blocks(model)

@@ -9,11 +9,11 @@ import torch
 import transformers
 
 import qtk
+from qtk.api import quantize
 from qtk.errors import QtkError
 from qtk.fidelity import evaluate
 from qtk.integrations.transformers import load_float
 from qtk.observe.batches import prepare
-from qtk.pipeline import quantize
 from qtk.report.summary import summary
 from qtk.sweep.plan import Cell
 from qtk.timing import hardware, race
