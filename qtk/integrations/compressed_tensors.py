@@ -45,11 +45,7 @@ class Group:
 
 def is_one(folder: Path) -> bool:
     """Whether a folder holds such a checkpoint."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == METHOD)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    return folders.quant_method(folder) == METHOD
 
 
 def translate(folder: Path, target: Path) -> None:

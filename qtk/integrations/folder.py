@@ -122,14 +122,18 @@ def _verify(folder: Path, config: dict[str, Any], files: list[Path]) -> None:
 
 
 def is_quantized(path: Any) -> bool:
-    """Whether a config.json says that qtk made what lies beside it."""
+    """Whether a folder holds what a quantized model was saved as."""
+    return quant_method(path) == "qtk"
+
+
+def quant_method(path: Any) -> str | None:
+    """Who quantized the model of a folder, as its config says; None where none does."""
     try:
-        settle(Path(path))
-        config = _json(Path(path) / "config.json", "")
+        quantization = _json(Path(path) / "config.json", "").get("quantization_config")
     except CheckpointError:
-        return False
-    found = config.get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == "qtk"
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if isinstance(method, str) else None
 
 
 def _json(file: Path, missing: str) -> dict[str, Any]:
