@@ -129,6 +129,7 @@ def is_quantized(path: Any) -> bool:
 def quant_method(path: Any) -> str | None:
     """Who quantized the model of a folder, as its config says; None where none does."""
     try:
+        settle(Path(path))
         quantization = _json(Path(path) / "config.json", "").get("quantization_config")
     except CheckpointError:
         return None
