@@ -9,6 +9,7 @@ from qtk.errors import BackendError, SchemeError
 from qtk.grids import InputGrid, LinearSpec, Steps
 from qtk.modules.linear import QuantLinear
 from qtk.modules.products import Operands, product_of
+from qtk.modules.products.onednn import OneDnn
 from qtk.numerics import scale_and_zero_point
 from qtk.scheme import Scheme
 from tests.zoo import build
@@ -91,6 +92,9 @@ def test_codes_go_from_product_to_product_where_the_grid_allows(backend, bits):
     block = qmodel.encoder.layer[0]
     parts = block._parts
     emitting = parts.emitting()
+    if bits != 8 and isinstance(parts.up, OneDnn):
+        assert emitting is None  # its epilogue saturates to eight bits, no fewer
+        return
     assert emitting is not None
     codes = parts.read_norm(torch.randn(50, 32))
     got = emitting(*codes)
