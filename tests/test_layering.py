@@ -89,7 +89,7 @@ ORDER = {
         "gguf",
     ],
     "integrations": [
-        "__init__", "companions", "quiet", "replacement", "folder", "card", "saving", "offload",
+        "__init__", "companions", "quiet", "replacement", "folder", "card", "hub", "saving", "offload",
         "sentence_transformers", "compressed_tensors", "transformers",
     ],
     "sweep": ["__init__", "plan", "cell", "engine", "table", "page"],

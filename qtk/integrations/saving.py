@@ -16,6 +16,7 @@ from qtk.errors import CheckpointError, ModelError
 from qtk.integrations.card import NAME, card, may_write
 from qtk.integrations.companions import companions, copy_companions
 from qtk.integrations.folder import CONFIG_SUM, config_sum
+from qtk.integrations.hub import Upload
 from qtk.integrations.replacement import replacing
 
 
@@ -61,8 +62,7 @@ def save(
         ModelError: as `copy_companions`.
     """
     target = folder_to_save(folder)
-    if kwargs.get("push_to_hub"):
-        kwargs.setdefault("repo_id", target.resolve().name)
+    upload = Upload.taken_from(kwargs, target)
     old = partial(_old_companions, is_known=bool(sources))
     try:
         with replacing(target, old) as work:
@@ -71,9 +71,12 @@ def save(
             seal(work)
             if may_write(target):
                 write_card(work, type(model).__name__, model.config.quantization_config.record)
-            return sorted(copied)
+            names = [p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file()]
     except SafetensorError as error:
         raise CheckpointError(f"{target} cannot be written: {error}") from error
+    if upload:
+        upload(target, sorted({*names, NAME}))  # somebody else's card goes up too
+    return sorted(copied)
 
 
 def folder_to_save(given: object) -> Path:
