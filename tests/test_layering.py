@@ -89,8 +89,8 @@ ORDER = {
         "gguf",
     ],
     "integrations": [
-        "__init__", "companions", "quiet", "replacement", "folder", "card", "hub", "saving", "offload",
-        "sentence_transformers", "compressed_tensors", "transformers",
+        "__init__", "companions", "quiet", "replacement", "folder", "card", "hub", "saving",
+        "offload", "sentence_transformers", "compressed_tensors", "transformers",
     ],
     "sweep": ["__init__", "plan", "cell", "engine", "table", "page"],
     "observe": [
