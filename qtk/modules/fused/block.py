@@ -16,6 +16,7 @@ from transformers.utils import output_capturing
 from qtk.models import Block
 from qtk.modules.attention import attend
 from qtk.modules.fused import kernels, onednn
+from qtk.modules.fused.packing import packing_of
 from qtk.modules.fused.parts import Parts, Seams, make_parts
 from qtk.modules.linear import QuantLinear
 
@@ -41,10 +42,12 @@ def dataflow(parts: Parts, seams: Seams, layer: int) -> Forward:
     attention, products = parts.anatomy.attention, parts.attention
 
     def forward(x: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-        dtype = x.dtype
-        context = attend(qkv(*seams.enter(x), dtype), attention, layer, mask, cache, products)
+        dtype, packing = x.dtype, packing_of(x, mask)
+        x = packing.pack(x)
+        heads = packing.unpack(qkv(*seams.enter(x), dtype))
+        context = packing.pack(attend(heads, attention, layer, mask, cache, products))
         codes, x = seams.norm_read(out(*seams.read_context(context), dtype), x)
-        return seams.leave(down(*seams.up_read(codes, dtype), dtype), x)
+        return packing.unpack(seams.leave(down(*seams.up_read(codes, dtype), dtype), x))
 
     return forward
 
