@@ -17,8 +17,8 @@ from qtk.errors import (
     QtkError,
     SchemeError,
 )
-from qtk.export import Exported, export
 from qtk.fidelity import Fidelity, evaluate
+from qtk.formats import Exported, export
 from qtk.integrations.transformers import load
 from qtk.mixed_precision.latency import Latencies
 from qtk.mixed_precision.result import Search

@@ -59,14 +59,14 @@ ALLOWED = {
     },
     "qtk.fidelity": LOW
     | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
-    "qtk.export": LOW
+    "qtk.formats": LOW
     | {
         "qtk.observe",
         "qtk.modules",
         "qtk.assembly",
         "qtk.integrations",
         "qtk.table",
-        "qtk.export",
+        "qtk.formats",
     },
     "qtk.report": LOW
     | {"qtk.record", "qtk.assembly", "qtk.integrations", "qtk.table", "qtk.report"},
@@ -84,7 +84,7 @@ ALLOWED = {
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
-    "export": [
+    "formats": [
         "__init__", "_trace", "_layers", "_compare", "onnx", "openvino", "compressed_tensors",
         "gguf",
     ],

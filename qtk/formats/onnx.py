@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from qtk.errors import BackendError
-from qtk.export import Exported, Source, _layers, _trace
-from qtk.export._compare import (
+from qtk.formats import Exported, Source, _layers, _trace
+from qtk.formats._compare import (
     compared,
     needs_float_attention,
     needs_float_patches,

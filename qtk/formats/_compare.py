@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qtk.assembly import quantized_attentions, quantized_layers, run_on
 from qtk.errors import ModelError
-from qtk.export import Exported, Source, _trace
+from qtk.formats import Exported, Source, _trace
 from qtk.modules.floats import restore_attention
 from qtk.modules.patch import QuantPatchConv
 
