@@ -9,6 +9,7 @@ from qtk.integrations import quiet as _quiet  # noqa: F401, before all that impo
 
 # isort: split
 from qtk.api import quantize
+from qtk.compiler import compile
 from qtk.errors import (
     BackendError,
     CalibrationError,
@@ -41,6 +42,7 @@ __all__ = [
     "Search",
     "Summary",
     "bench_ops",
+    "compile",
     "evaluate",
     "export",
     "load",

@@ -127,7 +127,7 @@ def export(
         model: what `qtk.quantize` returned, or the folder it was saved in.
         out: a folder that is not there yet, or empty. It is complete: config, tokenizer, and what
             sentence-transformers keeps beside a model.
-        format: "onnx", "openvino", "compressed-tensors", "gguf"; a file in qtk/formats.
+        format: "onnx", "openvino", "compressed-tensors", "gguf", "aoti"; a file in qtk/formats.
         tokenizer: tokenizer or processor, or the folder of one, to lie in `out`; by default what
             lies beside the model.
         data: what the file is checked on, in any form that `calib` has; by default tokens or
