@@ -9,6 +9,7 @@ from qtk.integrations import quiet as _quiet  # noqa: F401, before all that impo
 
 # isort: split
 from qtk.api import quantize
+from qtk.compiler import compile
 from qtk.errors import (
     BackendError,
     CalibrationError,
@@ -17,8 +18,8 @@ from qtk.errors import (
     QtkError,
     SchemeError,
 )
-from qtk.export import Exported, export
 from qtk.fidelity import Fidelity, evaluate
+from qtk.formats import Exported, export
 from qtk.integrations.transformers import load
 from qtk.mixed_precision.latency import Latencies
 from qtk.mixed_precision.result import Search
@@ -41,6 +42,7 @@ __all__ = [
     "Search",
     "Summary",
     "bench_ops",
+    "compile",
     "evaluate",
     "export",
     "load",

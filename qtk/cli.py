@@ -15,7 +15,7 @@ import qtk
 from qtk import ranks
 from qtk.discover import available
 from qtk.errors import CheckpointError, ModelError, QtkError, SchemeError
-from qtk.export import formats
+from qtk.formats import formats
 from qtk.pipeline.recipes import LEARNERS, LEARNING, METHODS
 from qtk.report.summary import Summary
 from qtk.scheme import SOFTMAXES

@@ -106,6 +106,20 @@ def verify(files: Sequence[Path]) -> dict[str, str]:
     return found
 
 
+def sums(path: Path) -> dict[str, str] | None:
+    """The checksums in a file's header; None where it has none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            found: dict[str, str] | None = json.loads((file.metadata() or {}).get(SUMS, "null"))
+            return found
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path} cannot be read, truncated perhaps: {error}") from None
+
+
 def _compare(path: Path, found: dict[str, str], wanted: object) -> None:
     if not isinstance(wanted, dict):
         raise CheckpointError(f"{path}: its checksums are a {type(wanted).__name__}, not an object")

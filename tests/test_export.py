@@ -12,7 +12,7 @@ import torch
 
 import qtk
 from qtk.discover import available, load
-from qtk.export import _layers, formats
+from qtk.formats import _layers, formats
 from qtk.grids import InputGrid, LinearSpec, Steps
 from qtk.scheme import Format
 from tests.zoo import build

@@ -32,7 +32,20 @@ ALLOWED = {
     "qtk.learn": LOW | {"qtk.observe", "qtk.modules", "qtk.learn"},
     "qtk.record": {"qtk.errors", "qtk.scheme"},
     "qtk.assembly": LOW | {"qtk.modules", "qtk.record"},
-    "qtk.integrations": LOW | {"qtk.modules", "qtk.record", "qtk.assembly", "qtk.integrations"},
+    "qtk.tracing": {"qtk.observe"},
+    "qtk.packages": {"qtk.errors", "qtk.integrity", "qtk.tracing", "qtk.modules", "qtk.packages"},
+    "qtk.integrations": LOW
+    | {"qtk.modules", "qtk.record", "qtk.assembly", "qtk.packages", "qtk.integrations"},
+    "qtk.compiler": {
+        "qtk.errors",
+        "qtk.modules",
+        "qtk.tracing",
+        "qtk.packages",
+        "qtk.integrations",
+        "qtk.pipeline",
+        "qtk.timing",
+        "qtk.compiler",
+    },
     "qtk.pipeline": LOW
     | STAGES
     | {
@@ -59,14 +72,17 @@ ALLOWED = {
     },
     "qtk.fidelity": LOW
     | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
-    "qtk.export": LOW
+    "qtk.formats": LOW
     | {
         "qtk.observe",
         "qtk.modules",
         "qtk.assembly",
         "qtk.integrations",
         "qtk.table",
-        "qtk.export",
+        "qtk.tracing",
+        "qtk.packages",
+        "qtk.compiler",
+        "qtk.formats",
     },
     "qtk.report": LOW
     | {"qtk.record", "qtk.assembly", "qtk.integrations", "qtk.table", "qtk.report"},
@@ -84,14 +100,16 @@ ALLOWED = {
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
-    "export": [
+    "formats": [
         "__init__", "_trace", "_layers", "_compare", "onnx", "openvino", "compressed_tensors",
-        "gguf",
+        "gguf", "aoti",
     ],
     "integrations": [
         "__init__", "companions", "quiet", "replacement", "folder", "card", "hub", "saving",
         "offload", "sentence_transformers", "compressed_tensors", "transformers",
     ],
+    "packages": ["__init__", "package", "route", "caching", "bundle", "served"],
+    "compiler": ["sizes", "program", "__init__"],
     "sweep": ["__init__", "plan", "cell", "engine", "table", "page"],
     "observe": [
         "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "beside", "files",

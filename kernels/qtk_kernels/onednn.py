@@ -1,9 +1,15 @@
 """Integer linear layers on a CPU: oneDNN where the CPU multiplies bytes, else exact float32."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .activation import activate
 from .codes import BYTE_OFFSET, as_uint8
@@ -47,7 +53,11 @@ def onednn_linear(
         x_q, x_zero_point = as_uint8(x_q), x_zero_point + BYTE_OFFSET
     if not x_q.numel():  # oneDNN drops the leading axes of an empty batch
         return torch.empty(*x_q.shape[:-1], operand.shape[1], dtype=out_dtype)
-    call = _opaque if torch.compiler.is_compiling() else _pointwise
+    call = _pointwise
+    if torch.compiler.is_compiling() and not _visible:
+        call = _opaque
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            operand, call = _plain(operand), _of_codes
     if x_scale is not None:
         y = call(x_q, operand, w_scale, None, x_zero_point, 1.0, 0, torch.float32, None)
         y = y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale)
@@ -60,6 +70,24 @@ def onednn_linear(
         x_q, operand, w_scale, bias, x_zero_point, out_step, out_zero_point, writes, activation
     )
     return y.to(out_dtype)
+
+
+_visible = False  # a plain global: a trace reads it
+
+
+@contextmanager
+def visible_to_compiler() -> Iterator[None]:
+    """Inside, traces show oneDNN's own operation, for a compiler that freezes the weights.
+
+    Inductor has a lowering and templates of its own for it. It wants weights that are constants in
+    oneDNN's layout; a program with such constants cannot be saved, only compiled.
+    """
+    global _visible
+    before, _visible = _visible, True
+    try:
+        yield
+    finally:
+        _visible = before
 
 
 @cache
@@ -103,6 +131,35 @@ def _shape_of_pointwise(
     out_step: float, out_zero_point: int, out_dtype: torch.dtype, activation: str | None,
 ) -> Tensor:  # fmt: skip
     return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
+
+
+# What torch.export writes: plain codes, because tensors in oneDNN's layout cannot be saved.
+torch.library.define(
+    "qtk::onednn_linear_of_codes",
+    "(Tensor x_q, Tensor codes, Tensor w_scale, Tensor? bias, int x_zero_point, float out_step, "
+    "int out_zero_point, ScalarType out_dtype, str? activation) -> Tensor",
+)
+_packed_once = WeakTensorKeyDictionary()
+
+
+@torch.library.impl("qtk::onednn_linear_of_codes", "CompositeExplicitAutograd")
+def _pointwise_of_codes(x_q: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    """`_pointwise` of plain codes [N, K], which are packed at the first call."""
+    packed = _packed_once.get(codes)
+    if packed is None:
+        packed = _packed_once[codes] = torch.ops.onednn.qlinear_prepack(codes, None)
+    return _pointwise(x_q, packed, *rest)
+
+
+_of_codes = torch.ops.qtk.onednn_linear_of_codes.default
+torch.library.register_fake("qtk::onednn_linear_of_codes", _shape_of_pointwise)
+
+
+def _plain(operand: Tensor) -> Tensor:
+    """The codes [N, K] behind an operand, as a constant of the program that is being traced."""
+    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+        codes: Tensor = operand.to_dense().T.contiguous()
+    return codes
 
 
 def float32_chunks(

@@ -18,6 +18,8 @@ from qtk.integrations.companions import companions, copy_companions
 from qtk.integrations.folder import CONFIG_SUM, config_sum
 from qtk.integrations.hub import Upload
 from qtk.integrations.replacement import replacing
+from qtk.packages.bundle import stale, weights_sum
+from qtk.packages.served import bundle_of
 
 
 class AtomicSave:
@@ -63,12 +65,15 @@ def save(
     """
     target = folder_to_save(folder)
     upload = Upload.taken_from(kwargs, target)
-    old = partial(_old_companions, is_known=bool(sources))
+    old, packages, sums = partial(_old_companions, is_known=bool(sources)), bundle_of(model), [""]
     try:
-        with replacing(target, old) as work:
+        with replacing(target, lambda place: [*old(place), *stale(place, sums[0])]) as work:
             type(model).save_pretrained(model, work, **kwargs)
             copied = {name for source in sources for name in copy_companions(source, work)}
             seal(work)
+            sums[0] = weights_sum(work)
+            if packages is not None:
+                packages.write(work, sums[0])
             if may_write(target):
                 write_card(work, type(model).__name__, model.config.quantization_config.record)
             names = [p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file()]

@@ -1,6 +1,7 @@
 """transformers: `from_pretrained` and `save_pretrained` of quantized models, after `import qtk`."""
 
 import copy
+import logging
 import os
 import tempfile
 from dataclasses import replace
@@ -25,7 +26,11 @@ from qtk.integrations.saving import AtomicSave, Unfinished
 from qtk.models import check_whole
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.floats import restore_floats
+from qtk.packages.bundle import has_packages, read
+from qtk.packages.served import output_class, serve
 from qtk.record import Record
+
+logger = logging.getLogger("qtk")
 
 
 @register_quantization_config("qtk")
@@ -158,20 +163,24 @@ def open_model(model: Any) -> Any:
 
 
 def load(
-    path: str | os.PathLike[str], *, backend: str | None = None, verify: bool = True, **kwargs: Any
-) -> Any:
+    path: str | os.PathLike[str], *, backend: str | None = None, verify: bool = True,
+    compiled: bool = False, **kwargs: Any,
+) -> Any:  # fmt: skip
     """Reads a model that `save_pretrained` of a quantized model wrote, and checks every tensor.
 
     Checkpoints that others made with compressed-tensors, of integer weights alone or with integer
     activations, are read as well. A save that was whole when its process ended, but not yet in
-    place, is finished first. No code of the checkpoint runs, and config.json decides neither which
-    attention nor which files.
+    place, is finished first. No code of the checkpoint runs unless `compiled` says so, and
+    config.json decides neither which attention nor which files.
 
     Args:
         path: the folder.
         backend: "auto", "triton", "cpu" or "reference"; what the model was made for if not given.
         verify: compares config.json and each tensor with the checksums that were saved; without, a
             config that was edited by hand is believed. Files of older versions have none.
+        compiled: run by the packages that `qtk.compile` made and `save_pretrained` kept: native
+            code, so only from whom you trust. Where none was made for this kind of CPU and this
+            PyTorch, the log says so once, and the model runs as it does without.
         kwargs: passed to the class's `from_pretrained`. With device_map="auto", or one that says
             "disk", blocks that memory does not hold come from their files at each call.
 
@@ -203,6 +212,32 @@ def load(
     if backend is not None and not hasattr(model, "qtk_on_disk"):
         assembly.run_on(model, backend)
         attach(model, replace(saved.record, backend=backend))
+    return _with_packages(model, Path(path), backend) if compiled else _bare(model, Path(path))
+
+
+def _with_packages(model: Any, folder: Path, backend: str | None) -> Any:
+    """The model served by the packages of its folder, where they run here and are of its kind."""
+    parameter = next(model.parameters())
+    if hasattr(model, "qtk_on_disk") or parameter.device.type != "cpu" or backend is not None:
+        logger.warning("packages are for a whole model on a CPU: this one runs eager")
+        return model
+    bundle = read(folder)
+    if bundle is None:
+        return model
+    try:
+        for route in bundle.routes.values():
+            output_class(route.signature.returns, type(model))
+    except AttributeError as error:
+        raise CheckpointError(f"{folder}: its packages return what there is not: {error}") from None
+    served = serve(model, bundle)
+    attach(served, record_of(model))
+    return served
+
+
+def _bare(model: Any, folder: Path) -> Any:
+    """The model, and a word where packages were left aside."""
+    if has_packages(folder):
+        logger.info("%s has compiled packages: qtk.load(..., compiled=True) runs them", folder)
     return model
 
 

@@ -5,7 +5,7 @@ asks for what the fused path cannot give (attention maps, hooks inside the block
 training), the original forward runs on the same quantized linears.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -201,11 +201,11 @@ def _asks_for_more(
     if torch.compiler.is_compiling():
         return False  # a hook breaks fullgraph anyway
     assert module._parts is not None
-    return any(module._parts.hooks) and _somebody_listens(module._parts.hooks)
+    return any(module._parts.hooks) and somebody_listens(module._parts.hooks)
 
 
-def _somebody_listens(hooks: list[dict[int, Any]]) -> bool:
-    """Whether a hook inside the block wants what passes there.
+def somebody_listens(hooks: Sequence[Mapping[int, Any]]) -> bool:
+    """Whether a hook inside a block or model wants what passes there.
 
     After a call that asked for hidden states or attention maps, transformers leaves its recorders
     where they were. Of later calls they record what those ask for, mostly nothing.

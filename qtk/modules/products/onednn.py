@@ -9,6 +9,7 @@ from qtk.modules.products import Emits, Operands, Product
 from qtk_kernels.dispatch import cpu_has_int8
 from qtk_kernels.int8_linear import prepare_int8, restore_int8
 from qtk_kernels.onednn import NAMED, onednn_linear
+from qtk_kernels.onednn import visible_to_compiler as visible_to_compiler
 
 PREFERENCE = 2
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from qtk.errors import BackendError
-from qtk.export import Exported, Source, onnx
-from qtk.export._compare import compared, saturates
+from qtk.formats import Exported, Source, onnx
+from qtk.formats._compare import compared, saturates
 
 FOLDER = "openvino"
 FILES = (f"{FOLDER}/openvino_model.bin", f"{FOLDER}/openvino_model.xml")

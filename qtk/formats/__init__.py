@@ -1,6 +1,6 @@
 """Quantized models as files that other runtimes read: one file here a format.
 
-    qtk/export/onnx.py  is  qtk.export(qmodel, out, format="onnx")
+    qtk/formats/onnx.py  is  qtk.export(qmodel, out, format="onnx")
 
 A format is asked to write a `Source` into an empty folder, and answers what it wrote:
 
@@ -127,7 +127,7 @@ def export(
         model: what `qtk.quantize` returned, or the folder it was saved in.
         out: a folder that is not there yet, or empty. It is complete: config, tokenizer, and what
             sentence-transformers keeps beside a model.
-        format: "onnx", "openvino", "compressed-tensors", "gguf"; a file in qtk/export.
+        format: "onnx", "openvino", "compressed-tensors", "gguf", "aoti"; a file in qtk/formats.
         tokenizer: tokenizer or processor, or the folder of one, to lie in `out`; by default what
             lies beside the model.
         data: what the file is checked on, in any form that `calib` has; by default tokens or
@@ -165,14 +165,14 @@ def export(
 
 def formats() -> dict[str, str]:
     """The file of each format."""
-    return {module.replace("_", "-"): module for module in available("export")}
+    return {module.replace("_", "-"): module for module in available("formats")}
 
 
 def _format(name: object) -> Any:
     known = formats()
     if not isinstance(name, str) or name not in known:
         raise SchemeError(f"format={name!r}: choose {', '.join(map(repr, known))}")
-    return load("export", known[name])
+    return load("formats", known[name])
 
 
 def _empty(out: object) -> Path:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtk import tracing
 from qtk.assembly import quantized_attentions, quantized_layers, run_on
 from qtk.errors import ModelError
-from qtk.export import Exported, Source, _trace
+from qtk.formats import Exported, Source
 from qtk.modules.floats import restore_attention
 from qtk.modules.patch import QuantPatchConv
 
@@ -83,7 +84,7 @@ def saturates() -> bool:
 
 def _random(model: Any) -> Iterator[dict[str, Tensor]]:
     for seed, (rows, tokens) in enumerate(SHAPES, 1):
-        yield _trace.example(model, rows, tokens, seed)
+        yield tracing.example(model, rows, tokens, seed)
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def _rows(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _found(run: Run, model: Any, batch: dict[str, Tensor]) -> Tensor:
-    served = _trace.completed(model, batch)
+    served = tracing.completed(model, batch)
     outputs = run({name: value.cpu() for name, value in served.items()})
     return _flat(torch.from_numpy(next(iter(outputs.values()))), batch)
 

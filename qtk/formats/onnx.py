@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from qtk import tracing
 from qtk.errors import BackendError
-from qtk.export import Exported, Source, _layers, _trace
-from qtk.export._compare import (
+from qtk.formats import Exported, Source, _layers, _trace
+from qtk.formats._compare import (
     compared,
     needs_float_attention,
     needs_float_patches,
@@ -64,8 +65,8 @@ def graph(source: Source) -> Any:
     except ImportError as error:
         raise BackendError(f"pip install 'qtk-torch[onnx]': {error}") from None
     _layers.check(source.linears)
-    batch = _trace.example(source.model)
-    outputs = _trace.output_names(source.model, batch)
+    batch = tracing.example(source.model)
+    outputs = tracing.output_names(source.model, batch)
     proto = _trace.traced(_trace.skeleton(source.model), batch, outputs)
     _layers.write(proto, source.linears, source.embeddings)
     if proto.ByteSize() < LARGEST:

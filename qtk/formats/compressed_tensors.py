@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qtk.errors import BackendError, SchemeError
-from qtk.export import Exported, Source
-from qtk.export._compare import compared, needs_float_attention, needs_float_patches
+from qtk.formats import Exported, Source
+from qtk.formats._compare import compared, needs_float_attention, needs_float_patches
 from qtk.grids import LinearSpec
 from qtk.modules.floats import restore_floats
 from qtk.scheme import Format

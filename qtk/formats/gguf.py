@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qtk.errors import BackendError, ModelError, SchemeError
-from qtk.export import Exported, Source
-from qtk.export._compare import compared, needs_float_attention
+from qtk.formats import Exported, Source
+from qtk.formats._compare import compared, needs_float_attention
 from qtk.grids import LinearSpec
 from qtk.modules.floats import restore_floats
 from qtk.observe.tokens import find_tokenizer

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qtk.errors import SchemeError
-from qtk.export._trace import DOMAIN
+from qtk.formats._trace import DOMAIN
 from qtk.grids import InputGrid, LinearSpec, Steps
 from qtk.modules.embedding import QuantEmbedding
 
