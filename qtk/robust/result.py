@@ -11,6 +11,8 @@ from qtk.robust.intervals import paired, wilson
 from qtk.table import finite, listed, ruled
 
 UNROUNDED = "unrounded "  # before a level whose images are no multiples of 1/255
+NOISES = ("corruption", "system", "grid")
+SUMMARY = ("mean drop", "float", "quantized", "amplified by", "worst, float", "worst, quantized")
 HEAD = ("row", "float", "quantized", "difference", "95 %", "lost", "gained", "p")
 
 
@@ -20,7 +22,7 @@ class Row:
 
     Attributes:
         name, kind, level: "pgd_linf", "attack", "mid"; kinds are "clean", "attack", "transfer",
-            "noise", "worst", "corruption" and "system".
+            "noise", "worst", "corruption", "system" and "grid".
         budget: what `level` stands for, or a severity; None where there is none.
         samples: that were judged.
         accuracy_float, accuracy_quantized: shares that are right. Under an attack a sample that
@@ -141,53 +143,36 @@ class Robustness:
         return finite({**asdict(self), **facts, "summary": self.summary()})
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Of each kind of corruption and noise: means, and what the worst one costs.
+        """Of corruptions, of system noise, of each cause and of the grid: means, and the worst.
 
-        `drop_float` and `drop_quantized` are clean accuracy less that under the noise, mean over
-        the rows; `worst_*` the largest; `amplification` is how much larger the quantized model's
-        mean drop is; `std_*` of the accuracies over the rows.
+        `drop_*` is clean accuracy less that under the noise, mean over the rows; `worst_*` the
+        largest, `std_*` the spread of the rows; `amplification` how much larger the quantized
+        model's mean drop is. `mce`, of corruptions: errors of the quantized model over those of the
+        float one, summed over severities, mean over corruptions (mCE with the float model as
+        reference).
         """
         found = {}
-        for kind in ("corruption", "system"):
-            own = [row for row in self.rows if row.kind == kind]
-            if not own:
-                continue
-            clean = self.row("clean")
-            drops = {
-                side: np.array(
-                    [
-                        getattr(clean, f"accuracy_{side}") - getattr(row, f"accuracy_{side}")
-                        for row in own
-                    ]
-                )
-                for side in ("float", "quantized")
-            }
-            facts: dict[str, Any] = {}
-            for side, values in drops.items():
-                at = int(values.argmax())
-                facts |= {f"drop_{side}": float(values.mean()), f"worst_{side}": float(values[at]),
-                          f"worst_row_{side}": own[at].title,
-                          f"std_{side}": float(values.std())}  # fmt: skip
-            facts["amplification"] = facts["drop_quantized"] - facts["drop_float"]
-            found[kind] = facts
+        kinds = {kind: [r for r in self.rows if r.kind == kind] for kind in NOISES}
+        causes = dict.fromkeys(row.name for row in kinds["system"])
+        kinds |= {f"system: {name}": [r for r in kinds["system"] if r.name == name]
+                  for name in causes if len(causes) > 1}  # fmt: skip
+        for name, rows in kinds.items():
+            if rows:
+                found[name] = _drops(self.row("clean"), rows)
+        if kinds["corruption"]:
+            found["corruption"]["mce"] = _mce(kinds["corruption"])
         return found
 
     def table(self, every: bool = False) -> str:
         """Plain text: rows, the summary of noises, checks, and the conclusion.
 
         Args:
-            every: transfers too, and each attack before its images are rounded.
+            every: transfers and the grid too, and each attack before its images are rounded.
         """
         shown = [row for row in self.rows if every or _counts(row)]
         lines = ruled(HEAD, [cells(row) for row in shown])
-        for kind, facts in self.summary().items():
-            lines += [
-                "",
-                f"{kind}: mean drop {_percent(facts['drop_float'])} float, "
-                f"{_percent(facts['drop_quantized'])} quantized; worst "
-                f"{_percent(facts['worst_float'])} ({facts['worst_row_float']}), "
-                f"{_percent(facts['worst_quantized'])} ({facts['worst_row_quantized']})",
-            ]
+        if summary := self.summary():
+            lines += ["", *ruled(SUMMARY, [_summed(*item) for item in summary.items()])]
         if self.checks:
             marks = {True: "ok", False: "FAILED", None: "not run"}
             lines += ["", *listed([(f"{c.model}, {c.name}", f"{marks[c.passed]}: {c.told}")
@@ -196,6 +181,31 @@ class Robustness:
                       ("floor", _floor(self.floor)), ("seconds", f"{self.seconds:.0f}"),
                       ("conclusion", self.conclusion)]  # fmt: skip
         return "\n".join([*lines, "", *listed(facts_told), *self.notes])
+
+
+def _drops(clean: Row, rows: Sequence[Row]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for side in ("float", "quantized"):
+        at_best = getattr(clean, f"accuracy_{side}")
+        drops = np.array([at_best - getattr(row, f"accuracy_{side}") for row in rows])
+        worst = int(drops.argmax())
+        facts |= {
+            f"drop_{side}": float(drops.mean()), f"std_{side}": float(drops.std()),
+            f"worst_{side}": float(drops[worst]), f"worst_row_{side}": rows[worst].title,
+        }  # fmt: skip
+    return {**facts, "amplification": facts["drop_quantized"] - facts["drop_float"]}
+
+
+def _mce(rows: Sequence[Row]) -> float | None:
+    """None where the float model makes no mistake under some corruption."""
+    ratios = []
+    for name in dict.fromkeys(row.name for row in rows):
+        own = [row for row in rows if row.name == name]
+        errors = sum(1 - row.accuracy_float for row in own)
+        if not errors:
+            return None
+        ratios.append(sum(1 - row.accuracy_quantized for row in own) / errors)
+    return float(np.mean(ratios))
 
 
 def compare(
@@ -239,7 +249,17 @@ def worst_of(parts: Sequence[Bits]) -> Bits:
 
 
 def _counts(row: Row) -> bool:
-    return row.kind != "transfer" and (row.kind == "worst" or not row.level.startswith(UNROUNDED))
+    if row.kind in ("transfer", "grid"):
+        return False
+    return row.kind == "worst" or not row.level.startswith(UNROUNDED)
+
+
+def _summed(name: str, facts: dict[str, Any]) -> list[str]:
+    """The columns of SUMMARY."""
+    drops = [f"{100 * facts[key]:.1f}" for key in ("drop_float", "drop_quantized")]
+    worst = [f"{100 * facts[f'worst_{s}']:.1f}, {facts[f'worst_row_{s}']}"
+             for s in ("float", "quantized")]  # fmt: skip
+    return [name, *drops, f"{100 * facts['amplification']:+.1f}", *worst]
 
 
 def _percent(share: float) -> str:

@@ -5,11 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import nn
 
+from qtk.robust import corruptions, noises
 from qtk.robust.cells import UNSEEN, Bits, Found
+from qtk.robust.images import Images
 from qtk.robust.result import UNROUNDED, Row, compare, worst_of
-from qtk.robust.study import ADAPTIVE, FLOAT, QUANTIZED, SECOND, makers
-from qtk.robust.suite import Part
+from qtk.robust.study import ADAPTIVE, FLOAT, QUANTIZED, SECOND, Study, makers
+from qtk.robust.suite import Part, Suite
 
 Crafted = dict[tuple[str, str, str], Found]  # attack, level, maker
 Pair = tuple[Bits, Bits]
@@ -49,8 +52,44 @@ def attacked(
         rows += _worst(parts, crafted, prefix, base, seed)
     if SECOND not in clean:
         return rows, {}, crafted
-    floors |= {kind: floors.get("attack", 0.0) for kind in ("transfer", "worst")}
+    if "attack" in floors:
+        floors |= dict.fromkeys(("transfer", "worst"), floors["attack"])
     return [replace(row, floor=floors.get(row.kind)) for row in rows], floors, crafted
+
+
+def disturbed(
+    study: Study, models: dict[str, nn.Module], suite: Suite, severities: Sequence[int], seed: int
+) -> tuple[list[Row], dict[str, float]]:
+    """Rows under corruptions and system noise, and what two calibration seeds differ by there."""
+    clean, rows = study.clean(), []
+    floors: dict[str, float] = {}
+    for heard in (
+        *corruptions.heard(study, suite.corruptions, severities),
+        *noises.heard(study, models, suite.system),
+        *(noises.grid(study) if suite.grid else ()),
+    ):
+        bits, base = ((found[FLOAT], found[QUANTIZED]) for found in (heard.found, clean))
+        rows.append(compare(heard.name, heard.kind, heard.level, heard.budget, bits, base, seed))
+        if SECOND in clean:
+            gap = _apart(heard.found[QUANTIZED], heard.found[SECOND])
+            floors[heard.kind] = max(floors.get(heard.kind, 0.0), gap)
+    return [replace(row, floor=floors.get(row.kind)) for row in rows], floors
+
+
+def notes_on(images: Images, suite: Suite) -> tuple[str, ...]:
+    """What was done to the images before anything was done to them."""
+    factor, notes = corruptions.factor_of(images.pixels), []
+    if suite.corruptions and factor > 1:
+        notes.append(
+            f"corrupted at {factor} times their size (bicubic) and averaged back: ImageNet-C's "
+            f"constants are meant for 224 pixels; row {corruptions.RESIZED!r} is that alone"
+        )
+    if "resize" in suite.system or suite.grid:
+        notes.append(
+            f"pictures no larger than the model's input come to the resizers {noises.ENLARGED} "
+            "times as large (Lanczos), so that there is something to shrink"
+        )
+    return tuple(notes)
 
 
 def _pairs(part: Part, found: Mapping[str, Found], prefix: str) -> list[tuple[str, str, Pair]]:

@@ -26,6 +26,17 @@ SLACK = 1e-4  # of 1/255: float32 knows no budget exactly
 
 
 @dataclass(frozen=True)
+class Heard:
+    """Who is right, by role, under one corruption or noise; see `Row` for the names."""
+
+    name: str
+    kind: str
+    level: str
+    budget: float | None
+    found: Found
+
+
+@dataclass(frozen=True)
 class Study:
     """What attacks are run on.
 
@@ -42,6 +53,11 @@ class Study:
     seed: int
     say: Callable[[str], None]
 
+    @property
+    def roles(self) -> list[str]:
+        """Those that answer; the adaptive one is only attacked."""
+        return [role for role in self.models if role != ADAPTIVE]
+
     def right(self, role: str, pixels: Tensor, labels: Tensor | None = None) -> Bits:
         """[N], answered without gradients."""
         labels = self.images.labels if labels is None else labels
@@ -50,9 +66,8 @@ class Study:
     def clean(self) -> Found:
         """Every role on clean images."""
         self.say("clean images")
-        roles = [role for role in self.models if role != ADAPTIVE]
         return self.cells.get(
-            {"part": "clean"}, lambda: {r: self.right(r, self.images.pixels) for r in roles}
+            {"part": "clean"}, lambda: {r: self.right(r, self.images.pixels) for r in self.roles}
         )
 
     def attack(self, part: Part, level: str, maker: str, steps: int | None = None) -> Found:

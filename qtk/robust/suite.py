@@ -7,11 +7,14 @@ from types import ModuleType
 
 from qtk.discover import available, load
 from qtk.errors import SchemeError
+from qtk.robust.corrupt import names as corruptions
 
-ATTACK = "robust.attack"
+ATTACK, SYSTEM = "robust.attack", "robust.system"
 STANDARD = ("noise", "fgsm", "pgd_linf", "pgd_l2", "pgd_l1", "mim", "ddn", "apgd_ce", "apgd_dlr",
             "square")  # fmt: skip
-GROUPS = {"attacks": STANDARD, "text": ("embedding_pgd", "character_noise", "word_noise")}
+TEXT = ("embedding_pgd", "character_noise", "word_noise")
+GRID = "grid"  # decoders, resizers and colours in every combination
+GROUPS = ("attacks", "text", "corruptions", "system", GRID)
 LEVELS = ("small", "mid", "large")
 IMAGENET = 3 * 224 * 224  # numbers of the images that RobustART's budgets are meant for
 LINF = {"small": 0.5 / 255, "mid": 2 / 255, "large": 8 / 255}
@@ -43,38 +46,66 @@ class Part:
         return bool(getattr(self.module, "UNIVERSAL", False))
 
 
-def parts_of(suite: str | Sequence[str], budgets: Budgets, size: int) -> list[Part]:
-    """The attacks of a suite.
+@dataclass(frozen=True)
+class Suite:
+    """Names of what is to be run, by room."""
+
+    attacks: tuple[str, ...]
+    corruptions: tuple[str, ...]
+    system: tuple[str, ...]
+    grid: bool
+
+    @property
+    def is_text(self) -> bool:
+        return any(name in TEXT for name in self.attacks)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.attacks, *self.corruptions, *self.system, *([GRID] if self.grid else []))
+
+
+def suite_of(given: str | Sequence[str]) -> Suite:
+    """Groups and names, sorted out, each once.
+
+    Raises:
+        SchemeError: a name that there is not, none at all, or text and images together.
+    """
+    items = [given] if isinstance(given, str) else list(given)
+    rooms = {"attacks": available(ATTACK), "corruptions": list(corruptions()),
+             "system": available(SYSTEM)}  # fmt: skip
+    groups = {"attacks": STANDARD, "text": TEXT, "corruptions": rooms["corruptions"],
+              "system": rooms["system"], GRID: (GRID,)}  # fmt: skip
+    names = list(dict.fromkeys(name for item in items for name in groups.get(item, (item,))))
+    known = [name for room in rooms.values() for name in room]
+    wrong = [name for name in names if name not in (*known, GRID)]
+    if wrong or not names:
+        raise SchemeError(
+            f"suite={wrong[0] if wrong else items!r}: choose among the groups "
+            f"{', '.join(groups)}, or among {', '.join(known)}"
+        )
+    text = [name for name in names if name in TEXT]
+    if text and len(text) < len(names):
+        raise SchemeError(f"suite: {text[0]} is for text, {(set(names) - set(text)).pop()} is not")
+    parts = {room: tuple(n for n in names if n in known) for room, known in rooms.items()}
+    return Suite(**parts, grid=GRID in names)
+
+
+def parts_of(names: Sequence[str], budgets: Budgets, size: int) -> list[Part]:
+    """Attacks with their budgets.
 
     Args:
-        suite: groups and names of files in robust/attack.
+        names: of files in robust/attack.
         budgets: levels, of RobustART (l2 and l1 scaled to images of `size` numbers); or
             {norm: budgets}.
 
     Raises:
-        SchemeError: a name, level or budget that there is not.
+        SchemeError: a level or budget that there is not.
     """
     found = []
-    for name in expand(suite):
+    for name in names:
         module = load(ATTACK, name)
         found.append(Part(name, module, _budgets(str(module.NORM), budgets, size)))
     return [part for part in found if part.budgets]
-
-
-def expand(suite: str | Sequence[str]) -> list[str]:
-    """Names of files, each once, with groups taken apart."""
-    given = [suite] if isinstance(suite, str) else list(suite)
-    names = [name for item in given for name in GROUPS.get(item, (item,))]
-    known = available(ATTACK)
-    for name in names:
-        if name not in known:
-            raise SchemeError(
-                f"suite={name!r}: choose among the groups {', '.join(GROUPS)} and the attacks "
-                f"{', '.join(known)}"
-            )
-    if not names:
-        raise SchemeError(f"suite is empty: choose among {', '.join((*GROUPS, *known))}")
-    return list(dict.fromkeys(names))
 
 
 def _budgets(norm: str, budgets: Budgets, size: int) -> dict[str, float]:

@@ -200,7 +200,7 @@ def test_files_are_read_as_the_processor_reads_them(pair, tmp_path):
     ({"data": []}, "no image"),
     ({"normalize": None}, "normalize="),
     ({"suite": "pgd"}, "choose among"),
-    ({"suite": []}, "suite is empty"),
+    ({"suite": []}, r"suite=\[\]"),
     ({"suite": ["noise", "word_noise"]}, "is for text"),
     ({"budgets": ("huge",)}, "choose among"),
     ({"budgets": {"linf": [-1]}}, "above zero"),
