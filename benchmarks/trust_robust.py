@@ -1,6 +1,7 @@
 """How robust the small ViT and a text classifier are in 8, 6 and 4 bits, beside floating point.
 
     python -m benchmarks.trust_robust images | floor | large | text ... [--images N] [--bits B ...]
+                                      [--attacks NAME ...] [--sentences N] [--folder FOLDER]
 
 writes benchmarks/results/trust_robust.json, whose other figures stay. What is found on the way is
 kept in --folder, from which an interrupted run goes on.
@@ -57,7 +58,7 @@ def quantized(bits: int, folder: Path, seed: int = 0) -> nn.Module:
 
 
 def images(args: argparse.Namespace, bits: int) -> Robustness:
-    return study(args, bits, suite="attacks", budgets=("small", "mid"))
+    return study(args, bits, suite=args.attacks, budgets=("small", "mid"))
 
 
 def large(args: argparse.Namespace, bits: int) -> Robustness:
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--sentences", type=int, default=500)
+    parser.add_argument("--attacks", nargs="+", default=["attacks"])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4])
     parser.add_argument("--folder", type=Path, default=Path("trust-out"))
     args = parser.parse_args()
