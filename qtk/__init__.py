@@ -26,6 +26,7 @@ from qtk.mixed_precision.result import Search
 from qtk.mixed_precision.search import bench_ops, search
 from qtk.pipeline.files import quantize_files
 from qtk.report.summary import Summary, summary
+from qtk.robust import Robustness, robustness
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "Latencies",
     "ModelError",
     "QtkError",
+    "Robustness",
     "SchemeError",
     "Search",
     "Summary",
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "quantize",
     "quantize_files",
+    "robustness",
     "search",
     "summary",
 ]

@@ -72,6 +72,16 @@ ALLOWED = {
     },
     "qtk.fidelity": LOW
     | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
+    "qtk.robust": LOW
+    | {
+        "qtk.observe",
+        "qtk.modules",
+        "qtk.assembly",
+        "qtk.integrations",
+        "qtk.fidelity",
+        "qtk.table",
+        "qtk.robust",
+    },
     "qtk.formats": LOW
     | {
         "qtk.observe",

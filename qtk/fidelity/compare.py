@@ -69,7 +69,7 @@ def evaluate(
     given = unwrap(model, data, tokenizer)
     data, tokenizer = given.data, given.tokenizer
     reference, quantized = open_model(given.model), open_model(unwrap(qmodel).model)
-    _check_pair(reference, quantized)
+    check_pair(reference, quantized)
     causal = type(reference).__name__.endswith("ForCausalLM")
     if stride is None:
         parts = stream(reference, data, tokenizer, seed, samples)
@@ -112,7 +112,7 @@ def nearest(embeddings: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _check_pair(model: nn.Module, qmodel: nn.Module) -> None:
+def check_pair(model: nn.Module, qmodel: nn.Module) -> None:
     """Raises ModelError for two models that cannot be compared."""
     quantized = [any(isinstance(m, QuantLinear) for m in x.modules()) for x in (model, qmodel)]
     if quantized == [True, False]:

@@ -1,0 +1,176 @@
+"""Every file in robust/attack: inside its budget, deterministic, and against an oracle."""
+
+from functools import partial
+from random import Random
+
+import pytest
+import torch
+from torch import nn
+
+from qtk.discover import available, load
+from qtk.errors import ModelError
+from qtk.robust.attack import _apgd, _ball, apgd_dlr, embedding_pgd, patch, square
+from qtk.robust.images import Pixels, frozen
+from qtk.robust.study import rounded
+
+BUDGETS = {"linf": 8 / 255, "l2": 0.5, "l1": 5.0}
+FOOLBOX = ("fgsm", "pgd_linf", "pgd_l2", "pgd_l1", "mim", "ddn")
+PARTS = {name: load("robust.attack", name) for name in available("robust.attack")}
+ON_PIXELS = [n for n, p in PARTS.items() if p.INPUT == "pixels" and p.NORM in BUDGETS]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def found(name, model, x, y, budget, seed=0, steps=5):
+    if name in FOOLBOX:
+        pytest.importorskip("foolbox")
+    return PARTS[name].perturb(model, x, y, budget, generator(seed), steps)
+
+
+class Linear(nn.Module):
+    """Two classes of one difference: what an attack can reach is known by formula."""
+
+    def __init__(self, n=48, classes=2):
+        super().__init__()
+        self.w = torch.randn(classes, n, generator=generator(1))
+        self.eval()
+
+    def forward(self, x):
+        return x.flatten(1) @ self.w.T
+
+
+@pytest.mark.parametrize("name", ON_PIXELS)
+@pytest.mark.parametrize("which", [0, 1], ids=["float", "quantized"])
+def test_an_attack_stays_inside_its_budget_and_is_deterministic(name, which, pair):
+    model, x, y = Pixels(pair[which], (0.5,) * 3, (0.5,) * 3), pair[3][:6], pair[4][:6]
+    norm, state = PARTS[name].NORM, torch.get_rng_state()
+    with frozen(pair[which]):
+        runs = [found(name, model, x, y, BUDGETS[norm]) for _ in range(2)]
+    assert torch.equal(*runs)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers are used up
+    for image in (runs[0], rounded(runs[0], x)):
+        assert image.shape == x.shape and image.min() >= 0 and image.max() <= 1
+        allowed = BUDGETS[norm] * (1 + 1e-5) + 1e-6
+        assert (_ball.distance(image, x, norm) <= allowed).all()
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in ON_PIXELS if PARTS[n].NORM == "linf" and n not in ("noise", "apgd_dlr")]
+)
+def test_of_a_linear_model_an_linf_attack_reaches_the_worst_case(name):
+    """The margin falls by budget * |w_y - w_other|_1 at most, and all get nearly there."""
+    model, x = Linear(), 0.5 + torch.zeros(4, 3, 4, 4)
+    y = model(x).argmax(-1)
+    budget = 0.05
+    moved = found(name, model, x, y, budget, steps=40)
+    fall = square.margin(model(x), y) - square.margin(model(moved), y)
+    most = budget * (model.w[0] - model.w[1]).abs().sum()
+    share = 0.6 if name == "square" else 0.98  # squares of many pixels, and few queries
+    wrong = model(moved).argmax(-1) != y
+    assert (wrong | (fall >= share * most)).all()
+    assert (fall <= most * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("name", ["pgd_l2", "ddn"])
+def test_of_a_linear_model_an_l2_attack_needs_no_more_than_the_distance_to_the_boundary(name):
+    model, x = Linear(), 0.5 + torch.zeros(1, 3, 4, 4)
+    y = model(x).argmax(-1)
+    way = (model.w[0] - model.w[1]).norm()
+    needed = float(square.margin(model(x), y) / way)
+    assert (model(found(name, model, x, y, 1.1 * needed, steps=60)).argmax(-1) != y).all()
+    assert (model(found(name, model, x, y, 0.9 * needed, steps=60)).argmax(-1) == y).all()
+
+
+def test_the_ratio_of_logits_is_the_papers():
+    logits, y = torch.tensor([[5.0, 3, 1, 0], [1, 4, 2, 8]]), torch.tensor([0, 1])
+    assert apgd_dlr.ratio(logits, y).tolist() == pytest.approx([-(5 - 3) / (5 - 1), -(4 - 8) / 6])
+    scaled = apgd_dlr.ratio(1000 * logits, y)
+    assert torch.allclose(scaled, apgd_dlr.ratio(logits, y))
+    with pytest.raises(ModelError, match="three logits"):
+        apgd_dlr.ratio(logits[:, :2], y)
+
+
+def test_checkpoints_are_the_papers():
+    assert sorted(_apgd.checkpoints(100))[:6] == [22, 41, 57, 70, 80, 87]
+
+
+def test_more_steps_find_a_greater_loss(pair):
+    model, x, y = Pixels(pair[0], (0.5,) * 3, (0.5,) * 3), pair[3], pair[4]
+    loss_of = partial(_ball.cross_entropy, y=y)
+    with frozen(pair[0]):
+        losses = [
+            loss_of(model(_apgd.ascend(model, x, y, 0.02, generator(), n, loss_of))).mean()
+            for n in (1, 5, 25)
+        ]
+    assert losses[0] < losses[1] < losses[2] * 1.001
+
+
+def test_apgd_and_square_are_as_strong_as_torchattacks(pair):
+    torchattacks = pytest.importorskip("torchattacks")
+    model, x, y = Pixels(pair[0], (0.5,) * 3, (0.5,) * 3), pair[3], pair[4]
+    budget = 0.02
+    theirs = {
+        "apgd_ce": torchattacks.APGD(model, eps=budget, steps=20, loss="ce"),
+        "apgd_dlr": torchattacks.APGD(model, eps=budget, steps=20, loss="dlr"),
+        "square": torchattacks.Square(model, eps=budget, n_queries=200),
+    }
+    with frozen(pair[0]):
+        for name, attack in theirs.items():
+            own, other = (
+                float((model(z).argmax(-1) == y).float().mean())
+                for z in (found(name, model, x, y, budget, steps=20), attack(x, y))
+            )
+            assert abs(own - other) <= max(0.02, 2 / len(x)), name
+
+
+def test_squares_shrink_as_the_papers_schedule_says():
+    sides = [square.side_at(q, 10_000, 32) for q in (0, 11, 51, 201, 1001, 8001)]
+    assert sides == [29, 20, 14, 10, 5, 1]  # (.8 / 2**k) ** .5 of 32
+
+
+def test_a_patch_changes_one_square_and_learns_to_mislead():
+    model = Linear(classes=3)
+    x = torch.rand(32, 3, 4, 4, generator=generator(2))
+    y = model(x).argmax(-1)
+    learned = patch.learn(model, x, y, 0.5, generator(), 60)
+    assert learned.shape == (3, 2, 2) and learned.min() >= 0 and learned.max() <= 1
+    shown = patch.apply(learned, x, generator(3))
+    assert ((shown != x).any(1).flatten(1).sum(1) <= 4).all()
+    blank = patch.apply(torch.full_like(learned, 0.5), x, generator(3))
+    right = [(model(z).argmax(-1) == y).float().mean() for z in (shown, blank)]
+    assert right[0] < right[1]
+
+
+def test_every_token_stays_in_its_ball():
+    x = torch.randn(2, 5, 48, generator=generator(1))
+    y = torch.tensor([0, 1])
+
+    class Mean(Linear):
+        def forward(self, x):
+            return x.mean(1) @ self.w.T
+
+    model = Mean()
+    moved = embedding_pgd.perturb(model, x, y, 0.3, generator(), 8)
+    radius = 0.3 * x.norm(dim=-1).mean()
+    assert ((moved - x).norm(dim=-1) <= radius * (1 + 1e-5)).all()
+    # of a linear model the best direction is known: along w_other - w_y, by the radius
+    fall = square.margin(model(x), y) - square.margin(model(moved), y)
+    assert torch.allclose(fall, (radius * (model.w[0] - model.w[1]).norm()).expand(2), rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["character_noise", "word_noise"])
+def test_noise_of_text_changes_its_share_of_words_and_repeats_itself(name):
+    text = "a film that is charming and true to its own strange heart"
+    part, words = PARTS[name], len(text.split())
+    once, again = (part.disturb(text, 0.3, Random(4)) for _ in range(2))
+    assert once == again != text
+    changed = once.split(" ")
+    if name == "character_noise":
+        differing = [a != b for a, b in zip(text.split(), changed, strict=True)]
+        assert sum(differing) == -(-3 * words // 10)
+        assert all(abs(len(a) - len(b)) <= 1 for a, b in zip(text.split(), changed, strict=True))
+    else:
+        assert set(changed) <= set(text.split()) and abs(len(changed) - words) <= 4
+    assert part.disturb("word", 0.0, Random(0)) == "word"
