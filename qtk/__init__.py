@@ -18,6 +18,9 @@ from qtk.errors import (
     SchemeError,
 )
 from qtk.export import Exported, export
+from qtk.fair.compare import fairness
+from qtk.fair.domain import Attribute
+from qtk.fair.result import Fairness
 from qtk.fidelity import Fidelity, evaluate
 from qtk.integrations.transformers import load
 from qtk.mixed_precision.latency import Latencies
@@ -29,10 +32,12 @@ from qtk.report.summary import Summary, summary
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attribute",
     "BackendError",
     "CalibrationError",
     "CheckpointError",
     "Exported",
+    "Fairness",
     "Fidelity",
     "Latencies",
     "ModelError",
@@ -43,6 +48,7 @@ __all__ = [
     "bench_ops",
     "evaluate",
     "export",
+    "fairness",
     "load",
     "quantize",
     "quantize_files",
