@@ -18,6 +18,9 @@ from qtk.errors import (
     QtkError,
     SchemeError,
 )
+from qtk.fair.compare import fairness
+from qtk.fair.domain import Attribute
+from qtk.fair.result import Fairness
 from qtk.fidelity import Fidelity, evaluate
 from qtk.formats import Exported, export
 from qtk.integrations.transformers import load
@@ -31,10 +34,12 @@ from qtk.robust import Robustness, robustness
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attribute",
     "BackendError",
     "CalibrationError",
     "CheckpointError",
     "Exported",
+    "Fairness",
     "Fidelity",
     "Latencies",
     "ModelError",
@@ -47,6 +52,7 @@ __all__ = [
     "compile",
     "evaluate",
     "export",
+    "fairness",
     "load",
     "quantize",
     "quantize_files",

@@ -249,6 +249,61 @@ def evaluate(
 
 
 @app.command()
+def fair(
+    float_model: Annotated[str, typer.Argument(metavar="FLOAT", help="Folder or hub name.")],
+    quantized: Quantized,
+    rows: Annotated[Path, typer.Option(help="CSV file with a head, or sentences, one a line.")],
+    protected: Annotated[
+        list[str] | None, typer.Option(help="Column that must not matter; may be repeated.")
+    ] = None,
+    columns: Annotated[
+        Path | None, typer.Option(help="columns.json of the rows, if not in FLOAT.")
+    ] = None,
+    label: Annotated[str, typer.Option(help="Column of the labels, if there is one.")] = "label",
+    swaps: Annotated[
+        Path | None, typer.Option(help="JSON of word: counterpart; he/she and others if none.")
+    ] = None,
+    second: Annotated[
+        Path | None, typer.Option(help="QUANTIZED with another calibration seed: the noise floor.")
+    ] = None,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(help=one_of("Where to look", available("fair.probe")) + " May be repeated."),
+    ] = None,
+    n: Annotated[int, typer.Option(help="Rows that a probe tries.")] = 3000,
+    html: Annotated[Path | None, typer.Option(help="Page to write as well.")] = None,
+    tokenizer: Tokenizer = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Find whom QUANTIZED treats otherwise than FLOAT: discriminatory rows, groups, churn."""
+    from qtk.fair.rows import Columns
+    from qtk.fair.text import read_swaps
+    from qtk.observe.files import lines
+
+    told: dict[str, Any] = {
+        "second": None if second is None else qtk.load(second), "n": n, "seed": seed,
+        "progress": not as_json, **({"probe": probe} if probe else {}),
+    }  # fmt: skip
+    model, qmodel = _load(float_model, None, None), qtk.load(quantized)
+    if rows.suffix.lower() == ".csv":
+        if not protected:
+            raise SchemeError("name the column that must not matter: --protected sex")
+        known = Columns.load(columns or float_model)
+        given, labels = known.read(rows, label)
+        attributes = [known.attribute(name) for name in protected]
+        result = qtk.fairness(model, qmodel, given, attributes, labels, domain=known.domain, **told)
+    else:
+        sentences = [text for _, text in lines(rows)]
+        result = qtk.fairness(
+            model, qmodel, sentences, read_swaps(swaps), None, tokenizer, **told
+        )  # fmt: skip
+    if html is not None:
+        result.write_html(html)
+    _show(result, as_json)
+
+
+@app.command()
 def search(
     model: Model,
     budget: Annotated[

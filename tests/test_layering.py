@@ -21,6 +21,7 @@ ALLOWED = {
     "qtk.ranks": {"qtk.errors"},
     "qtk.table": set(),
     "qtk.timing": set(),
+    "qtk.intervals": set(),
     "qtk.numerics": {"qtk.scheme"},
     "qtk.grids": {"qtk.errors", "qtk.numerics", "qtk.scheme"},
     "qtk.models": {"qtk.discover", "qtk.errors", "qtk.models"},
@@ -72,6 +73,16 @@ ALLOWED = {
     },
     "qtk.fidelity": LOW
     | {"qtk.observe", "qtk.modules", "qtk.integrations", "qtk.table", "qtk.fidelity"},
+    "qtk.fair": LOW
+    | {
+        "qtk.observe",
+        "qtk.fidelity",
+        "qtk.intervals",
+        "qtk.pipeline",
+        "qtk.report",
+        "qtk.table",
+        "qtk.fair",
+    },
     "qtk.robust": LOW
     | {
         "qtk.observe",
@@ -110,6 +121,10 @@ ALLOWED = {
 }
 # Inside these, a file imports only what stands before it.
 ORDER = {
+    "fair": [
+        "__init__", "domain", "answer", "groups", "result", "sides", "decoder", "rows", "census",
+        "classifier", "retrain", "text", "compare",
+    ],
     "formats": [
         "__init__", "_trace", "_layers", "_compare", "onnx", "openvino", "compressed_tensors",
         "gguf", "aoti",
