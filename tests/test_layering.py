@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LOW = {f"qtk.{name}" for name in (
-    "errors", "discover", "scheme", "numerics", "grids", "models", "integrity", "ranks",
+    "errors", "discover", "scheme", "numerics", "grids", "models", "integrity", "ranks", "windows",
 )}  # fmt: skip
 STAGES = {"qtk.transform", "qtk.ranges", "qtk.round"}
 ALLOWED = {
@@ -20,11 +20,12 @@ ALLOWED = {
     "qtk.integrity": {"qtk.errors"},
     "qtk.ranks": {"qtk.errors"},
     "qtk.table": set(),
+    "qtk.windows": set(),
     "qtk.timing": set(),
     "qtk.numerics": {"qtk.scheme"},
     "qtk.grids": {"qtk.errors", "qtk.numerics", "qtk.scheme"},
     "qtk.models": {"qtk.discover", "qtk.errors", "qtk.models"},
-    "qtk.observe": {"qtk.errors", "qtk.models", "qtk.observe", "qtk.ranks"},
+    "qtk.observe": {"qtk.errors", "qtk.models", "qtk.observe", "qtk.ranks", "qtk.windows"},
     "qtk.transform": LOW | {"qtk.observe", "qtk.transform"},
     "qtk.ranges": LOW | {"qtk.ranges"},
     "qtk.round": LOW | {"qtk.round"},
@@ -69,7 +70,23 @@ ALLOWED = {
         "qtk.export",
     },
     "qtk.report": LOW
-    | {"qtk.record", "qtk.assembly", "qtk.integrations", "qtk.table", "qtk.report"},
+    | {
+        "qtk.record",
+        "qtk.modules",
+        "qtk.assembly",
+        "qtk.integrations",
+        "qtk.table",
+        "qtk.report",
+    },
+    "qtk.security": LOW
+    | {
+        "qtk.round",
+        "qtk.observe",
+        "qtk.integrations",
+        "qtk.report",
+        "qtk.table",
+        "qtk.security",
+    },
     "qtk.sweep": LOW
     | {
         "qtk.api",
@@ -89,13 +106,13 @@ ORDER = {
         "gguf",
     ],
     "integrations": [
-        "__init__", "companions", "quiet", "replacement", "folder", "card", "saving", "offload",
-        "sentence_transformers", "compressed_tensors", "transformers",
+        "__init__", "companions", "quiet", "replacement", "folder", "card", "networks", "saving",
+        "offload", "sentence_transformers", "compressed_tensors", "transformers",
     ],
     "sweep": ["__init__", "plan", "cell", "engine", "table", "page"],
     "observe": [
-        "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "beside", "files",
-        "images", "items", "tokens", "check", "batches",
+        "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "trace", "beside",
+        "files", "images", "items", "tokens", "check", "batches",
     ],
     "learn": ["__init__", "descent", "objective", "resume", "trainable", "block", "model"],
     "pipeline": [

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from qtk.errors import ModelError, SchemeError
 from qtk.modules.attention import QuantAttention
+from qtk.modules.conv import QuantConv2d
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.floats import restore_floats
 from qtk.modules.linear import QuantLinear
-from qtk.modules.patch import QuantPatchConv
 from qtk.observe.tokens import reads_choices
 
 DOMAIN = "qtk"
@@ -149,7 +149,7 @@ def _axes(name: str, value: Tensor) -> dict[int, Any]:
 
 
 def _in_patches(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), QuantPatchConv)
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), QuantConv2d)
 
 
 class _Quietly(warnings.catch_warnings):
