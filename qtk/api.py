@@ -10,6 +10,7 @@ from qtk.errors import SchemeError
 from qtk.integrations.sentence_transformers import rewrap, unwrap
 from qtk.mixed_precision import auto
 from qtk.mixed_precision.search import OPTIONS, search
+from qtk.models import is_network
 from qtk.observe.batches import prepare
 from qtk.pipeline import opened, run
 from qtk.pipeline.request import Request
@@ -39,6 +40,7 @@ def quantize(
     bits: Mapping[str, Any] | str | None = None,
     budget: str | Sequence[str] | None = None,
     skip: Sequence[str] | None = None,
+    blocks: Sequence[str] | None = None,
     backend: str = "auto",
     resume: str | Path | None = None,
     seed: int = 0,
@@ -47,9 +49,12 @@ def quantize(
 ) -> nn.Module:
     """Turns a transformers BERT, OPT or ViT into the same model computing in low-bit integers.
 
+    A network of Conv2d, Linear and BatchNorm that is no model of transformers is taken as well,
+    with `calib`: BatchNorms are folded, every convolution and linear is quantized.
+
     Args:
-        model: a model in floating point, or the path or hub name of one; or a SentenceTransformer
-            or CrossEncoder, whose tokenizer and length then serve for `calib`.
+        model: a model in floating point, or the path or hub name of one; a SentenceTransformer or
+            CrossEncoder, whose tokenizer and length then serve for `calib`; or any other network.
         w, a: bits of weights (2 to 8, or 16) and activations (4 to 8, or 16); 16 is floating point.
             "fp8" for both is e4m3: weights per channel, activations per token.
         calib: batches (dicts of tensors), strings, or a path to a text file or image folder.
@@ -89,6 +94,9 @@ def quantize(
         budget: in the place of w, a and bits: `qtk.search` chooses the bits under it, such as
             "cosine 0.99", "0.6x bytes" or "0.8x latency". Half of `calib` is held back to verify.
         skip: patterns of module names left in floating point.
+        blocks: of a plain network: patterns of the names of modules that are quantized one after
+            the other, and kept when finished; what lies in none stays in floating point. Every
+            child with a convolution or linear if None.
 
         backend: Bookkeeping. "auto" (by device), "triton", "cpu" or "reference".
         resume: a folder that keeps every finished block and the state of learning, and is gone on
@@ -115,6 +123,8 @@ def quantize(
     folder = check(resume)
     given = unwrap(model, calib, tokenizer)
     bare, calib, tokenizer = given.model, given.data, given.tokenizer
+    if (budget is not None or isinstance(bits, str)) and is_network(bare):
+        raise SchemeError("bits are chosen for models of transformers: give w, a and bits")
     if budget is not None:
         if bits is not None or (w, a) != (8, 8):
             raise SchemeError("budget chooses the bits: leave out w, a and bits, or budget")
@@ -129,7 +139,7 @@ def quantize(
         bare = opened(bare, backend)[0]
         calib = prepare(bare, calib, tokenizer, seed, request.samples)
         bits = auto.sensitive(bare, calib, bits, pairs, options, backend)
-    request = Request.of(w, a, calib, bits=bits, **options)
+    request = Request.of(w, a, calib, bits=bits, blocks=blocks, **options)
     qmodel = run(
         bare, calib, tokenizer, request, backend=backend, resume=folder, progress=progress,
         inplace=inplace,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qtk.errors import CheckpointError, ModelError
 from qtk.models import Block, describe
 from qtk.modules.attention import CHILD, QuantAttention, install
-from qtk.modules.base import kind_of
+from qtk.modules.base import Quantized, kind_of
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.fused.block import FusedBlock, fuse
 from qtk.modules.linear import QuantLinear
@@ -52,6 +52,12 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding
     return {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
 
 
+def replaced_layers(model: nn.Module) -> dict[str, Quantized]:
+    """What stands in the place of float layers, by their names: a convolution as a whole."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, Quantized)}
+    return {n: m for n, m in found.items() if n.rpartition(".")[0] not in found}
+
+
 def quantized_attentions(model: nn.Module) -> dict[str, QuantAttention]:
     """The quantized attention products of a model by full name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantAttention)}
@@ -85,6 +91,14 @@ def skeleton(model: nn.Module, record: Record) -> None:
                 "with its head; load it as the class it was saved from"
             )
         _empty(model, name, full, layer, backend)
+    for name in record.folded:
+        full = full_name(model, name)
+        if not has_module(model, full):
+            raise CheckpointError(
+                f"the checkpoint has folded {name!r}, but {type(model).__name__} has no such norm; "
+                "load it as the class it was saved from"
+            )
+        model.set_submodule(full, nn.Identity())
     if record.attention is not None:
         for block in describe(model):
             _add_attention(model, block, record.attention, backend)
@@ -234,7 +248,8 @@ def finish(model: nn.Module) -> None:
 
 def check_float(model: nn.Module) -> None:
     """Raises ModelError when the model is already quantized, by qtk or others, or not finite."""
-    if quantized_layers(model) or getattr(model.config, "quantization_config", None) is not None:
+    config = getattr(model, "config", None)
+    if quantized_layers(model) or getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"{type(model).__name__} is already quantized; start from the floating-point model"
         )

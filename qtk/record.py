@@ -65,9 +65,13 @@ RECIPE = {
     "w": BITS, "a": BITS, "seed": SEED, "calibration_batches": COUNT,
 }  # fmt: skip
 ATTENTION = {"bits": _or_none(COUNT), "softmax": TEXT, "softmax_bits": _or_none(COUNT)}
+NAMES: Check = (
+    "a list of names",
+    lambda x: isinstance(x, list) and len(x) <= MOST_LAYERS and all(TEXT[1](n) and n for n in x),
+)
 RECORD = {
     "version": COUNT, "backend": BACKEND, "recipe": DICT, "layers": LAYERS,
-    "attention": _or_none(DICT),
+    "attention": _or_none(DICT), "folded": NAMES,
 }  # fmt: skip
 
 
@@ -184,21 +188,25 @@ class Record:
             came of it, calibration size, seed. For people to read.
         backend: what was asked for: "auto", "triton", "cpu" or "reference".
         attention: how every block's products and softmax compute, None for floating point.
+        folded: norms that went into the layers before them.
     """
 
     layers: dict[str, Layer]
     recipe: dict[str, Any] = field(default_factory=dict)
     backend: str = "auto"
     attention: AttentionScheme | None = None
+    folded: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        data = {
+        data: dict[str, Any] = {
             "version": VERSION,
             "backend": self.backend,
             "recipe": self.recipe,
             "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
         }
-        return {**data, "attention": self.attention.to_dict()} if self.attention else data
+        if self.attention:
+            data["attention"] = self.attention.to_dict()
+        return {**data, "folded": list(self.folded)} if self.folded else data
 
     @classmethod
     def from_dict(cls, data: Any) -> "Record":
@@ -230,4 +238,5 @@ class Record:
         except SchemeError as error:
             raise CheckpointError(f"{what} describes attention badly: {str(error)[:200]}") from None
         layers = {name: Layer.from_dict(layer, name) for name, layer in data["layers"].items()}
-        return cls(layers, recipe, data.get("backend", "auto"), scheme)
+        folded = tuple(data.get("folded", ()))
+        return cls(layers, recipe, data.get("backend", "auto"), scheme, folded)

@@ -64,7 +64,7 @@ MODELS = {
     "a kin of BERT that is not known": (lambda: run(with_type("berty")), "not supported"),
     "an int": (lambda: run((7, {})), "give a model, a folder or a hub name"),
     "None": (lambda: run((None, {})), "give a model, a folder or a hub name"),
-    "a bare layer": (lambda: run((nn.Linear(2, 2), {})), "not a transformers model"),
+    "a bare layer": (lambda: run((nn.Linear(2, 2), {})), "put it into an nn.Sequential"),
     "no such path": (lambda: run(("./nowhere/model", {})), "cannot load './nowhere/model'"),
     "quantized already": (twice, "start from the floating-point model"),
     "no weights": (lambda: run(on_meta()), "load its weights first"),

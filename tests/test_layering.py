@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LOW = {f"qtk.{name}" for name in (
-    "errors", "discover", "scheme", "numerics", "grids", "models", "integrity", "ranks",
+    "errors", "discover", "scheme", "numerics", "grids", "models", "integrity", "ranks", "windows",
 )}  # fmt: skip
 STAGES = {"qtk.transform", "qtk.ranges", "qtk.round"}
 ALLOWED = {
@@ -20,12 +20,13 @@ ALLOWED = {
     "qtk.integrity": {"qtk.errors"},
     "qtk.ranks": {"qtk.errors"},
     "qtk.table": set(),
+    "qtk.windows": set(),
     "qtk.timing": set(),
     "qtk.intervals": set(),
     "qtk.numerics": {"qtk.scheme"},
     "qtk.grids": {"qtk.errors", "qtk.numerics", "qtk.scheme"},
     "qtk.models": {"qtk.discover", "qtk.errors", "qtk.models"},
-    "qtk.observe": {"qtk.errors", "qtk.models", "qtk.observe", "qtk.ranks"},
+    "qtk.observe": {"qtk.errors", "qtk.models", "qtk.observe", "qtk.ranks", "qtk.windows"},
     "qtk.transform": LOW | {"qtk.observe", "qtk.transform"},
     "qtk.ranges": LOW | {"qtk.ranges"},
     "qtk.round": LOW | {"qtk.round"},
@@ -106,7 +107,23 @@ ALLOWED = {
         "qtk.formats",
     },
     "qtk.report": LOW
-    | {"qtk.record", "qtk.assembly", "qtk.integrations", "qtk.table", "qtk.report"},
+    | {
+        "qtk.record",
+        "qtk.modules",
+        "qtk.assembly",
+        "qtk.integrations",
+        "qtk.table",
+        "qtk.report",
+    },
+    "qtk.security": LOW
+    | {
+        "qtk.round",
+        "qtk.observe",
+        "qtk.integrations",
+        "qtk.report",
+        "qtk.table",
+        "qtk.security",
+    },
     "qtk.sweep": LOW
     | {
         "qtk.api",
@@ -130,15 +147,15 @@ ORDER = {
         "gguf", "aoti",
     ],
     "integrations": [
-        "__init__", "companions", "quiet", "replacement", "folder", "card", "hub", "saving",
-        "offload", "sentence_transformers", "compressed_tensors", "transformers",
+        "__init__", "companions", "quiet", "replacement", "folder", "card", "hub", "networks",
+        "saving", "offload", "sentence_transformers", "compressed_tensors", "transformers",
     ],
     "packages": ["__init__", "package", "route", "caching", "bundle", "served"],
     "compiler": ["sizes", "program", "__init__"],
     "sweep": ["__init__", "plan", "cell", "engine", "table", "page"],
     "observe": [
-        "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "beside", "files",
-        "images", "items", "tokens", "check", "batches",
+        "guard", "probe", "site", "walk", "imagine", "gradients", "__init__", "trace", "beside",
+        "files", "images", "items", "tokens", "check", "batches",
     ],
     "learn": ["__init__", "descent", "objective", "resume", "trainable", "block", "model"],
     "pipeline": [

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qtk.modules.conv import QuantConv2d
 from qtk.modules.linear import QuantLinear
 from qtk.observe import Batch
 
@@ -43,23 +44,28 @@ class Clipping:
         return {name: float(self.beyond[name]) / total for name, total in self.total.items()}
 
     def _counter(self, name: str, mask: Tensor | None) -> Any:
-        def count(layer: QuantLinear, args: tuple[Tensor, ...]) -> None:
+        def count(layer: QuantLinear | QuantConv2d, args: tuple[Tensor, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
             if mask is not None and mask.numel() == len(x):
                 x = x[mask.flatten().bool()]
-            self.beyond[name] = self.beyond.get(name, 0) + clipped(layer, x).sum()
+            inner = layer.inner if isinstance(layer, QuantConv2d) else layer
+            self.beyond[name] = self.beyond.get(name, 0) + clipped(inner, x).sum()
             self.total[name] = self.total.get(name, 0) + x.numel()
 
         return count
 
 
-def static_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The layers whose inputs have one scale, by full name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, QuantLinear) and module.grid.static is not None
-    }
+def static_layers(model: nn.Module) -> dict[str, QuantLinear | QuantConv2d]:
+    """The layers whose inputs have one scale, by full name; a convolution, which has no change of
+    variable, and not the linear layer inside it."""
+    found: dict[str, QuantLinear | QuantConv2d] = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[0] in found:
+            continue
+        inner = module.linear if isinstance(module, QuantConv2d) else module
+        if isinstance(inner, QuantLinear) and inner.grid.static is not None:
+            found[name] = module
+    return found
 
 
 def clipped(layer: QuantLinear, x: Tensor) -> Tensor:

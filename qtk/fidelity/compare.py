@@ -22,7 +22,7 @@ from qtk.fidelity.tally import CHUNK, EMBEDDING, LOGITS, SCORE, Tally
 from qtk.fidelity.windows import windows
 from qtk.integrations.sentence_transformers import unwrap
 from qtk.integrations.transformers import open_model
-from qtk.models import describe
+from qtk.models import describe, is_network
 from qtk.modules.linear import QuantLinear
 from qtk.observe import Batch
 from qtk.observe.batches import Labelled, stream
@@ -119,7 +119,9 @@ def check_pair(model: nn.Module, qmodel: nn.Module) -> None:
         raise ModelError(
             "the first model is quantized, the second is not: give the float one first"
         )
-    types = [getattr(x.config, "model_type", None) for x in (model, qmodel)]
+    types = [
+        getattr(getattr(x, "config", None), "model_type", type(x).__name__) for x in (model, qmodel)
+    ]
     if types[0] != types[1]:
         names = [
             f"{type(x).__name__} ({kind})" for x, kind in zip((model, qmodel), types, strict=True)
@@ -134,13 +136,14 @@ def _compare(
     model: nn.Module, qmodel: nn.Module, parts: Iterator[Labelled], numbers: dict[str, int],
     causal: bool,
 ) -> Fidelity:  # fmt: skip
-    extra = {"use_cache": False} if describe(model)[0].causal else {}
+    extra: dict[str, Any] = {"use_cache": False} if describe(model)[0].causal else {}
+    named = {} if is_network(model) else {"return_dict": True}
     tally, embeddings, clipping = Tally(causal=causal), [], Clipping(qmodel)
     for index, part in enumerate(_pieces(model, parts)):
         q_batch = _like(qmodel, part.batch)
         with reading(f"batch {index}"):
-            out = model(**part.batch, **extra, return_dict=True)
-            q_out = qmodel(**q_batch, **extra, return_dict=True)
+            out = model(**part.batch, **extra, **named)
+            q_out = qmodel(**q_batch, **extra, **named)
         clipping.look(q_batch, **extra)
         labels, mask = as_tensor(part.labels, numbers), part.batch.get("attention_mask")
         want, got = logits_of(out), logits_of(q_out)
@@ -200,7 +203,7 @@ def _tokens(
 
 def _pieces(model: nn.Module, parts: Iterator[Labelled]) -> Iterator[Labelled]:
     """The batches, cut where a prediction for every token of a vocabulary would not fit."""
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     per_token = getattr(config, "vocab_size", 1) if hasattr(model, "lm_head") else 1
     for part in parts:
         main = part.batch.get("input_ids", next(iter(part.batch.values())))
@@ -215,14 +218,25 @@ def _pieces(model: nn.Module, parts: Iterator[Labelled]) -> Iterator[Labelled]:
 
 
 def logits_of(out: Any) -> Tensor | None:
-    """What the model predicts, None for an encoder without a head."""
+    """What the model predicts, None for an encoder without a head; of a plain network, its output.
+
+    Raises:
+        ModelError: a plain network's output is not [B, classes].
+    """
+    if isinstance(out, Tensor):
+        if out.dim() != 2:
+            raise ModelError(f"a network's output must be [B, classes], not {list(out.shape)}")
+        return out.float()
     found = (getattr(out, name, None) for name in ("logits", "start_logits", "prediction_logits"))
     return next((logits.float() for logits in found if logits is not None), None)
 
 
 def _like(model: nn.Module, batch: Batch) -> Batch:
     """The batch where the model is, floats in its dtype."""
-    at = next(p for p in model.parameters() if p.is_floating_point())
+    at = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if at is None:  # a network of integers alone reads what the float one does
+        device = next(model.buffers()).device
+        return {k: v.to(device) for k, v in batch.items()}
     return {
         k: v.to(at.device, at.dtype) if v.is_floating_point() else v.to(at.device)
         for k, v in batch.items()

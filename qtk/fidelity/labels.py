@@ -22,8 +22,7 @@ def class_numbers(model: nn.Module, data: Any) -> dict[str, int]:
     tinca"), or by its number. Where none of these fits and there are as many folders as classes,
     they are numbered in order, as torchvision's ImageFolder does.
     """
-    config: Any = model.config
-    named = getattr(config, "label2id", None) or {}
+    named = getattr(getattr(model, "config", None), "label2id", None) or {}
     known = {name.strip(): i for text, i in named.items() for name in text.lower().split(",")}
     known |= {text.lower(): i for text, i in named.items()}
     if not isinstance(data, (str, Path)) or not Path(data).is_dir():

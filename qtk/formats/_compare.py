@@ -11,8 +11,8 @@ from qtk import tracing
 from qtk.assembly import quantized_attentions, quantized_layers, run_on
 from qtk.errors import ModelError
 from qtk.formats import Exported, Source
+from qtk.modules.conv import QuantConv2d
 from qtk.modules.floats import restore_attention
-from qtk.modules.patch import QuantPatchConv
 
 SHAPES = ((3, 13), (1, 5))  # sentences and tokens of the random batches: not those traced
 LEAST = 0.98  # mean cosine: codes that fall differently cost thousandths, a wrong file much more
@@ -72,7 +72,7 @@ def needs_float_attention(model: Any) -> tuple[str, ...]:
 def needs_float_patches(model: Any) -> tuple[str, ...]:
     """A note where the file's patch embedding is not the model's."""
     told = "the patch embedding is a float convolution, with the weights of its codes"
-    return (told,) if any(isinstance(m, QuantPatchConv) for m in model.modules()) else ()
+    return (told,) if any(isinstance(m, QuantConv2d) for m in model.modules()) else ()
 
 
 def saturates() -> bool:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from qtk import tracing
 from qtk.errors import ModelError, SchemeError
 from qtk.modules.attention import QuantAttention
+from qtk.modules.conv import QuantConv2d
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.floats import restore_floats
 from qtk.modules.linear import QuantLinear
-from qtk.modules.patch import QuantPatchConv
 
 DOMAIN = "qtk"
 OPSET = 20  # the first with Gelu
@@ -92,4 +92,4 @@ def traced(model: Any, batch: Mapping[str, Tensor], outputs: tuple[str, ...]) ->
 
 
 def _in_patches(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), QuantPatchConv)
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), QuantConv2d)

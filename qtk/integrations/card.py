@@ -19,21 +19,26 @@ def may_write(folder: Path) -> bool:
         return False
 
 
-def card(cls: str, record: Record, stored: int) -> str:
+def card(cls: str, record: Record, stored: int, plain: bool = False) -> str:
     """The text, in the form that model hubs show.
 
     Args:
         cls: the model's class.
         stored: bytes of all weights on disk.
+        plain: whether it is a network that the reader has to give.
     """
+    library, call, others = "transformers", 'qtk.load("this/folder")', (
+        "`transformers.AutoModel.from_pretrained` reads it too, after `import qtk`. "
+    )  # fmt: skip
+    if plain:
+        library, call, others = "pytorch", f'qtk.load("this/folder", {cls}())', ""
     return "\n".join([
-        "---", "library_name: transformers", "tags: [qtk, quantized]", "---", OURS, "",
+        "---", f"library_name: {library}", "tags: [qtk, quantized]", "---", OURS, "",
         f"# {cls}, quantized by qtk", "", *_what(record, stored), "", "## How", "",
         *_how(record), "", "## Measured", "", *_measured(record.layers), "", "## Load", "",
-        "```python", "import qtk", "", 'model = qtk.load("this/folder")',
+        "```python", "import qtk", "", f"model = {call}",
         "print(qtk.summary(model).table())", "```", "",
-        "`transformers.AutoModel.from_pretrained` reads it too, after `import qtk`. Each tensor "
-        "has a checksum in its file, which `qtk.load` compares.", "",
+        f"{others}Each tensor has a checksum in its file, which `qtk.load` compares.", "",
     ])  # fmt: skip
 
 

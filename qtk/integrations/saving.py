@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from qtk import integrity
 from qtk.errors import CheckpointError, ModelError
+from qtk.integrations import networks
 from qtk.integrations.card import NAME, card, may_write
 from qtk.integrations.companions import companions, copy_companions
 from qtk.integrations.folder import CONFIG_SUM, config_sum
@@ -64,18 +65,25 @@ def save(
         ModelError: as `copy_companions`.
     """
     target = folder_to_save(folder)
+    record = getattr(model, "qtk_record", None)  # of a plain network
+    if record is not None and kwargs:
+        raise CheckpointError(f"a plain network is saved without {', '.join(kwargs)}")
     upload = Upload.taken_from(kwargs, target)
     old, packages, sums = partial(_old_companions, is_known=bool(sources)), bundle_of(model), [""]
     try:
         with replacing(target, lambda place: [*old(place), *stale(place, sums[0])]) as work:
-            type(model).save_pretrained(model, work, **kwargs)
+            if record is None:
+                type(model).save_pretrained(model, work, **kwargs)
+            else:
+                networks.write(model, work, record)
             copied = {name for source in sources for name in copy_companions(source, work)}
             seal(work)
             sums[0] = weights_sum(work)
             if packages is not None:
                 packages.write(work, sums[0])
             if may_write(target):
-                write_card(work, type(model).__name__, model.config.quantization_config.record)
+                made = record or model.config.quantization_config.record
+                write_card(work, type(model).__name__, made, plain=record is not None)
             names = [p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file()]
     except SafetensorError as error:
         raise CheckpointError(f"{target} cannot be written: {error}") from error
@@ -106,9 +114,9 @@ def seal(work: Path) -> None:
         integrity.write(file, load_file(file), {"format": "pt", CONFIG_SUM: config_sum(config)})
 
 
-def write_card(work: Path, cls: str, record: Any) -> None:
+def write_card(work: Path, cls: str, record: Any, plain: bool = False) -> None:
     stored = sum(file.stat().st_size for file in work.glob("*.safetensors"))
-    integrity.write_text(work / NAME, card(cls, record, stored))
+    integrity.write_text(work / NAME, card(cls, record, stored, plain))
 
 
 def _old_companions(target: Path, is_known: bool) -> list[Path]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers.quantizers import (
     HfQuantizer,
@@ -20,10 +21,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtk import assembly
 from qtk.errors import BackendError, CheckpointError, ModelError
-from qtk.integrations import compressed_tensors, folder
+from qtk.integrations import compressed_tensors, folder, networks
 from qtk.integrations.offload import blocks_on_disk, empty, load_offloaded
 from qtk.integrations.saving import AtomicSave, Unfinished
-from qtk.models import check_whole
+from qtk.models import check_whole, is_network
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.floats import restore_floats
 from qtk.packages.bundle import has_packages, read
@@ -102,7 +103,14 @@ def refuse_saving(model: Any) -> None:
 
 
 def attach(model: Any, record: Record) -> None:
-    """Tells transformers that the model is quantized, so that saving writes it as such."""
+    """Tells transformers that the model is quantized, so that saving writes it as such.
+
+    A plain network keeps the record itself, and gets a `save_pretrained`.
+    """
+    if is_network(model):
+        model.qtk_record = record
+        model.save_pretrained = AtomicSave(model)
+        return
     config = QtkConfig(**record.to_dict())
     model.config.quantization_config = config
     model.hf_quantizer = QtkQuantizer(config, pre_quantized=True)
@@ -125,6 +133,9 @@ def record_of(model: Any) -> Record:
     Raises:
         ModelError: it was not made by qtk.
     """
+    if is_network(model) and isinstance(getattr(model, "qtk_record", None), Record):
+        record: Record = model.qtk_record
+        return record
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if not isinstance(config, QtkConfig):
         raise ModelError(f"{type(model).__name__} is not quantized by qtk; run qtk.quantize first")
@@ -135,7 +146,7 @@ def load_float(model: Any) -> Any:
     """A model as it is, or one read from a folder or hub name as the class that it was saved from.
 
     Raises:
-        ModelError: not a transformers model, or nothing that can be loaded.
+        ModelError: not a model, or nothing that can be loaded.
     """
     if isinstance(model, (str, os.PathLike)):
         return _read(str(model))
@@ -143,8 +154,8 @@ def load_float(model: Any) -> Any:
         check_whole(model)
     else:
         raise ModelError(
-            f"a {type(model).__name__} is not a transformers model; give a model, a folder or a "
-            "hub name"
+            f"a {type(model).__name__} is not a transformers model or a torch.nn.Module; give a "
+            "model, a folder or a hub name"
         )
     if any(p.is_meta for p in model.parameters()):
         raise ModelError("the model's parameters are on the meta device: load its weights first")
@@ -163,8 +174,8 @@ def open_model(model: Any) -> Any:
 
 
 def load(
-    path: str | os.PathLike[str], *, backend: str | None = None, verify: bool = True,
-    compiled: bool = False, **kwargs: Any,
+    path: str | os.PathLike[str], net: networks.Made | None = None, *, backend: str | None = None,
+    verify: bool = True, compiled: bool = False, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Reads a model that `save_pretrained` of a quantized model wrote, and checks every tensor.
 
@@ -175,6 +186,8 @@ def load(
 
     Args:
         path: the folder.
+        net: for a folder of a plain network: one with the same layers, in floating point, which
+            becomes the quantized one, or what makes it, such as its class.
         backend: "auto", "triton", "cpu" or "reference"; what the model was made for if not given.
         verify: compares config.json and each tensor with the checksums that were saved; without, a
             config that was edited by hand is believed. Files of older versions have none.
@@ -197,6 +210,10 @@ def load(
     if compressed_tensors.is_one(Path(path)):
         return _load_translated(path, backend, kwargs)
     saved = folder.read(path, kwargs.get("variant"), verify)
+    if networks.is_one(saved.config):
+        return _load_network(path, saved, net, backend)
+    if net is not None:
+        raise CheckpointError(f"{path} holds a transformers model: leave out the network")
     try:
         model, info = _built(path, saved, kwargs, backend)
     except (CheckpointError, BackendError, ModelError, MemoryError):
@@ -238,6 +255,26 @@ def _bare(model: Any, folder: Path) -> Any:
     """The model, and a word where packages were left aside."""
     if has_packages(folder):
         logger.info("%s has compiled packages: qtk.load(..., compiled=True) runs them", folder)
+    return model
+
+
+def _load_network(
+    path: Any, saved: folder.Saved, net: networks.Made | None, backend: str | None
+) -> nn.Module:
+    """A plain network, its layers replaced by those that were saved."""
+    model = networks.made(net, saved.config, path).eval()
+    assembly.check_float(model)
+    assembly.skeleton(model, saved.record)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.weight_files(Path(path)):
+        tensors |= load_file(file)
+    networks.fill(model, tensors, path)
+    assembly.check_tensors(model)
+    assembly.finish(model)
+    attach(model, saved.record)
+    if backend is not None:
+        assembly.run_on(model, backend)
+        attach(model, replace(saved.record, backend=backend))
     return model
 
 

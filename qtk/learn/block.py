@@ -37,7 +37,7 @@ def learn_block(
     def loss(i: int) -> Tensor:
         call = calls[i]
         got = run(module, call.hidden, call)
-        return relative_error(got[call.mask], call.float_hidden[call.mask])
+        return relative_error(call.seen(got), call.seen(call.float_hidden))
 
     with trainable(module, kept) as linears:
         task = Task(list(linears.values()), loss, len(calls), seed, report)

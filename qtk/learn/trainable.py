@@ -108,7 +108,7 @@ class TrainableLinear(nn.Module):
             else:
                 grid = replace(grid, clip=min(float(grid.clip * factor), 1.0))
         spec = LinearSpec(codes.to(torch.int8), self.steps(), grid, self.bias)
-        return QuantLinear.from_spec(spec, self.layer[0].backend)
+        return self.layer[0].like(spec)
 
 
 @contextmanager

@@ -338,7 +338,7 @@ class _Runs:
 
 
 def _runs(
-    layers: Sequence[QuantLinear], linears: Sequence[nn.Linear], x: Tensor, operation: Operation
+    layers: Sequence[QuantLinear], linears: Sequence[nn.Module], x: Tensor, operation: Operation
 ) -> _Runs:
     """One operation as it runs; without layers in floating point."""
     after = ACTIVATIONS.get(operation.activation or "", lambda y: y)

@@ -1,11 +1,14 @@
 """Where the parts of a model are: names only, one file a family, found by `config.model_type`.
 
+A network that is no model of transformers needs no file: `_network.py` finds its blocks.
+
 Whatever a family is made of, its blocks have groups of linears that read one tensor each; that is
 all that quantizing needs. A block with an anatomy - attention and an MLP with a LayerNorm before
 each (pre-norm) or after each (post-norm) - can also be fused, and its rotations merged.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,11 +101,14 @@ class Block:
         name: full module name.
         groups: its linears, in the order of computation.
         anatomy: None for a block that is quantized, but neither fused nor merged.
+        follows: it reads what the block before it gives, tokens [B, T, H], and nothing else that
+            changes. Of others only the model knows what they read, and when.
     """
 
     name: str
     groups: tuple[Group, ...]
     anatomy: Anatomy | None = None
+    follows: bool = True
 
     @classmethod
     def of(cls, name: str, anatomy: Anatomy, input_norm: str | None) -> "Block":
@@ -132,6 +138,15 @@ class Block:
     @property
     def causal(self) -> bool:
         return self.anatomy is not None and self.anatomy.attention.causal
+
+    def ordered(self, place: Mapping[str, int]) -> "Block":
+        """The same with those groups alone whose linears have a place, in that order."""
+        known = [group for group in self.groups if group.linears[0] in place]
+        return replace(self, groups=tuple(sorted(known, key=lambda g: place[g.linears[0]])))
+
+    def inside(self, name: str) -> str:
+        """A full name relative to the block, "" for the block itself."""
+        return name.removeprefix(self.name).removeprefix(".")
 
     def rotated(self, *groups: str) -> "Block":
         """The same with what these groups read marked as rotated."""
@@ -171,14 +186,23 @@ def fused_activation(name: object) -> str | None:
     return ACTIVATIONS.get(name) if isinstance(name, str) else None
 
 
-def describe(model: nn.Module) -> tuple[Block, ...]:
-    """The blocks of a transformers model, in order.
+def describe(model: nn.Module, wanted: Sequence[str] | None = None) -> tuple[Block, ...]:
+    """The blocks of a model, in order.
+
+    Args:
+        wanted: patterns of the names of the blocks, of a plain network alone.
 
     Raises:
         ModelError: not a whole model, not a supported architecture, or one whose family file names
             what is not there.
     """
     check_whole(model)
+    if is_network(model):
+        return tuple(_network_blocks(model, wanted))
+    if wanted is not None:
+        raise ModelError(
+            f"blocks= is for plain networks; those of a {type(model).__name__} are known"
+        )
     family = _family(model)
     if family not in available("models"):
         model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -192,8 +216,30 @@ def describe(model: nn.Module) -> tuple[Block, ...]:
     return blocks
 
 
+def is_network(model: object) -> bool:
+    """Whether it is a module that is no model of transformers."""
+    import transformers
+
+    return isinstance(model, nn.Module) and not isinstance(model, transformers.PreTrainedModel)
+
+
+def main_input(model: nn.Module) -> str:
+    """The name of what `forward` reads first."""
+    if not is_network(model):
+        return str(getattr(model, "main_input_name", "input_ids"))
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(model.forward).parameters.values()
+    found = next(iter(parameters), None)
+    if found is None or found.kind not in kinds:
+        raise ModelError(
+            f"{type(model).__name__}.forward has no first argument with a name, such as "
+            "forward(self, x)"
+        )
+    return found.name
+
+
 def check_whole(model: nn.Module) -> None:
-    """Raises ModelError for what is no model of transformers, but holds one or is a part of one."""
+    """Raises ModelError for what holds a model of transformers, or is a part of one."""
     import transformers
 
     cls = type(model).__name__
@@ -208,10 +254,11 @@ def check_whole(model: nn.Module) -> None:
                 f"a {cls} is a wrapper: give the transformers model inside it, "
                 f"model{''.join(steps)}"
             )
-    raise ModelError(
-        f"a {cls} is not a transformers model, or only a part of one; give a model, a folder or a "
-        "hub name"
-    )
+    if type(model).__module__.startswith("transformers."):
+        raise ModelError(
+            f"a {cls} is no model of transformers, or only a part of one; give a model, a folder "
+            "or a hub name"
+        )
 
 
 def stream_of(model: nn.Module) -> Stream | None:
@@ -219,6 +266,8 @@ def stream_of(model: nn.Module) -> Stream | None:
 
     A family file without a function `stream` has none.
     """
+    if is_network(model):
+        return None
     find = getattr(load("models", _family(model)), "stream", None)
     return None if find is None else find(model)
 
@@ -241,6 +290,12 @@ def fold_scales(model: nn.Module, blocks: Sequence[Block]) -> None:
             if linear.bias is not None:
                 linear.bias.mul_(scale)
             scale.fill_(1)
+
+
+def _network_blocks(model: nn.Module, wanted: Sequence[str] | None) -> Iterator[Block]:
+    from qtk.models import _network  # which stands on the words of this file
+
+    return _network.blocks(model, wanted)
 
 
 def _family(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ stored form is released, and restored when it is asked for.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ class QuantLinear(Quantized):
         self._runtime: Runtime | None = None
 
     @classmethod
-    def from_spec(cls, spec: LinearSpec, backend: str = "auto") -> "QuantLinear":
+    def from_spec(cls, spec: LinearSpec, backend: str = "auto") -> Self:
         """A layer ready to run on its tensors' device.
 
         Args:
@@ -122,6 +122,10 @@ class QuantLinear(Quantized):
             layer.input_clip = torch.tensor(float(grid.clip), device=spec.codes.device)
         layer.prepare()
         return layer
+
+    def like(self, spec: LinearSpec) -> "QuantLinear":
+        """A layer of this kind that computes something else."""
+        return QuantLinear.from_spec(spec, self.backend)
 
     @classmethod
     def empty(

@@ -20,8 +20,7 @@ def beside(model: nn.Module, loader: str, source: Any = None, **options: Any) ->
     import transformers
 
     place = "beside the model" if source is None else f"in {str(source)!r}"
-    config: Any = model.config
-    source = str(source or getattr(config, "_name_or_path", "") or "")
+    source = str(source or getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     try:
         if not source:
             raise OSError("the model was not loaded from a folder")

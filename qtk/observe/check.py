@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qtk.errors import CalibrationError
+from qtk.models import is_network, main_input
 from qtk.observe.images import reads_images
 from qtk.observe.tokens import Batch, positions, reads_choices
 
@@ -21,11 +22,8 @@ def check(model: nn.Module, batch: Batch, index: int) -> Batch:
     _check_names(model, batch, where)
     for name, value in batch.items():
         _check_value(name, value, where)
-    if batch.get("input_ids") is not None:
-        _check_ids(model, batch["input_ids"], where)
-    _check_indices(model, batch, where)
-    _check_embeddings(model, batch.get("inputs_embeds"), where)
-    _check_mask(batch, where)
+    if not is_network(model):  # whose own inputs may have these names
+        _check_tokens(model, batch, where)
     pixels = batch.get("pixel_values")
     if reads_images(model) and pixels is not None and pixels.dim() != 4:
         raise CalibrationError(
@@ -40,9 +38,17 @@ def check(model: nn.Module, batch: Batch, index: int) -> Batch:
     }
 
 
+def _check_tokens(model: nn.Module, batch: Batch, where: str) -> None:
+    if batch.get("input_ids") is not None:
+        _check_ids(model, batch["input_ids"], where)
+    _check_indices(model, batch, where)
+    _check_embeddings(model, batch.get("inputs_embeds"), where)
+    _check_mask(batch, where)
+
+
 def _check_names(model: nn.Module, batch: Batch, where: str) -> None:
-    main, cls = getattr(model, "main_input_name", "input_ids"), type(model).__name__
-    embedded = "inputs_embeds" in batch and not reads_images(model)
+    main, cls = main_input(model), type(model).__name__
+    embedded = "inputs_embeds" in batch and not (reads_images(model) or is_network(model))
     if main not in batch and not embedded:
         raise CalibrationError(
             f"{where} has {sorted(map(str, batch))}, but {cls} reads {main!r}; "

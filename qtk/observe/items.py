@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qtk.errors import CalibrationError
+from qtk.models import main_input
 from qtk.observe.images import is_image_object, reads_images
 
 LABELS = ("labels", "label")
@@ -54,7 +55,7 @@ def recognise(model: nn.Module, item: Any) -> Item:
     if reads_images(model) and _is_image(content):
         return Item("image", content)
     if isinstance(content, Tensor):
-        return Item("batch", {getattr(model, "main_input_name", "input_ids"): content})
+        return Item("batch", {main_input(model): content})
     if is_image_object(content) or isinstance(content, os.PathLike):
         return Item("image", content)
     raise CalibrationError(f"calib holds a {type(item).__name__}; give {KINDS}")
@@ -145,8 +146,7 @@ def _is_image(content: Any) -> bool:
 
 
 def _label_names(model: nn.Module) -> dict[str, int]:
-    config: Any = model.config
-    return getattr(config, "label2id", None) or {}
+    return getattr(getattr(model, "config", None), "label2id", None) or {}
 
 
 def _may_be_mask(batch: dict[str, Any], label: Tensor) -> bool:

@@ -102,7 +102,7 @@ class Probe:
             def add(_: Any, __: Any, out: Tensor, delta: Tensor = delta) -> Tensor:
                 return out + delta.reshape(out.shape)
 
-            linear = self.module.get_submodule(name.removeprefix(f"{self.block.name}."))
+            linear = self.module.get_submodule(self.block.inside(name))
             handles.append(linear.register_forward_hook(add))
         try:
             kwargs = {key: repeated(value) for key, value in part.kwargs.items()}

@@ -11,6 +11,7 @@ from qtk.models import Block, Group
 from qtk.observe.probe import Probe
 
 Batch = dict[str, Any]
+Layer = nn.Linear | nn.Conv2d
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Site:
     """What one group of linears reads. T sampled tokens, K input channels; padding excluded.
 
     Attributes:
-        linears: the float modules by full name.
+        linears: the float modules by full name, linears or one convolution.
         sequences: [B, T_b, K] quantized-stream inputs with their [B, T_b] masks, sampled.
         float_rows: [T, K], the same tokens in the float model; empty when rows are imagined.
         lo, hi: [batches, K] extremes of every channel over all tokens.
@@ -27,7 +28,7 @@ class Site:
 
     block: Block
     group: Group
-    linears: dict[str, nn.Linear]
+    linears: dict[str, Layer]
     sequences: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     float_rows: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     lo: Tensor = field(default_factory=lambda: torch.empty(0, 0))
@@ -50,12 +51,13 @@ class Site:
 
     def weight(self) -> Tensor:
         """[N_total, K] float32: the weights of all the site's linears, stacked."""
-        return torch.cat([linear.weight.detach().float() for linear in self.linears.values()])
+        weights = (linear.weight.detach().flatten(1) for linear in self.linears.values())
+        return torch.cat([weight.float() for weight in weights])
 
     def bias(self) -> Tensor:
         """[N_total] float32, zeros where a linear has none."""
         parts = [
-            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+            linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
             for linear in self.linears.values()
         ]
         return torch.cat([part.detach().float() for part in parts])
@@ -70,11 +72,11 @@ class Keeper(Protocol):
     def release(self, block: Block) -> None: ...
 
 
-def linears_of(model: nn.Module, group: Group) -> dict[str, nn.Linear]:
+def linears_of(model: nn.Module, group: Group) -> dict[str, Layer]:
     """The float modules of a group by full name."""
     found = {}
     for name in group.linears:
         module = model.get_submodule(name)
-        assert isinstance(module, nn.Linear), name
+        assert isinstance(module, Layer), name
         found[name] = module
     return found

@@ -11,6 +11,7 @@ from torch import nn
 
 from qtk import ranks
 from qtk.assembly import base_name, check_float, finish
+from qtk.errors import ModelError
 from qtk.integrations.transformers import attach, load_float, refuse_saving
 from qtk.integrity import checksum
 from qtk.models import Block, describe, fold_scales
@@ -18,6 +19,7 @@ from qtk.modules.base import resolve_backend
 from qtk.observe import Batch, Site, imagine, walk
 from qtk.observe.batches import prepare
 from qtk.observe.gradients import block_gradients
+from qtk.observe.trace import fold, trace
 from qtk.pipeline.assign import Assignment, assign
 from qtk.pipeline.attention import quantize_attention
 from qtk.pipeline.keeper import Keeper, Store
@@ -46,15 +48,22 @@ def run(
     Raises:
         QtkError: as `qtk.quantize`.
     """
-    source, blocks = opened(model, backend)
+    source, blocks = opened(model, backend, request.blocks)
     found = assign(source, blocks, request.default, request.overrides)
     request.check(found)
+    if not blocks[0].follows:
+        request.check_network(calib)
     batches = calibration(source, calib, tokenizer, request, found)
     state = _state(resume, source, request, batches, backend)
     teacher, qmodel = _copies(source, request, inplace)
     with progress_bar(progress) as bar:
+        folded: tuple[str, ...] = ()
+        if batches is not None and not blocks[0].follows:
+            blocks, folded = _traced(qmodel, blocks, batches[0], found)
         blocks = _merged(qmodel, blocks, request)
-        carried_out(qmodel, teacher, blocks, batches, request, found, backend, bar, state)
+        carried_out(
+            qmodel, teacher, blocks, batches, request, found, backend, bar, state, folded=folded
+        )
     finish(qmodel)
     return qmodel
 
@@ -63,7 +72,7 @@ def run(
 def carried_out(
     qmodel: Model, teacher: Model, blocks: Sequence[Block], batches: list[Batch] | None,
     request: Request, found: Assignment, backend: str, bar: Bar, state: State | None = None,
-    store: Store | None = None,
+    store: Store | None = None, folded: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Quantizes a model in place, block after block, and attaches the record of it.
 
@@ -71,6 +80,7 @@ def carried_out(
         teacher: the float model, to learn from.
         state: where finished blocks are kept.
         store: where blocks are that memory does not hold.
+        folded: norms that are folded already, for the record.
     """
     learning = Learning(request, bar.learning)
     keeper = Keeper(qmodel, learning, request.attention, backend, state, store)
@@ -83,18 +93,24 @@ def carried_out(
     made |= quantize_outside(qmodel, found.outside, backend)
     layers = {base_name(qmodel, name): layer for name, layer in made.items()}
     told = request.told(batches, learning.told())
-    attach(qmodel, Record(layers, told, backend, request.attention))
+    norms = tuple(base_name(qmodel, name) for name in folded)
+    attach(qmodel, Record(layers, told, backend, request.attention, norms))
 
 
-def opened(model: nn.Module | str | Path, backend: str) -> tuple[Model, tuple[Block, ...]]:
+def opened(
+    model: nn.Module | str | Path, backend: str, wanted: Sequence[str] | None = None
+) -> tuple[Model, tuple[Block, ...]]:
     """The float model and its blocks.
+
+    Args:
+        wanted: patterns of the names of a plain network's blocks.
 
     Raises:
         ModelError: not a model of a family that is known, already quantized, or not finite.
         BackendError: it cannot run where the model is.
     """
     source = load_float(model)
-    blocks = describe(source)
+    blocks = describe(source, wanted)
     check_float(source)
     resolve_backend(next(source.parameters()), backend)
     return source, blocks
@@ -138,6 +154,31 @@ def _copies(source: Model, request: Request, inplace: bool) -> tuple[Model, Mode
     qmodel = (source if inplace else copy.deepcopy(source)).eval().requires_grad_(False)
     refuse_saving(qmodel)
     return teacher, qmodel
+
+
+def _traced(
+    qmodel: Model, blocks: Sequence[Block], batch: Batch, found: Assignment
+) -> tuple[tuple[Block, ...], tuple[str, ...]]:
+    """The blocks in the order in which they run, and the norms folded into their layers, in place.
+
+    Layers that do not run stay as they are.
+
+    Raises:
+        ModelError: none of them runs, or one runs several times.
+    """
+    seen = trace(qmodel, [name for block in blocks for name in block.linears], batch)
+    twice = [n for n, calls in seen.calls.items() if calls > 1 and n in found.quantized]
+    if twice:
+        raise ModelError(
+            f"{twice[0]} runs {seen.calls[twice[0]]} times in one call, and one grid cannot serve "
+            f"what it reads each time: leave it in floating point, skip=[{twice[0]!r}]"
+        )
+    place = {name: i for i, name in enumerate(seen.calls)}
+    ordered = [block.ordered(place) for block in blocks if any(n in place for n in block.linears)]
+    if not ordered:
+        raise ModelError(f"none of the layers of {type(qmodel).__name__} runs on the first batch")
+    norms = {norm: layer for norm, layer in seen.norms.items() if layer in found.quantized}
+    return tuple(sorted(ordered, key=lambda b: place[b.linears[0]])), fold(qmodel, norms)
 
 
 @torch.no_grad()

@@ -51,11 +51,29 @@ def assign(
     names = [n for block in blocks for group in block.groups for n in group.linears]
 
     def choice(name: str) -> Choice:
-        return next((c for p, c in overrides.items() if fnmatch.fnmatch(name, p)), default)
+        asked = next((c for p, c in overrides.items() if fnmatch.fnmatch(name, p)), default)
+        return _suited(name, model.get_submodule(name), asked)
 
     inside = {name: choice(name) for name in names}
     found = Assignment(inside, _outside(model, names, overrides))
     return _fitted(model, found)
+
+
+def _suited(name: str, module: nn.Module, choice: Choice) -> Choice:
+    """What a convolution can be: it has no change of variable, as its windows overlap; a grouped
+    one computes in floating point, each filter rounded to nearest.
+
+    Raises:
+        SchemeError: a grouped one in FP8.
+    """
+    if not isinstance(module, nn.Conv2d) or choice.scheme.w is None:
+        return choice
+    recipe = choice.recipe.without_transform()
+    if module.groups == 1:
+        return replace(choice, recipe=recipe)
+    if choice.scheme.w.kind != "int":
+        raise SchemeError(f"{name}: a grouped convolution has no FP8; skip=[{name!r}], or w=8")
+    return Choice(Scheme(choice.scheme.w, None), recipe.quick())
 
 
 def _outside(
@@ -81,7 +99,7 @@ def _outside(
             shared = [n for n, m in outside.items() if m.weight is outside[name].weight]
             if choice.scheme.w is not None and len(shared) > 1:
                 raise SchemeError(f"{' and '.join(shared)} share one weight: they stay float")
-            found.setdefault(name, choice)
+            found.setdefault(name, _suited(name, outside[name], choice))
     return {name: choice for name, choice in found.items() if choice.scheme.w is not None}
 
 

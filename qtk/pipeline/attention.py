@@ -50,7 +50,7 @@ def products(
         site: of the group `QKV`, with data where `scheme.needs_data`.
         linears: q, k and v as they will run.
     """
-    width = next(iter(site.linears.values())).out_features
+    width = len(next(iter(site.linears.values())).weight)
     attention = QuantAttention(
         heads, width // heads, scheme, backend=backend, device=site.weight().device
     )

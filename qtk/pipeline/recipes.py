@@ -110,6 +110,10 @@ class Recipe:
             return self.rule
         return rule_of("minmax" if reads_norm and not rotated else "weighted_mse")
 
+    def without_transform(self) -> "Recipe":
+        """The same for layers that have no change of variable."""
+        return replace(self, transform=_transform("none"))
+
     def quick(self) -> "Recipe":
         """The same for a first look: rounded to nearest, without gradients."""
         rule = None if self.needs_gradients else self.rule

@@ -38,6 +38,7 @@ class Request:
         samples: how many a file or folder gives at most.
         options: as given, for messages and the record.
         asked: the options that a pattern has of its own.
+        blocks: patterns of the names of a plain network's blocks, None for its children.
     """
 
     default: Choice
@@ -48,11 +49,13 @@ class Request:
     samples: int
     options: dict[str, Any]
     asked: dict[str, Mapping[str, Any]]
+    blocks: Sequence[str] | None = None
 
     @classmethod
     def of(
         cls, w: int | str, a: int | str, calib: object, *, attention: str, softmax: str,
-        softmax_bits: int | None, bits: Any, skip: Any, seed: Any, **options: Any,
+        softmax_bits: int | None, bits: Any, skip: Any, seed: Any,
+        blocks: Sequence[str] | None = None, **options: Any,
     ) -> "Request":  # fmt: skip
         """The arguments of `quantize` but for model, data and backend.
 
@@ -83,13 +86,14 @@ class Request:
         return cls(
             default, _overrides(asked, skip, has_data, options), products, learn,
             seed, SAMPLES_TO_LEARN if learn == "model" else SAMPLES, options,
-            asked,
+            asked, None if blocks is None else _patterns("blocks", blocks),
         )  # fmt: skip
 
     def facts(self) -> list[Any]:
         """Everything that decides what comes out but attention and the seed, as JSON knows it."""
         patterns = [(pattern, choice.facts()) for pattern, choice in self.overrides.items()]
-        return [self.default.facts(), patterns, self.learn]
+        blocks = None if self.blocks is None else list(self.blocks)
+        return [self.default.facts(), patterns, self.learn, *([blocks] if blocks else [])]
 
     def check(self, found: Assignment) -> None:
         """Raises SchemeError when nothing is left to do, or an option has nothing to work on."""
@@ -114,10 +118,13 @@ class Request:
             "weights": (every, "no layer has integer weights"),
             "group_size": (every, "no layer has integer weights"),
         }
-        idle = {"ranges": "auto", "method": "none", "activations": "static", "weights": "symmetric"}
+        idle = {  # what says no more than that nothing is done; floats are clipped nowhere
+            "ranges": ("auto", "minmax"), "method": ("none",), "activations": ("static",),
+            "weights": ("symmetric",),
+        }  # fmt: skip
         for option, (layers, why) in works.items():
             value = given[option]
-            if value is not None and value != idle.get(option) and not layers:
+            if value is not None and value not in idle.get(option, ()) and not layers:
                 raise SchemeError(f"{option}={value!r} changes nothing: {why}; leave it out")
         for pattern, asked in self.asked.items():
             outside = fnmatch.filter(found.outside, pattern)
@@ -125,6 +132,25 @@ class Request:
                 raise SchemeError(
                     f"bits[{pattern!r}]: {outside[0]} lies outside the blocks, where inputs are "
                     f"dynamic and weights rounded to nearest; leave out {', '.join(useless)}"
+                )
+
+    def check_network(self, calib: object) -> None:
+        """Raises SchemeError for what only models of transformers can have, or no data at all."""
+        if calib is None:
+            raise SchemeError(
+                "a network shows the order of its layers when it runs: pass calib=, tensors as it "
+                "reads them; one batch is enough for weights alone"
+            )
+        choices = [self.default, *self.overrides.values()]
+        refused = {
+            "attention, softmax": self.attention is not None,
+            f"learn={self.learn!r}": self.learn is not None,
+            "ranges that need gradients": any(c.recipe.needs_gradients for c in choices),
+        }
+        for what, asked in refused.items():
+            if asked:
+                raise SchemeError(
+                    f"{what}: for models of transformers, and this is another network"
                 )
 
     def told(self, batches: Sequence[Any] | None, learned: dict[str, Any] | None) -> dict[str, Any]:
@@ -173,11 +199,8 @@ def _overrides(
     asked: Mapping[str, Mapping[str, Any]], skip: Any, has_data: bool, options: dict[str, Any]
 ) -> dict[str, Choice]:
     """The patterns of `skip` and `bits`; `skip` comes first, and so wins."""
-    skip = [skip] if isinstance(skip, str) else () if skip is None else skip
-    if not isinstance(skip, Sequence) or not all(isinstance(p, str) for p in skip):
-        raise SchemeError(f"skip={skip!r}: patterns of module names are strings")
     floats = Recipe.of(FLOAT)
-    chosen = {pattern: Choice(FLOATS, floats) for pattern in skip}
+    chosen = {pattern: Choice(FLOATS, floats) for pattern in _patterns("skip", skip or ())}
     for pattern, mine in asked.items():
         if pattern in chosen:
             continue
@@ -189,6 +212,14 @@ def _overrides(
         if idle := [key for key in useless if key in mine]:
             raise SchemeError(f"bits[{pattern!r}]: nothing there has a grid for {', '.join(idle)}")
     return chosen
+
+
+def _patterns(what: str, given: Any) -> Sequence[str]:
+    """One pattern of names or several."""
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, Sequence) or not all(isinstance(p, str) for p in given):
+        raise SchemeError(f"{what}={given!r}: patterns of module names are strings")
+    return given
 
 
 def _asked(bits: Any) -> dict[str, Mapping[str, Any]]:

@@ -12,9 +12,9 @@ from qtk import ranks
 from qtk.errors import ModelError
 from qtk.grids import Change, InputGrid, LinearSpec, Steps
 from qtk.modules.base import Quantized
+from qtk.modules.conv import QuantConv2d
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.linear import QuantLinear
-from qtk.modules.patch import QuantPatchConv
 from qtk.numerics import scale_and_zero_point, sqnr
 from qtk.observe import Site
 from qtk.pipeline.assign import Assignment
@@ -31,8 +31,15 @@ def quantize_site(model: nn.Module, site: Site, choice: Choice, backend: str) ->
     """Replaces the linears of one site by integer ones, in place; says of each how it was made."""
     made = {}
     for name, spec, made[name] in quantized(site, choice):
-        model.set_submodule(name, QuantLinear.from_spec(spec, backend))
+        model.set_submodule(name, _layer(spec, site.linears[name], backend))
     return made
+
+
+def _layer(spec: LinearSpec, module: nn.Module, backend: str) -> QuantLinear | QuantConv2d:
+    """What computes in the place of a linear or a convolution."""
+    if isinstance(module, nn.Conv2d):
+        return QuantConv2d.from_spec(spec, module, backend)
+    return QuantLinear.from_spec(spec, backend)
 
 
 def quantized(site: Site, choice: Choice) -> Iterator[tuple[str, LinearSpec, Layer]]:
@@ -70,10 +77,10 @@ class Task:
 
 
 def _shared_out(
-    task: Task, linears: Mapping[str, nn.Linear]
+    task: Task, linears: Mapping[str, nn.Linear | nn.Conv2d]
 ) -> Iterator[tuple[str, tuple[LinearSpec, float | None]]]:
     """The linears, quantized: rounded by rows or one by one, each as the ranks share them out."""
-    weights = {name: linear.weight.detach() for name, linear in linears.items()}
+    weights = {name: linear.weight.detach().flatten(1) for name, linear in linears.items()}
     if task.choice.recipe.rounder.rows_apart:
         every = [_rounded_by_rows(task, name, weight) for name, weight in weights.items()]
     else:
@@ -115,12 +122,12 @@ def fit(task: Task, weight: Tensor, found: Rounded) -> tuple[Tensor | None, floa
 
 
 def finished(
-    task: Task, name: str, linear: nn.Linear, found: Rounded, missed: Tensor | None
+    task: Task, name: str, linear: nn.Linear | nn.Conv2d, found: Rounded, missed: Tensor | None
 ) -> LinearSpec:
     """The layer as a value, its bias corrected."""
     bias: Tensor | None = None if linear.bias is None else linear.bias.float()
     if missed is None:
-        bias = task.change.bias(linear.weight.float(), bias)
+        bias = task.change.bias(linear.weight.flatten(1).float(), bias)
     else:
         bias = missed if bias is None else bias + missed
     spec = LinearSpec(found.codes.to(torch.int8), found.steps, task.grid, bias)
@@ -168,7 +175,7 @@ def quantize_outside(
     for name, choice in outside.items():
         layer = _alone(name, model.get_submodule(name), choice.scheme, backend)
         model.set_submodule(name, layer)
-        inner = layer.linear if isinstance(layer, QuantPatchConv) else layer
+        inner = layer.linear if isinstance(layer, QuantConv2d) else layer
         bias = isinstance(inner, QuantLinear) and inner.bias is not None
         made[name] = Layer(layer.scheme, bias, transform=False, recipe=ALONE)
     return made
@@ -182,16 +189,11 @@ def _alone(name: str, module: nn.Module, scheme: Scheme, backend: str) -> Quanti
     codes = codes.to(torch.int8)
     if isinstance(module, nn.Embedding):
         return QuantEmbedding.from_codes(codes, steps, module.weight.dtype)
-    if isinstance(module, nn.Conv2d) and not QuantPatchConv.fits(module):
-        raise ModelError(f"{module}: only convolutions that cut patches can be quantized")
     a = scheme.a and Format(scheme.a.bits, granularity="token", kind=scheme.a.kind)
     bias = None if module.bias is None else module.bias.float()
     spec = LinearSpec(codes, steps, InputGrid(a), bias)
     _check_finite(name, spec)
-    linear = QuantLinear.from_spec(spec, backend)
-    if isinstance(module, nn.Conv2d):
-        return QuantPatchConv(linear, module.kernel_size, module.weight.dtype)
-    return linear
+    return _layer(spec, module, backend)
 
 
 def _check_finite(name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from qtk import assembly
 from qtk.integrations.sentence_transformers import unwrap
 from qtk.integrations.transformers import load, record_of
 from qtk.models import describe
+from qtk.modules.conv import QuantConv2d
 from qtk.record import Layer
 from qtk.table import finite, ruled
 
@@ -120,7 +121,7 @@ def summary(qmodel: nn.Module | str | os.PathLike[str]) -> Summary:
     """
     model = load(qmodel) if isinstance(qmodel, (str, os.PathLike)) else unwrap(qmodel).model
     record = record_of(model)
-    quantized = assembly.quantized_layers(model)
+    quantized = assembly.replaced_layers(model)
     blocks = assembly.fused_blocks(model)
     for fused in blocks.values():
         if not fused.is_fused:
@@ -137,7 +138,7 @@ def summary(qmodel: nn.Module | str | os.PathLike[str]) -> Summary:
     shown = {layer.name for layer in layers}
     others = [name for name in quantized if name not in shown]  # heads and embeddings asked for
     for name in others:
-        made = record.layers[assembly.base_name(model, name.removesuffix(".linear"))]
+        made = record.layers[assembly.base_name(model, name)]
         layers.append(_quantized(name, quantized[name], False, made))
     parts = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
     rest = sum(parts.values()) - sum(layer.bytes for layer in layers)  # tied weights count once
@@ -159,11 +160,12 @@ def common_prefix(names: list[str]) -> str:
 
 
 def _quantized(name: str, layer: Any, fused: bool, made: Layer) -> LayerSummary:
-    held = (layer.stored_weight(), layer.weight_scale, layer.weight_zero_point)
+    inner: Any = layer.linear if isinstance(layer, QuantConv2d) else layer
+    held = (inner.stored_weight(), inner.weight_scale, inner.weight_zero_point)
     size = sum(x.nbytes for x in held if x is not None)
     return LayerSummary(
         name, layer.scheme.name, layer.kernel, fused, size,
-        4 * layer.in_features * layer.out_features, made.sqnr,
+        4 * inner.in_features * inner.out_features, made.sqnr,
         None if made.recipe is None else str(made.recipe),
     )  # fmt: skip
 
@@ -171,9 +173,10 @@ def _quantized(name: str, layer: Any, fused: bool, made: Layer) -> LayerSummary:
 def _float(name: str, linear: Any) -> LayerSummary:
     weight = linear.weight
     dtype = str(weight.dtype).removeprefix("torch.")
+    kernel = f"torch {type(linear).__name__.lower()} {dtype}"
     return LayerSummary(
-        name, "float", f"torch linear {dtype}", False, weight.numel() * weight.element_size(),
-        4 * weight.numel(), None,
+        name, "float", kernel, False, weight.numel() * weight.element_size(), 4 * weight.numel(),
+        None,
     )  # fmt: skip
 
 
