@@ -175,6 +175,11 @@ class Steps:
         parts = (self.scale, self.fmt.qmin - offset, self.fmt.qmax - offset)
         return WeightGrid(*(self._expanded(part, K).expand(-1, K) for part in parts))
 
+    def rows(self, which: slice) -> "Steps":
+        """Those of some rows of the weight."""
+        zero_point = None if self.zero_point is None else self.zero_point[which]
+        return Steps(self.fmt, self.scale[which], zero_point)
+
     def codes(self, levels: Tensor) -> Tensor:
         """[N, K] levels -> codes."""
         if self.zero_point is None:

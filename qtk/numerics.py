@@ -4,6 +4,8 @@ code = clamp(round(x / scale) + zero_point, qmin, qmax)         round half to ev
 x_hat = (code - zero_point) * scale
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -90,8 +92,7 @@ def expand_groups(scale: Tensor, K: int, group_size: int | None) -> Tensor:
     return scale.repeat_interleave(group_size, dim=1)[:, :K]
 
 
-def sqnr(reference: Tensor, approximation: Tensor) -> float:
-    """Signal to quantization noise ratio in dB; infinite when the two are equal."""
-    noise = (reference.double() - approximation.double()).square().sum()
-    signal = reference.double().square().sum()
-    return float("inf") if noise == 0 else float(10 * torch.log10(signal / noise))
+def decibels(signal: float, noise: float) -> float:
+    """Signal to quantization noise ratio of two energies, in dB; infinite without noise."""
+    ratio = signal / noise if noise else math.inf
+    return 10 * math.log10(ratio) if ratio else -math.inf

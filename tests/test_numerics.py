@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from qtk.numerics import (
+    decibels,
     dequantize,
     expand_groups,
     fake_quantize,
@@ -9,7 +12,6 @@ from qtk.numerics import (
     in_groups,
     quantize,
     scale_and_zero_point,
-    sqnr,
 )
 from qtk.scheme import Format
 
@@ -69,7 +71,9 @@ def test_groups_expand_to_what_they_were_cut_from(K, size):
     assert (expand_groups(maxima, K, size) >= w.abs()).all()
 
 
-def test_sqnr_of_a_tenth_is_twenty_decibels():
+def test_noise_of_a_tenth_is_twenty_decibels():
     x = torch.randn(1000)
-    assert sqnr(x, x * 1.1) == pytest.approx(20, abs=1e-3)
-    assert sqnr(x, x) == float("inf")
+    signal, noise = (float(y.square().sum()) for y in (x, 0.1 * x))
+    assert decibels(signal, noise) == pytest.approx(20, abs=1e-3)
+    assert decibels(signal, 0) == math.inf and decibels(0, noise) == -math.inf
+    assert math.isnan(decibels(math.nan, noise))

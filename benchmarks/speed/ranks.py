@@ -23,6 +23,7 @@ from qtk import ranks
 
 CASES: dict[str, dict[str, Any]] = {
     "W8A8 fast": {"w": 8, "a": 8, "preset": "fast"},
+    "W4A4 fast": {"w": 4, "a": 4, "preset": "fast"},
     "W4A4 balanced": {"w": 4, "a": 4},
 }
 ONE = [sys.executable, "-m", "benchmarks.speed.ranks", "--once"]
@@ -79,8 +80,10 @@ def main() -> None:
         f"256 sentences of STS-B; medians of {told.turns} turns, loading the model and starting "
         "the processes left out"
     )
-    rows = [measured(name, told.turns) for name in CASES]
-    write("ranks", result("Quantizing MiniLM on two processes", columns, rows, notes))
+    rows: list[Row] = []
+    for name in CASES:
+        rows.append(measured(name, told.turns))
+        write("ranks", result("Quantizing MiniLM on two processes", columns, rows, notes))
 
 
 if __name__ == "__main__":

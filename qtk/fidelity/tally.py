@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qtk.numerics import decibels
+
 CHUNK = 1024  # rows compared at once, in float64
 IGNORED = -100  # label of what is not to be judged, as in transformers
 WORST = 10  # samples that are named
@@ -82,8 +84,6 @@ class Tally:
 
     def figures(self) -> dict[str, Any]:
         """The fields of a `Fidelity`."""
-        clean = self.noise == 0
-        ratio = 0.0 if clean or self.signal == 0 else self.signal / self.noise
         is_embedding, is_answer = self.kind == EMBEDDING, self.kind == LOGITS
         metric = None
         if self.labelled:
@@ -92,7 +92,7 @@ class Tally:
             "samples": self.samples,
             "cosine": self.cosine / self.samples if is_embedding else None,
             "worst_cosine": self.worst_cosine if is_embedding else None,
-            "sqnr": math.inf if clean else 10 * math.log10(ratio) if ratio else -math.inf,
+            "sqnr": decibels(self.signal, self.noise),
             "kl": self.kl / self.samples if is_answer else None,
             "worst_kl": self.worst_kl if is_answer else None,
             "agreement": self.same / self.samples if is_answer else None,

@@ -15,7 +15,7 @@ from qtk.modules.base import Quantized
 from qtk.modules.conv import QuantConv2d
 from qtk.modules.embedding import QuantEmbedding
 from qtk.modules.linear import QuantLinear
-from qtk.numerics import scale_and_zero_point, sqnr
+from qtk.numerics import decibels, scale_and_zero_point
 from qtk.observe import Site
 from qtk.pipeline.assign import Assignment
 from qtk.pipeline.recipes import Choice
@@ -24,6 +24,7 @@ from qtk.record import Layer, LayerRecipe
 from qtk.round import Problem, Rounded, rounder_of
 from qtk.scheme import Format, Scheme
 
+CHANNELS = 96  # compared with the float model at a time; usual widths are multiples of it
 ALONE = LayerRecipe("none", "nearest", None)
 
 
@@ -86,8 +87,7 @@ def _shared_out(
     else:
         every = ranks.spread(lambda name: rounded(task, name, weights[name]), [*weights])
     found = dict(zip(weights, every, strict=True))
-    # not by rows: sums over another number of rows come out some ulps apart, and others read them
-    fits = ranks.spread(lambda name: fit(task, weights[name], found[name]), [*weights])
+    fits = [fitted(task, weight, found[name]) for name, weight in weights.items()]
     for (name, linear), (missed, quality) in zip(linears.items(), fits, strict=True):
         yield name, (finished(task, name, linear, found[name], missed), quality)
 
@@ -111,14 +111,31 @@ def rounded(task: Task, name: str, weight: Tensor) -> Rounded:
     return task.choice.recipe.rounder.find(problem)
 
 
-def fit(task: Task, weight: Tensor, found: Rounded) -> tuple[Tensor | None, float | None]:
-    """What the bias needs so that the mean output is the float model's [N], and the SQNR then."""
+def fitted(task: Task, weight: Tensor, found: Rounded) -> tuple[Tensor | None, float | None]:
+    """What the bias needs so that the mean output is the float model's [N], and the SQNR then.
+
+    A few output channels at a time, which the ranks share out: always the same ones, because sums
+    over another number of rows come out some ulps apart, and others read what is made here.
+    """
     if task.inputs is None or not len(task.floats):
         return None, None
-    wanted = task.floats @ weight.float().T
-    got = task.inputs @ found.steps.dequantize(found.codes).T
-    missed = (wanted - got).mean(0)
-    return missed, sqnr(wanted, got + missed)
+    parts = ranks.spread(
+        lambda start: _fit(task, weight, found, slice(start, start + CHANNELS)),
+        range(0, len(weight), CHANNELS),
+    )
+    missed, signal, noise = zip(*parts, strict=True)
+    return torch.cat(missed), decibels(sum(signal), sum(noise))
+
+
+def _fit(task: Task, weight: Tensor, found: Rounded, rows: slice) -> tuple[Tensor, float, float]:
+    """The mean error of some output channels, the energy of their outputs and of what is left."""
+    assert task.inputs is not None
+    steps = found.steps.rows(rows)
+    wanted = task.floats @ weight[rows].float().T
+    error = wanted - task.inputs @ steps.dequantize(found.codes[rows]).T
+    missed = error.mean(0)
+    left = error - missed
+    return missed, *(float(x.double().square().sum()) for x in (wanted, left))
 
 
 def finished(
