@@ -85,7 +85,7 @@ ALLOWED = {
         "qtk.formats",
     },
     "qtk.report": LOW
-    | {"qtk.record", "qtk.assembly", "qtk.integrations", "qtk.table", "qtk.report"},
+    | {"qtk.record", "qtk.assembly", "qtk.packages", "qtk.integrations", "qtk.table", "qtk.report"},
     "qtk.sweep": LOW
     | {
         "qtk.api",

@@ -19,7 +19,7 @@ import torch
 
 from qtk import integrity
 from qtk.errors import BackendError, CheckpointError
-from qtk.packages.package import Package, Signature, here, key
+from qtk.packages.package import Package, Signature, Size, here, key
 from qtk.packages.route import Route, Timing
 
 FOLDER, MANIFEST, VERSION = "compiled", "packages.json", 1
@@ -38,6 +38,14 @@ class Bundle:
 
     routes: dict[str, Route]
 
+    def names(self) -> tuple[str, ...]:
+        """Of all packages: "plain-1x16"."""
+        return tuple(
+            f"{name}-{_shown(p.size)}"
+            for name, route in self.routes.items()
+            for p in route.packages
+        )
+
     def write(self, folder: Path, weights: str) -> None:
         """Into a checkpoint's folder.
 
@@ -50,11 +58,9 @@ class Bundle:
         for name, route in self.routes.items():
             files = []
             for package in route.packages:
-                size = package.size
-                shown = "any" if size is None else "x".join(str(n) for n in size if n is not None)
-                file = place / f"{name}-{shown}.pt2"
+                file = place / f"{name}-{_shown(package.size)}.pt2"
                 package.copy_to(file)
-                files.append({"file": file.name, "size": size, "sha256": _sha256(file)})
+                files.append({"file": file.name, "size": package.size, "sha256": _sha256(file)})
             found["routes"][name] = {
                 "signature": asdict(route.signature), "packages": files, "pad_id": route.pad_id,
                 "timings": [asdict(timing) for timing in route.timings],
@@ -152,6 +158,10 @@ def _route(place: Path, found: Mapping[str, Any]) -> Route:
     if any(not hasattr(torch, dtype) for dtype in described.dtypes.values()):
         raise ValueError("an input has an unknown dtype")
     return Route(described, packages, timings, int(found["pad_id"]))
+
+
+def _shown(size: Size | None) -> str:
+    return "any" if size is None else "x".join(str(n) for n in size if n is not None)
 
 
 def _size(found: Any) -> Any:
