@@ -303,6 +303,16 @@ def test_images(name: str, calls: list[Any]) -> None:
 
 
 @pytest.mark.slow
+def test_a_cache_that_packages_do_not_have_comes_from_the_model(calls: list[Any]) -> None:
+    model, batch = build("OPTModel", num_hidden_layers=1)
+    qmodel = qtk.quantize(model, w=7, calib=[batch], progress=False)
+    served = compiled(qmodel, [SIZE], dynamic=False)
+    assert list(served(**batch)) == list(qmodel(**batch)) and len(served(**batch)) == 2
+    assert not calls
+    assert same(qmodel, served, **batch, use_cache=False) and calls == [SIZE]
+
+
+@pytest.mark.slow
 def test_a_language_model_with_its_cache(calls: list[Any]) -> None:
     qmodel, batch = quantized("OPTForCausalLM", layers=2)
     qmodel.generation_config.eos_token_id = None

@@ -20,7 +20,7 @@ import torch
 from qtk import integrity
 from qtk.errors import BackendError, CheckpointError
 from qtk.packages.package import Package, Signature, Size, here, key
-from qtk.packages.route import Route, Timing
+from qtk.packages.route import PLAIN, Route, Timing
 
 FOLDER, MANIFEST, VERSION = "compiled", "packages.json", 1
 MOST_BYTES = 2**22  # of a manifest
@@ -96,7 +96,8 @@ def read(folder: Path) -> Bundle | None:
         logger.warning("%s was compiled from other weights: it runs eager; compile it again", place)
         return None
     try:
-        return Bundle({name: _route(place, found) for name, found in manifest["routes"].items()})
+        routes = {name: _route(place, found) for name, found in manifest["routes"].items()}
+        return Bundle({PLAIN: routes.pop(PLAIN), **routes})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{place / MANIFEST} is not a list of packages: {error!r}") from None
     except BackendError as error:
@@ -154,7 +155,7 @@ def _route(place: Path, found: Mapping[str, Any]) -> Route:
         packages.append(Package(path, _size(entry["size"])))
     timings = [Timing(**{**timing, "size": _size(timing["size"])}) for timing in found["timings"]]
     described = Signature(axes["inputs"], axes["outputs"], dict(signature["dtypes"]),
-                          str(signature["returns"]))  # fmt: skip
+                          str(signature["returns"]), bool(signature["caches"]))  # fmt: skip
     if any(not hasattr(torch, dtype) for dtype in described.dtypes.values()):
         raise ValueError("an input has an unknown dtype")
     return Route(described, packages, timings, int(found["pad_id"]))
