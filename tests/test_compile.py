@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import qtk
+from qtk.modules.fused.block import FusedBlock
 from tests.zoo import build
 
 NAMES = ("BertModel", "OPTForCausalLM", "ViTForImageClassification")
@@ -112,3 +113,59 @@ def test_a_loaded_model_compiles(tmp_path):
     loaded = qtk.load(tmp_path)
     compiled = torch.compile(loaded, fullgraph=True, backend="eager")
     assert torch.equal(output(compiled, batch), output(qmodel, batch))
+
+
+def test_the_default_compiler_takes_other_sizes():
+    """One graph for all of them, where the CPU computes in oneDNN's integers: W7A8 does on AVX2."""
+    qmodel, _ = quantized("BertModel", w=7)
+    compiled = torch.compile(qmodel, fullgraph=True, dynamic=True)
+    for rows, length in ((2, 8), (3, 5)):
+        batch = {"input_ids": torch.randint(3, 99, (rows, length))}
+        y_hat, y = output(compiled, batch), output(qmodel, batch)
+        assert cosine_similarity(y_hat.flatten(), y.flatten(), dim=0) > 0.9999
+
+
+@pytest.mark.parametrize("name", ["BertModel", "OPTForCausalLM"])
+def test_compiled_after_gradients(name):
+    qmodel, batch = quantized(name)
+    rest = {name: x for name, x in batch.items() if name != "input_ids"}
+    vectors = qmodel.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    for _ in range(2):
+        qmodel(inputs_embeds=vectors, **rest)[0].sum().backward()
+        qmodel(**batch)
+    assert vectors.grad.abs().max() > 0
+    compiled = torch.compile(qmodel, fullgraph=True, backend="eager")
+    assert torch.equal(output(compiled, batch), output(qmodel, batch))
+    assert torch.equal(compiled(**batch)[0], output(qmodel, batch))
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    *((name, {"w": 7}) for name in NAMES), ("BertModel", {"w": 7, "activations": "token"}),
+    ("BertModel", {}), ("BertModel", SCHEMES["W4A4"]), ("BertModel", SCHEMES["W4A16 g16"]),
+])  # fmt: skip
+def test_an_exported_program_is_saved_and_loaded(name, options, tmp_path):
+    qmodel, batch = quantized(name, **options)
+    dynamic = {k: {0: torch.export.Dim.DYNAMIC, **({1: torch.export.Dim.DYNAMIC} if x.dim() < 3
+               else {})} for k, x in batch.items()}  # fmt: skip
+    with torch.no_grad():
+        program = torch.export.export(qmodel, (), dict(batch), dynamic_shapes=dynamic)
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    assert torch.equal(output(loaded, batch), output(qmodel, batch))
+    other = {k: torch.cat([x, x]) for k, x in batch.items()}
+    assert torch.equal(output(loaded, other), output(qmodel, other))
+    assert all(m.is_fused for m in qmodel.modules() if isinstance(m, FusedBlock))
+
+
+def test_a_saved_cpu_model_becomes_onnx_by_pytorch(tmp_path):
+    """PyTorch's own exporter has no word for oneDNN: the reference backend is plain PyTorch."""
+    pytest.importorskip("onnxscript")
+    session = pytest.importorskip("onnxruntime").InferenceSession
+    qmodel, batch = quantized("BertModel")
+    qmodel.save_pretrained(tmp_path / "model")
+    loaded = qtk.load(tmp_path / "model", backend="reference")
+    y, path = output(qmodel, batch), tmp_path / "model.onnx"
+    torch.onnx.export(loaded, (), path, kwargs=dict(batch), dynamo=True, verbose=False)
+    feed = {k: x.numpy() for k, x in batch.items()}
+    y_hat = torch.from_numpy(session(path).run(None, feed)[0])
+    assert cosine_similarity(y_hat.flatten(), y.flatten(), dim=0) > 0.999

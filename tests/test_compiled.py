@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import qtk
+from qtk.demo.sentences import sentences
 from qtk.packages import bundle, package
 from qtk.packages.package import Signature
 from qtk.packages.route import Route, Timing
@@ -78,6 +79,7 @@ def test_a_compiled_model_is_the_model(pair: Any, calls: list[Any]) -> None:
     qmodel, served, batch = pair
     assert type(served).__name__ == "BertModel" and isinstance(served, type(qmodel))
     assert inspect.signature(served.forward) == inspect.signature(qmodel.forward)
+    assert "compiled: plain-2x8" in qtk.summary(served).table()
     assert served.encoder is qmodel.encoder and bundle_of(qmodel) is None
     assert same(qmodel, served, **batch) and calls == [SIZE]
     a, b = served(*batch.values(), return_dict=False), qmodel(**batch, return_dict=False)
@@ -301,6 +303,16 @@ def test_images(name: str, calls: list[Any]) -> None:
 
 
 @pytest.mark.slow
+def test_a_cache_that_packages_do_not_have_comes_from_the_model(calls: list[Any]) -> None:
+    model, batch = build("OPTModel", num_hidden_layers=1)
+    qmodel = qtk.quantize(model, w=7, calib=[batch], progress=False)
+    served = compiled(qmodel, [SIZE], dynamic=False)
+    assert list(served(**batch)) == list(qmodel(**batch)) and len(served(**batch)) == 2
+    assert not calls
+    assert same(qmodel, served, **batch, use_cache=False) and calls == [SIZE]
+
+
+@pytest.mark.slow
 def test_a_language_model_with_its_cache(calls: list[Any]) -> None:
     qmodel, batch = quantized("OPTForCausalLM", layers=2)
     qmodel.generation_config.eos_token_id = None
@@ -327,12 +339,12 @@ def test_a_language_model_with_its_cache(calls: list[Any]) -> None:
 @pytest.mark.slow
 def test_sentence_transformers(tiny_bert: Any, tmp_path: Any, calls: list[Any]) -> None:
     st = pytest.importorskip("sentence_transformers")
-    texts = ["a sentence", "another one, longer than the first"]
+    texts = sentences(24)
     embedder = qtk.quantize(
         st.SentenceTransformer(str(tiny_bert), device="cpu"), w=7, calib=texts, progress=False
     )
     served = compiled_around(embedder)
-    y, y_hat = embedder.encode(texts), served.encode(texts)
+    y, y_hat = (model.encode(texts, batch_size=2) for model in (embedder, served))
     assert calls and cosine_similarity(*map(torch.from_numpy, (y, y_hat))).min() > CLOSE
     served.save_pretrained(str(tmp_path))
     assert bundle_of(qtk.load(tmp_path, compiled=True)) is not None

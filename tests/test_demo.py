@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import qtk
+from qtk import demo
 from qtk.demo import Results, Sizes, measure, run, show
 from qtk.demo.sentences import sentences, split
 
@@ -20,7 +21,8 @@ def results(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     texts = sentences(12, seed=5)
     similarity = measure.Similarity(texts[:6], texts[6:], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     sizes = Sizes(calibration=32, evaluation=24, shapes=((2, 16), (1, 8)), rounds=2)
-    yield run(out, tiny_bert, sizes=sizes, similarity=similarity, progress=False)
+    schemes = ((8, 8), (4, 4))
+    yield run(out, tiny_bert, schemes, sizes, similarity, progress=False)
 
 
 def test_models_reload_bit_for_bit_in_a_fresh_process(results: Results) -> None:
@@ -62,6 +64,26 @@ def test_table_has_a_column_a_model(results: Results) -> None:
     text = show.table(results)
     for word in ("float", "W8A8", "W4A4", "STS-B", "reloads bit for bit", "2x16 tokens, ms"):
         assert word in text
+
+
+def test_seven_bits_are_shown_where_eight_run_as_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtk.modules.products import onednn
+
+    for has, wanted in (
+        (lambda w=8, a=8: True, [(8, 8), (4, 4)]),  # VNNI, AMX
+        (lambda w=8, a=8: w + a <= 15, [(8, 8), (7, 8), (4, 4)]),  # AVX2
+        (lambda w=8, a=8: False, [(8, 8), (4, 4)]),
+    ):
+        monkeypatch.setattr(onednn, "cpu_has_int8", has)
+        assert list(demo.usual_schemes()) == wanted
+
+
+def test_table_says_what_computes(results: Results) -> None:
+    (row,) = [row for row in show.rows(results) if row[0] == "linears compute in"]
+    kernels = [{layer.kernel for layer in v.summary.layers} for v in results.variants]
+    assert row[1:] == ["float32", *("integers" if "onednn.qlinear_pointwise" in found
+                       or "onednn.qlinear_pointwise (unpacked)" in found else "float32"
+                       for found in kernels)]  # fmt: skip
 
 
 def test_page_stands_alone(results: Results) -> None:

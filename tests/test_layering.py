@@ -111,6 +111,7 @@ ALLOWED = {
         "qtk.record",
         "qtk.modules",
         "qtk.assembly",
+        "qtk.packages",
         "qtk.integrations",
         "qtk.table",
         "qtk.report",

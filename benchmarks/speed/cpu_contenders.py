@@ -7,8 +7,10 @@ demand; the others sleep meanwhile.
 
 import multiprocessing
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +44,40 @@ def vit() -> nn.Module:
     return transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=4))
 
 
+def tiny() -> nn.Module:
+    return transformers.BertModel(
+        transformers.BertConfig(
+            num_hidden_layers=1, hidden_size=64, num_attention_heads=2, intermediate_size=128
+        )
+    )
+
+
 MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "minilm": ("MiniLM, 6 layers", minilm),
     "bert": ("BERT-base width, 4 layers, random weights", bert),
     "opt": ("OPT-125m width, 4 layers, random weights", opt),
     "vit": ("ViT-base width, 4 layers, random weights", vit),
 }
+TINY = {"tiny": ("a tiny BERT, to try the benchmark itself", tiny)}
+SIZES: dict[str, tuple[Size, ...]] = {
+    "minilm": ((16, 128), (1, 128), (1, 16)),
+    "bert": ((16, 128), (1, 128), (1, 16)),
+    "opt": ((16, 128), (1, 128), (1, 16)),
+    "vit": ((16, TOKENS), (1, TOKENS)),
+    "tiny": ((2, 16), (1, 16)),
+}
+BUCKETS = {"tiny": (16,)}  # tokens that sentences are padded to
+EVERY_BUCKET = (16, 32, 64, 128)
+BATCH = 16  # sentences of one bucket at a time
+
+
+def buckets_of(name: str) -> tuple[int, ...]:
+    return BUCKETS.get(name, EVERY_BUCKET)
 
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return MODELS[name][1]().eval()
+    return {**MODELS, **TINY}[name][1]().eval()
 
 
 def inputs_of(name: str, size: Size) -> Inputs:
@@ -106,6 +131,91 @@ def ours(**options: Any) -> Callable[[nn.Module, str], Forward]:
     return contender
 
 
+def ahead(buckets: bool = False, **options: Any) -> Callable[[nn.Module, str], Forward]:
+    """qtk.compile for the sizes that are asked for, or for single sentences and batches of each
+    bucket, and one package for the rest."""
+
+    def contender(model: nn.Module, name: str) -> Forward:
+        import qtk
+
+        if name != "minilm":
+            options["preset"] = "fast"
+        qmodel = qtk.quantize(model, calib=calibration(name), progress=False, **options)
+        sizes: list[Any] = [rows if name == "vit" else (rows, t) for rows, t in SIZES[name]]
+        if buckets:
+            sizes = [(rows, t) for rows in (1, BATCH) for t in buckets_of(name)]
+        torch.set_num_threads(THREADS)  # packages keep the number they are compiled with
+        return float32(qtk.compile(qmodel, sizes, progress=False, tune=name != "tiny"), name)
+
+    return contender
+
+
+def on_our_file(runtime: str, **options: Any) -> Callable[[nn.Module, str], Forward]:
+    """ONNX Runtime or OpenVINO on what qtk.export wrote."""
+
+    def contender(model: nn.Module, name: str) -> Forward:
+        import qtk
+
+        if name != "minilm":
+            options["preset"] = "fast"
+        qmodel = qtk.quantize(model, calib=calibration(name), progress=False, **options)
+        folder = Path(tempfile.mkdtemp()) / "served"
+        if runtime == "onnx":
+            qtk.export(qmodel, folder, "onnx")
+            return onnx_session(folder / "onnx" / "model.onnx")
+        qtk.export(qmodel, folder, "openvino")
+        return openvino_model(str(folder / "openvino" / "openvino_model.xml"))
+
+    return contender
+
+
+def openvino(kind: str) -> Callable[[nn.Module, str], Forward]:
+    """OpenVINO by its own tools: float32, or int8 by NNCF's recipe for transformers."""
+
+    def contender(model: nn.Module, name: str) -> Forward:
+        import openvino as ov
+
+        path = Path(tempfile.mkdtemp()) / "model.onnx"
+        export_onnx(model, name, path)
+        converted = ov.convert_model(str(path))
+        if kind == "int8":
+            import nncf
+
+            batches = [{k: v.numpy() for k, v in b.items()} for b in calibration(name)]
+            converted = nncf.quantize(
+                converted, nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER
+            )
+        return openvino_model(converted)
+
+    return contender
+
+
+def openvino_model(model: Any) -> Forward:
+    """Of OpenVINO, one request at a time for each thread that calls."""
+    import openvino as ov
+
+    settings = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+    compiled_model = ov.Core().compile_model(model, "CPU", settings)
+    known = {name for entry in compiled_model.inputs for name in entry.get_names()}
+    own = threading.local()
+
+    def forward(inputs: Inputs) -> Tensor:
+        if not hasattr(own, "request"):
+            own.request = compiled_model.create_infer_request()
+        feed = {k: v.numpy() for k, v in completed(inputs, known).items()}
+        return torch.from_numpy(own.request.infer(feed)[compiled_model.outputs[0]].copy())
+
+    return forward
+
+
+def completed(inputs: Inputs, known: Iterable[str]) -> Inputs:
+    """With the token types that a file may ask for."""
+    found = {name: value for name, value in inputs.items() if name in known}
+    if "token_type_ids" in known:
+        found["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    return found
+
+
 def torchao(model: nn.Module, name: str) -> Forward:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -153,7 +263,6 @@ def export_onnx(model: nn.Module, name: str, path: Path) -> None:
 
 def onnxruntime(kind: str) -> Callable[[nn.Module, str], Forward]:
     def contender(model: nn.Module, name: str) -> Forward:
-        import onnxruntime as ort
         from onnxruntime.quantization import (
             CalibrationDataReader,
             QuantType,
@@ -183,17 +292,33 @@ def onnxruntime(kind: str) -> Callable[[nn.Module, str], Forward]:
                 path, int8, Reader(), per_channel=True, weight_type=QuantType.QInt8,
                 activation_type=QuantType.QUInt8, op_types_to_quantize=["MatMul", "Gemm"],
             )  # fmt: skip
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = THREADS
-        session = ort.InferenceSession(str(path if kind == "float32" else int8), options)
-        return lambda inputs: torch.from_numpy(
-            session.run(["hidden"], {k: v.numpy() for k, v in inputs.items()})[0]
-        )
+        return onnx_session(path if kind == "float32" else int8, exact=False)
 
     return contender
 
 
+def onnx_session(path: Path, exact: bool = True) -> Forward:
+    """Of ONNX Runtime.
+
+    Args:
+        exact: without saturation on CPUs that have no VNNI; the file would compute something else.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    session = ort.InferenceSession(str(path), options)
+    known = [entry.name for entry in session.get_inputs()]
+    first = session.get_outputs()[0].name
+    return lambda inputs: torch.from_numpy(
+        session.run([first], {k: v.numpy() for k, v in completed(inputs, known).items()})[0]
+    )
+
+
 W8A8 = {"w": 8, "a": 8}
+W7A8 = {"w": 7, "a": 8}  # what computes in integers on a CPU of AVX2 without VNNI
 CONTENDERS: dict[str, Callable[[nn.Module, str], Forward]] = {
     "float32": float32,
     "bfloat16": bfloat16,
@@ -208,13 +333,28 @@ CONTENDERS: dict[str, Callable[[nn.Module, str], Forward]] = {
     "torchao int8 dynamic, compiled": compiled(torchao),
     "ONNX Runtime float32": onnxruntime("float32"),
     "ONNX Runtime int8 dynamic": onnxruntime("dynamic"),
-    "ONNX Runtime int8 static": onnxruntime("static"),
+    "ONNX Runtime int8 static, its default recipe": onnxruntime("static"),
+    "qtk W8A8 file in ONNX Runtime": on_our_file("onnx", **W8A8),
+    "OpenVINO float32": openvino("float32"),
+    "OpenVINO int8, NNCF": openvino("int8"),
+    "qtk W8A8 file in OpenVINO": on_our_file("openvino", **W8A8),
+    "qtk W8A8, qtk.compile": ahead(**W8A8),
+    "qtk W7A8": ours(**W7A8),
+    "qtk W7A8, qtk.compile": ahead(**W7A8),
+    "qtk W8A8, qtk.compile in buckets": ahead(True, **W8A8),
+    "qtk W7A8, qtk.compile in buckets": ahead(True, **W7A8),
     "optimum-quanto int8": quanto,
 }
+SERVED = ("float32", "qtk W8A8", "qtk W8A8, qtk.compile in buckets", "ONNX Runtime int8 dynamic",
+          "qtk W8A8 file in ONNX Runtime", "OpenVINO int8, NNCF",
+          "qtk W8A8 file in OpenVINO")  # fmt: skip
+IN_BUCKETS = ("qtk W8A8, qtk.compile in buckets", "qtk W7A8, qtk.compile in buckets")
+SEVEN = ("qtk W7A8", "qtk W7A8, qtk.compile")  # differ from W8A8 only without VNNI
 BASIC = ("float32", "bfloat16", "qtk W8A8", "qtk W8A8 per token", "qtk W4A8")
 # of a second encoder, to stay within a quarter of an hour: compilers take most of it
 MAIN = (*BASIC, "qtk W8A8, compiled", "bfloat16, compiled", "torchao int8 dynamic, compiled",
-        "ONNX Runtime int8 dynamic", "ONNX Runtime int8 static")  # fmt: skip
+        "ONNX Runtime int8 dynamic", "qtk W8A8 file in ONNX Runtime", "OpenVINO int8, NNCF",
+        "qtk W8A8 file in OpenVINO", "qtk W8A8, qtk.compile")  # fmt: skip
 
 
 class Worker:
@@ -281,6 +421,30 @@ def _embeddings(forward: Forward, model: str) -> Any:
     return torch.cat(found).numpy()
 
 
+def _throughput(forward: Forward, model: str, sizes: list[Size]) -> float:
+    """Seconds for all these batches, one after the other."""
+    batches = [inputs_of(model, size) for size in sizes]
+    start = time.perf_counter()
+    for batch in batches:
+        forward(batch)
+    return time.perf_counter() - start
+
+
+def _latencies(forward: Forward, model: str, lengths: list[int], clients: int) -> list[float]:
+    """Milliseconds of each single request, from so many threads at a time."""
+    requests = {n: inputs_of(model, (1, n)) for n in set(lengths)}
+
+    def one(n: int) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():  # of a thread, not of the process
+            forward(requests[n])
+        return 1e3 * (time.perf_counter() - start)
+
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(one, lengths))
+
+
 ANSWERS: dict[str, Callable[..., Any]] = {
     "output": _output, "times": _times, "embeddings": _embeddings,
+    "throughput": _throughput, "latencies": _latencies,
 }  # fmt: skip

@@ -1,11 +1,12 @@
 """Speed of whole models on a CPU: float against quantized, qtk against its peers, interleaved.
 
-    python -m benchmarks.speed.cpu_models [MODEL ...]
+    python -m benchmarks.speed.cpu_models [MODEL ...] [--only CONTENDER ...]
 
 Every contender has a process of its own (`cpu_contenders.py`), and they take turns, so that a noisy
 machine is noisy for all of them. Medians are reported, and the ratio to float32 in the same run.
 Outputs are checked on the way: a model that is fast and wrong does not pass. What cannot run is
-named with its reason; the peers are `pip install onnx onnxruntime torchao optimum-quanto`. Writes
+named with its reason; the peers are `pip install onnx onnxruntime onnxscript openvino nncf torchao
+optimum-quanto`. The model "tiny" tries the benchmark itself. Writes
 benchmarks/results/cpu_<model>.json, and the picture of `cpu_plot.py`.
 """
 
@@ -20,21 +21,31 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from benchmarks.result import RESULTS, result, versions_of, write
-from benchmarks.speed.cpu_contenders import BASIC, CONTENDERS, MAIN, MODELS, TOKENS, Size, Worker
+from benchmarks.speed.cpu_contenders import (
+    BASIC,
+    CONTENDERS,
+    IN_BUCKETS,
+    MAIN,
+    MODELS,
+    SEVEN,
+    SIZES,
+    TINY,
+    Size,
+    Worker,
+)
 from benchmarks.speed.cpu_plot import plot
+from qtk_kernels.dispatch import HAS_INT8
 
 ROUNDS = 7
 PAUSE = 0.05  # seconds before each turn, for the threads of the one before to fall asleep
-SIZES: dict[str, tuple[Size, ...]] = {
-    "minilm": ((16, 128), (1, 128), (1, 16)),
-    "bert": ((16, 128), (1, 128), (1, 16)),
-    "opt": ((16, 128), (1, 128), (1, 16)),
-    "vit": ((16, TOKENS), (1, TOKENS)),
-}
-PACKAGES = ("qtk", "torch", "transformers", "torchao", "onnxruntime", "optimum-quanto")
+PACKAGES = (
+    "qtk", "torch", "transformers", "torchao", "onnxruntime", "openvino", "nncf", "optimum-quanto",
+)  # fmt: skip
 
 
-def start(model: str, names: Sequence[str]) -> tuple[dict[str, Worker], dict[str, str]]:
+def start(
+    model: str, names: Sequence[str], sizes: Sequence[Size]
+) -> tuple[dict[str, Worker], dict[str, str]]:
     """A worker for each contender that runs here, compiled for every size; why others do not."""
     workers: dict[str, Worker] = {}
     missing: dict[str, str] = {}
@@ -44,7 +55,7 @@ def start(model: str, names: Sequence[str]) -> tuple[dict[str, Worker], dict[str
         try:
             if worker.error is not None:
                 raise RuntimeError(worker.error)
-            for size in SIZES[model]:
+            for size in sizes:
                 worker.ask("output", size)
             workers[name] = worker
         except RuntimeError as error:
@@ -78,9 +89,18 @@ def fidelity(workers: dict[str, Worker]) -> dict[str, float]:
     return {n: float(cosine_similarity(e, found["float32"]).mean()) for n, e in found.items()}
 
 
-def run(model: str) -> dict[str, Any]:
-    names = {"minilm": tuple(CONTENDERS), "bert": MAIN}.get(model, BASIC)
-    workers, missing = start(model, names)
+def names_of(model: str) -> list[str]:
+    """The contenders for a model here."""
+    every = [name for name in CONTENDERS if name not in (*SEVEN, *IN_BUCKETS)]
+    names = list({"minilm": every, "bert": MAIN}.get(model, BASIC))
+    if model not in ("minilm", "bert"):
+        names.append("qtk W8A8, qtk.compile")
+    return names if HAS_INT8 else [*names, *SEVEN]
+
+
+def run(model: str, only: Sequence[str] = ()) -> dict[str, Any]:
+    names = ["float32", *only] if only else names_of(model)
+    workers, missing = start(model, names, SIZES[model])
     try:
         medians = {size: measure(workers, size) for size in SIZES[model]}
         cosines = fidelity(workers) if model == "minilm" else {}
@@ -99,7 +119,7 @@ def run(model: str) -> dict[str, Any]:
         )
     notes += [f"{name} could not run ({why})" for name, why in missing.items()]
     table = result(
-        f"{MODELS[model][0]}, on a CPU",
+        f"{(MODELS | TINY)[model][0]}, on a CPU",
         [*columns, *(["cosine"] if cosines else [])],
         rows,
         "; ".join(notes),
@@ -112,8 +132,11 @@ def run(model: str) -> dict[str, Any]:
     }
 
 
-def measure_and_write(model: str) -> None:
-    found = run(model)
+def measure_and_write(model: str, only: Sequence[str] = ()) -> None:
+    found = run(model, only)
+    if only or model in TINY:  # a part of the table does not take its place
+        print(*found["rows"], found["notes"], sep="\n")
+        return
     write(f"cpu_{model}", found)
     if found["cosine"]:
         plot(found, RESULTS / f"cpu_{model}.png")
@@ -122,5 +145,10 @@ def measure_and_write(model: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="|".join(MODELS))
-    for name in parser.parse_args().models:
-        measure_and_write(name)
+    words = "print the rows of these beside float32, and write nothing"
+    parser.add_argument(
+        "--only", nargs="+", default=(), choices=list(CONTENDERS), metavar="NAME", help=words
+    )
+    told = parser.parse_args()
+    for name in told.models:
+        measure_and_write(name, told.only)

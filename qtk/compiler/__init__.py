@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from qtk.compiler.program import (
-    PLAIN,
     Program,
     check_compiler,
     compile_package,
     programs,
     shown,
-    without_cache,
+    use_cache,
 )
 from qtk.compiler.sizes import DEFAULT, checked
 from qtk.errors import BackendError, SchemeError
@@ -109,7 +108,7 @@ def _plain(model: Any) -> Any:
 
 
 def _bundle(model: Any, sizes: list[Size | None], tune: bool, progress: bool) -> Bundle:
-    routes = programs(model, bool(getattr(model.config, "use_cache", False) and _is_causal(model)))
+    routes = programs(model, bool(getattr(model.config, "use_cache", False)) and _is_causal(model))
     jobs = [(p, size) for p in routes for size in _sizes(p, sizes)]
     home = tempfile.TemporaryDirectory(prefix="qtk-packages-")
     packages: dict[str, list[Package]] = {program.route: [] for program in routes}
@@ -153,7 +152,7 @@ def _timed(model: Any, program: Program, packages: list[Package], size: Size) ->
         if package.size in (size, None):
             name = "dynamic" if package.size is None else "static"
             calls[name] = lambda package=package: package(inputs)
-    with without_cache(model), torch.no_grad():
+    with use_cache(model, False), torch.no_grad():
         found = race(calls, limit=5)
     return Timing(size, found["eager"], found.get("static"), found.get("dynamic"))
 
@@ -162,4 +161,4 @@ def _is_causal(model: Any) -> bool:
     return type(model).__name__.endswith("ForCausalLM")
 
 
-__all__ = ["PLAIN", "check", "compile"]
+__all__ = ["check", "compile"]

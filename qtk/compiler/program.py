@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from qtk.errors import BackendError, ModelError
 from qtk.modules.products.onednn import visible_to_compiler
-from qtk.packages.caching import PREFILL, STEP, CachedForward
+from qtk.packages.caching import NAMES, PREFILL, STEP, CachedForward
 from qtk.packages.package import ROWS, TOKENS, Axes, Signature, Size
-from qtk.packages.served import PLAIN
+from qtk.packages.route import PLAIN
 from qtk.tracing import Named, Quietly, example, output_names
 
 TRACED = (3, 33)  # rows and tokens of a program for any size: numbers that are nothing special
@@ -52,7 +52,7 @@ class Program:
             for axes in self.signature.inputs.values()
         )
         try:
-            with torch.no_grad(), visible_to_compiler(), without_cache(model), Quietly():
+            with torch.no_grad(), visible_to_compiler(), use_cache(model, False), Quietly():
                 return torch.export.export(
                     self.module, tuple(batch.values()), dynamic_shapes=(shapes,), strict=False
                 )
@@ -113,12 +113,12 @@ def check_compiler() -> None:
 
 def _plain(model: Any) -> Program:
     batch = example(model, *TRACED)
-    with without_cache(model):
+    with use_cache(model, False):
         outputs = output_names(model, batch)
         axes, returns = _observed(model, outputs)
     inputs = {name: _input_axes(name, value) for name, value in batch.items()}
     dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in batch.items()}
-    signature = Signature(inputs, axes, dtypes, returns)
+    signature = Signature(inputs, axes, dtypes, returns, _caches(model, batch))
     return Program(PLAIN, Named(model, tuple(batch), outputs).eval(), signature)
 
 
@@ -190,14 +190,22 @@ def _observed(model: Any, outputs: tuple[str, ...]) -> tuple[dict[str, Axes], st
     return axes, returns
 
 
+@torch.no_grad()
+def _caches(model: Any, batch: dict[str, Tensor]) -> bool:
+    """Whether it returns a cache where its config says so; encoders never do."""
+    with use_cache(model, True):
+        found = model(**batch, return_dict=True)
+    return any(name in found for name in NAMES)
+
+
 @contextmanager
-def without_cache(model: Any) -> Iterator[None]:
-    """Inside, the model is called without its cache unless a call says otherwise."""
+def use_cache(model: Any, wanted: bool) -> Iterator[None]:
+    """Inside, the model is called with or without its cache, unless a call says otherwise."""
     config = model.config
     before = getattr(config, "use_cache", None)
     try:
         if before is not None:
-            config.use_cache = False
+            config.use_cache = wanted
         yield
     finally:
         if before is not None:

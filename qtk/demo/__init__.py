@@ -21,6 +21,7 @@ from qtk.demo.sentences import split
 from qtk.fidelity import Fidelity
 from qtk.integrations.saving import save
 from qtk.integrations.transformers import load_float
+from qtk.modules.products.onednn import seven_bits_are_needed
 from qtk.observe.batches import prepare
 from qtk.report.summary import Summary
 from qtk.timing import hardware, race
@@ -101,7 +102,7 @@ class Results:
 def run(
     out: str | Path = "demo-out",
     model_path: str | Path | None = None,
-    schemes: tuple[tuple[int, int], ...] = ((8, 8), (4, 4)),
+    schemes: tuple[tuple[int, int], ...] | None = None,
     sizes: Sizes | None = None,
     similarity: measure.Similarity | None = None,
     progress: bool = True,
@@ -111,7 +112,8 @@ def run(
     Args:
         out: folder for the quantized models and the report.
         model_path: folder of the model and its tokenizer; None is all-MiniLM-L6-v2.
-        schemes: (w, a) pairs.
+        schemes: (w, a) pairs; by default W8A8 and W4A4, and W7A8 between them on a CPU that
+            computes that in integers and W8A8 in float32.
         sizes: how much to look at.
         similarity: labelled pairs; where None, no rank correlation is measured.
         progress: says on stderr what happens.
@@ -133,7 +135,7 @@ def run(
         return None if similarity is None else similarity.spearman(of, tokenizer)
 
     variants, float_spearman = [], spearman(model)
-    for w, a in schemes:
+    for w, a in usual_schemes() if schemes is None else schemes:
         name, start = f"W{w}A{a}", time.perf_counter()
         with step(f"quantizing to {name}"):
             qmodel: Any = qtk.quantize(
@@ -161,6 +163,12 @@ def run(
         results.seconds = time.perf_counter() - began
         write_page(results, out / "report.html")
     return results
+
+
+def usual_schemes() -> tuple[tuple[int, int], ...]:
+    """What there is to see on this machine: eight bits, the fastest of them, four bits."""
+    seven = ((7, 8),) if seven_bits_are_needed() else ()
+    return (8, 8), *seven, (4, 4)
 
 
 def _open(path: Path) -> tuple[Any, Any]:

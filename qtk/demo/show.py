@@ -41,6 +41,7 @@ def rows(results: "Results") -> list[list[str]]:
     for shape, seconds in results.times.items():
         spec.append((f"{shape} tokens, ms", f"{1e3 * seconds:.1f}", _speed(shape, seconds)))
     spec += [
+        ("linears compute in", "float32", _computes_in),
         ("seconds to quantize", "-", lambda v: f"{v.seconds:.0f}"),
         ("reloads bit for bit", "-", lambda v: "yes" if v.reloads else "NO"),
     ]
@@ -172,11 +173,23 @@ def _costs(results: "Results") -> tuple[str, str]:
             "file shrinks less than its linear layers."
         )),
         page.figure(plots.bars(times, "ms", "faster", "slower"), (
-            "Median time of one forward pass on this machine, the models taking turns. CPUs "
-            "multiply no 4-bit integers: 4-bit codes save memory, and run as 8-bit ones; a "
-            "rotation, where there is one, takes time of its own."
+            "Median time of one forward pass on this machine, the models taking turns"
+            f"{_in_floats(results)}. CPUs multiply no 4-bit integers: 4-bit codes save memory, and "
+            "run as 8-bit ones; a rotation, where there is one, takes time of its own."
         )),
     )  # fmt: skip
+
+
+def _in_floats(results: "Results") -> str:
+    """Which models the CPU has no integer products for."""
+    floats = [v.name for v in results.variants if _computes_in(v) == "float32"]
+    others = [v.name for v in results.variants if _computes_in(v) == "integers"]
+    if not (floats and others):
+        return ""
+    return (
+        f". This CPU computes {' and '.join(floats)} in float32, because its integer products are "
+        f"exact only where an operand has 7 bits or fewer, and {' and '.join(others)} in integers"
+    )
 
 
 def _method(results: "Results") -> list[str]:
@@ -205,6 +218,15 @@ def _method(results: "Results") -> list[str]:
             "people said of them."
         ))  # fmt: skip
     return texts
+
+
+def _computes_in(variant: "Variant") -> str:
+    """ "integers" or "float32", by the kernels that run; both where layers differ"""
+    kinds = {
+        "float32" if "float32" in layer.kernel or layer.kernel == "reference" else "integers"
+        for layer in variant.summary.layers
+    }
+    return " and ".join(sorted(kinds))
 
 
 def _words(shape: str) -> str:

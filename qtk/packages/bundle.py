@@ -19,8 +19,8 @@ import torch
 
 from qtk import integrity
 from qtk.errors import BackendError, CheckpointError
-from qtk.packages.package import Package, Signature, here, key
-from qtk.packages.route import Route, Timing
+from qtk.packages.package import Package, Signature, Size, here, key
+from qtk.packages.route import PLAIN, Route, Timing
 
 FOLDER, MANIFEST, VERSION = "compiled", "packages.json", 1
 MOST_BYTES = 2**22  # of a manifest
@@ -38,6 +38,14 @@ class Bundle:
 
     routes: dict[str, Route]
 
+    def names(self) -> tuple[str, ...]:
+        """Of all packages: "plain-1x16"."""
+        return tuple(
+            f"{name}-{_shown(p.size)}"
+            for name, route in self.routes.items()
+            for p in route.packages
+        )
+
     def write(self, folder: Path, weights: str) -> None:
         """Into a checkpoint's folder.
 
@@ -50,11 +58,9 @@ class Bundle:
         for name, route in self.routes.items():
             files = []
             for package in route.packages:
-                size = package.size
-                shown = "any" if size is None else "x".join(str(n) for n in size if n is not None)
-                file = place / f"{name}-{shown}.pt2"
+                file = place / f"{name}-{_shown(package.size)}.pt2"
                 package.copy_to(file)
-                files.append({"file": file.name, "size": size, "sha256": _sha256(file)})
+                files.append({"file": file.name, "size": package.size, "sha256": _sha256(file)})
             found["routes"][name] = {
                 "signature": asdict(route.signature), "packages": files, "pad_id": route.pad_id,
                 "timings": [asdict(timing) for timing in route.timings],
@@ -90,7 +96,8 @@ def read(folder: Path) -> Bundle | None:
         logger.warning("%s was compiled from other weights: it runs eager; compile it again", place)
         return None
     try:
-        return Bundle({name: _route(place, found) for name, found in manifest["routes"].items()})
+        routes = {name: _route(place, found) for name, found in manifest["routes"].items()}
+        return Bundle({PLAIN: routes.pop(PLAIN), **routes})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{place / MANIFEST} is not a list of packages: {error!r}") from None
     except BackendError as error:
@@ -148,10 +155,14 @@ def _route(place: Path, found: Mapping[str, Any]) -> Route:
         packages.append(Package(path, _size(entry["size"])))
     timings = [Timing(**{**timing, "size": _size(timing["size"])}) for timing in found["timings"]]
     described = Signature(axes["inputs"], axes["outputs"], dict(signature["dtypes"]),
-                          str(signature["returns"]))  # fmt: skip
+                          str(signature["returns"]), bool(signature["caches"]))  # fmt: skip
     if any(not hasattr(torch, dtype) for dtype in described.dtypes.values()):
         raise ValueError("an input has an unknown dtype")
     return Route(described, packages, timings, int(found["pad_id"]))
+
+
+def _shown(size: Size | None) -> str:
+    return "any" if size is None else "x".join(str(n) for n in size if n is not None)
 
 
 def _size(found: Any) -> Any:

@@ -30,12 +30,14 @@ class Signature:
         inputs, outputs: axes by name.
         dtypes: of the inputs, "int64" or "float32".
         returns: the class of transformers that the outputs are fields of.
+        caches: the model returns keys and values as well, where it is asked to.
     """
 
     inputs: Mapping[str, Axes]
     outputs: Mapping[str, Axes]
     dtypes: Mapping[str, str]
     returns: str
+    caches: bool = False
 
 
 class Package:

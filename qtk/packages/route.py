@@ -7,6 +7,8 @@ import numpy as np
 
 from qtk.packages.package import Package, Signature, Size
 
+PLAIN = "plain"  # the route of a call without a cache
+
 
 @dataclass(frozen=True)
 class Timing:

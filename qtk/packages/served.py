@@ -19,9 +19,8 @@ from qtk.modules.fused.block import somebody_listens
 from qtk.packages.bundle import Bundle
 from qtk.packages.caching import Cached, cached_call
 from qtk.packages.package import ROWS, TOKENS, Signature, Size, cut, fitted
-from qtk.packages.route import Route
+from qtk.packages.route import PLAIN, Route
 
-PLAIN = "plain"
 # what changes no number where it is None or False, or says only how the result is wrapped
 HARMLESS = ("return_dict", "is_causal")
 ASKS = ("output_hidden_states", "output_attentions")
@@ -102,16 +101,13 @@ def _served(model: Any, bundle: Bundle, given: dict[str, Any]) -> Any:
         return None
     wrapped = given.pop("return_dict", getattr(model.config, "return_dict", True))
     call: Cached | None = None
-    route = bundle.routes.get(PLAIN)
-    if {"prefill", "step"} & set(bundle.routes):
-        wants_cache = given.pop("use_cache", getattr(model.config, "use_cache", False))
-        if wants_cache:
-            call = cached_call(model, bundle.routes, given)
-            if call is None:
-                return None
-            route, given = call.route, call.inputs
-    if route is None:
-        return None
+    route = bundle.routes[PLAIN]
+    wants_cache = given.pop("use_cache", getattr(model.config, "use_cache", False))
+    if wants_cache and route.signature.caches:
+        call = cached_call(model, bundle.routes, given)
+        if call is None:
+            return None
+        route, given = call.route, call.inputs
     keep = given.pop("logits_to_keep", 0) if "logits" in route.signature.outputs else 0
     inputs = _inputs(route.signature, given)
     if inputs is None or not isinstance(keep, int):

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from qtk.integrations.sentence_transformers import unwrap
 from qtk.integrations.transformers import load, record_of
 from qtk.models import describe
 from qtk.modules.conv import QuantConv2d
+from qtk.packages.served import bundle_of
 from qtk.record import Layer
 from qtk.table import finite, ruled
 
@@ -52,6 +53,7 @@ class Summary:
         other_bytes: of everything else: embeddings, norms, heads.
         attention: how attention's products and softmax compute, "float" or in words.
         attention_kernel: the name of what computes them on this machine.
+        packages: native code that serves calls of its sizes, "plain-1x16".
     """
 
     layers: tuple[LayerSummary, ...]
@@ -59,6 +61,7 @@ class Summary:
     other_bytes: int
     attention: str = "float"
     attention_kernel: str = "torch scaled_dot_product_attention"
+    packages: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -75,6 +78,7 @@ class Summary:
             "recipe": self.recipe,
             "attention": self.attention,
             "attention_kernel": self.attention_kernel,
+            "packages": self.packages,
             "bytes": self.bytes,
             "float_bytes": self.float_bytes,
             "other_bytes": self.other_bytes,
@@ -103,6 +107,8 @@ class Summary:
                               if (found := BRACKETS.match(kernel))})  # fmt: skip
         if self.attention != "float":
             totals.append(f"attention: {self.attention}, run by {self.attention_kernel}")
+        if self.packages:
+            totals.append(f"compiled: {', '.join(self.packages)}; other calls run as above")
         totals += _made_with(self.layers, self.recipe)
         if root:
             totals.append(f"names start with {root!r}")
@@ -143,9 +149,13 @@ def summary(qmodel: nn.Module | str | os.PathLike[str]) -> Summary:
     parts = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
     rest = sum(parts.values()) - sum(layer.bytes for layer in layers)  # tied weights count once
     products = next(iter(assembly.quantized_attentions(model).values()), None)
+    bundle = bundle_of(model)
+    found = Summary(
+        tuple(layers), record.recipe, rest, packages=() if bundle is None else bundle.names()
+    )
     if products is None:
-        return Summary(tuple(layers), record.recipe, rest)
-    return Summary(tuple(layers), record.recipe, rest, products.scheme.name, products.kernel)
+        return found
+    return replace(found, attention=products.scheme.name, attention_kernel=products.kernel)
 
 
 def common_prefix(names: list[str]) -> str:

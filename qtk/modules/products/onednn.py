@@ -14,6 +14,11 @@ from qtk_kernels.onednn import visible_to_compiler as visible_to_compiler
 PREFERENCE = 2
 
 
+def seven_bits_are_needed() -> bool:
+    """Whether integer products are exact on this CPU if an operand has 7 bits, and not at W8A8."""
+    return cpu_has_int8(7, 8) and not cpu_has_int8()
+
+
 @dataclass(frozen=True)
 class OneDnn(Product):
     """Holds the weight in oneDNN's blocked layout; one scale for each output channel."""
