@@ -29,7 +29,7 @@ from qtk.mixed_precision.result import Search
 from qtk.mixed_precision.search import bench_ops, search
 from qtk.pipeline.files import quantize_files
 from qtk.report.summary import Summary, summary
-from qtk.robust import Robustness, robustness
+from qtk.robust import Robustness, random_precision, random_precision_training, robustness
 
 __version__ = "0.1.0"
 
@@ -56,6 +56,8 @@ __all__ = [
     "load",
     "quantize",
     "quantize_files",
+    "random_precision",
+    "random_precision_training",
     "robustness",
     "search",
     "summary",

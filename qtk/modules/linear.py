@@ -195,6 +195,22 @@ class QuantLinear(Quantized):
         """The layer as a value."""
         return LinearSpec(self.codes(), self.steps, self.grid, self.bias)
 
+    def become(self, spec: LinearSpec) -> None:
+        """Takes the codes, steps and input grid of another spec, such as one of fewer bits.
+
+        Args:
+            spec: of the same shapes and granularities, with the same change of variable.
+        """
+        self._runtime = None
+        assert spec.scheme.w is not None
+        self.scheme, self.w = spec.scheme, spec.scheme.w
+        self.weight_scale = own(spec.steps.scale)
+        if spec.grid.static is not None:
+            scale, zero_point = spec.grid.static
+            self.input_scale = own(scale).reshape(())
+            self.input_zero_point = own(zero_point).to(torch.int32).reshape(())
+        self._run_with(spec.codes)
+
     def codes(self) -> Tensor:
         """[N, K] int8."""
         if self.weight is not None:
@@ -214,9 +230,14 @@ class QuantLinear(Quantized):
         product = None if self._runtime is None else self._runtime.product
         return [*self.buffers(recurse=False), *([] if product is None else product.tensors())]
 
-    def operands(self) -> Operands:
-        """Step, zero point, shift and channel scale folded into what a product reads."""
-        codes, scale, bias, static = self.codes(), self.weight_scale, self.bias, self.grid.static
+    def operands(self, codes: Tensor | None = None) -> Operands:
+        """Step, zero point, shift and channel scale folded into what a product reads.
+
+        Args:
+            codes: [N, K] int8, where they are at hand.
+        """
+        codes = self.codes() if codes is None else codes
+        scale, bias, static = self.weight_scale, self.bias, self.grid.static
         offset = 0 if self.reader.codes is None else self.reader.codes.offset
         if static is not None:
             scale, zero_point = scale * static[0], int(static[1]) + offset
@@ -228,11 +249,13 @@ class QuantLinear(Quantized):
     def prepare(self) -> None:
         """Builds reader and product for the device that the layer is on."""
         self.unprepare()
-        if self.weight_scale.is_meta:
-            return
+        if not self.weight_scale.is_meta:
+            self._run_with(self.codes())
+
+    def _run_with(self, codes: Tensor) -> None:
         backend = resolve_backend(self.weight_scale, self.backend)
         self._runtime = Runtime(Reader.of(self.grid, self.in_features, backend), None)
-        product = product_of(self.operands(), backend)
+        product = product_of(self.operands(codes), backend)
         reader = self._runtime.reader.packed() if product.packed_input else self._runtime.reader
         self._runtime = Runtime(reader, product)
         self.weight = None  # the product gives the codes back
@@ -311,17 +334,16 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer = layer
+        ctx.layer, ctx.spec = layer, layer.spec()  # the layer may have other bits by then
         return layer.run(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (x,), layer = ctx.saved_tensors, ctx.layer
-        grad = grads[0].float() @ layer.spec().weight()
-        if layer.input_scale is not None:
-            y = layer.grid.change.inputs(x)
-            q = torch.round(y / layer.input_scale) + layer.input_zero_point
-            grad = grad * ((q >= layer.scheme.a.qmin) & (q <= layer.scheme.a.qmax))
+        (x,), layer, spec = ctx.saved_tensors, ctx.layer, ctx.spec
+        grad, static, fmt = grads[0].float() @ spec.weight(), spec.grid.static, spec.grid.fmt
+        if static is not None:
+            q = torch.round(spec.grid.change.inputs(x) / static[0]) + static[1]
+            grad = grad * ((q >= fmt.qmin) & (q <= fmt.qmax))
         if layer.rotation:
             grad = rotate(grad, inverse=True)
         if layer.input_channel_scale is not None:

@@ -19,10 +19,11 @@ from qtk.robust import images, sanity, texts
 from qtk.robust.cells import Cells, fingerprint
 from qtk.robust.corruptions import SEVERITIES, check, contact_sheet
 from qtk.robust.images import Normalize, Pixels, frozen
+from qtk.robust.precision import Expected, RandomPrecision
 from qtk.robust.result import Robustness
 from qtk.robust.rows import attacked, disturbed, notes_on
 from qtk.robust.sentences import TextStudy
-from qtk.robust.study import FLOAT, QUANTIZED, SECOND, Study
+from qtk.robust.study import ADAPTIVE, FLOAT, QUANTIZED, SECOND, Study
 from qtk.robust.suite import Budgets, Suite, parts_of, suite_of
 from qtk.scheme import is_positive_int
 
@@ -88,6 +89,8 @@ def robustness(
     given = unwrap(model, data, tokenizer)
     models = _opened(given.model, qmodel, second)
     chosen = check(severities)
+    if sheet is not None and not asked.corruptions:
+        raise SchemeError("sheet shows corruptions, and the suite has none: add 'corruptions'")
     settings = {"steps": steps, "batch_size": batch_size, "seed": seed}
     keeper = partial(_cells, resume, models, settings)
     with frozen(*models.values()), _bar(progress) as say:
@@ -103,6 +106,8 @@ def robustness(
             seen = images.read(models[FLOAT], given.data, given.tokenizer, normalize, samples, seed)
             cells = keeper(checksum(seen.pixels), seen.labels.tolist(), seen.mean, seen.std)
             readers = {role: Pixels(one, seen.mean, seen.std) for role, one in models.items()}
+            if isinstance(random := models[QUANTIZED], RandomPrecision):
+                readers[ADAPTIVE] = Pixels(Expected(random), seen.mean, seen.std)
             study = Study(seen, readers, cells, **told)
             parts = parts_of(asked.attacks, budgets, seen.pixels[0].numel())
             rows, floor, crafted = attacked(study, parts, seed)
@@ -127,17 +132,25 @@ def _checked(suite: str | Sequence[str], steps: int, batch_size: int) -> Suite:
 
 def _opened(model: Any, qmodel: Any, second: Any) -> Models:
     """The models by role, of one kind."""
-    models = {FLOAT: open_model(model), QUANTIZED: open_model(unwrap(qmodel).model)}
+    models = {FLOAT: open_model(model), QUANTIZED: _opened_one(qmodel)}
     if second is not None:
-        models[SECOND] = open_model(unwrap(second).model)
+        models[SECOND] = _opened_one(second)
     for role in list(models)[1:]:
         check_pair(models[FLOAT], models[role])
     return models
 
 
+def _opened_one(model: Any) -> Any:
+    return model if isinstance(model, RandomPrecision) else open_model(unwrap(model).model)
+
+
 def _cells(folder: Place | None, models: Models, settings: dict[str, Any], *data: object) -> Cells:
     if folder is None:
         return Cells(None, {})
+    for one in models.values():
+        if isinstance(one, RandomPrecision):
+            one.switch(max(one.bits))  # a fingerprint is of what is stored
+            settings = {**settings, "bits": one.bits, "draw": one.draw}
     prints = {role: fingerprint(one) for role, one in models.items()}
     return Cells(Path(folder), {"models": prints, **settings, "data": digest(*data)})
 

@@ -61,6 +61,7 @@ class Study:
     def right(self, role: str, pixels: Tensor, labels: Tensor | None = None) -> Bits:
         """[N], answered without gradients."""
         labels = self.images.labels if labels is None else labels
+        reseed(self.models[role], self.seed, "defender")
         return right(self.models[role], pixels, labels, self.batch_size)
 
     def clean(self) -> Found:
@@ -76,6 +77,7 @@ class Study:
         Images that no model has right on clean data are not attacked: they count as wrong anyway.
         """
         steps = self.steps if steps is None else steps
+        reseed(self.models[maker], self.seed, "attacker")
         budget = part.budgets[level]
         facts = {"part": part.name, "budget": budget, "maker": maker, "steps": steps}
         self.say(f"{part.name} {level} on {maker}")
@@ -140,6 +142,13 @@ def rounded(adversarial: Tensor, x: Tensor) -> Tensor:
 def drawn(*facts: object) -> Generator:
     """Random numbers that depend on the facts alone."""
     return Generator().manual_seed(int(integrity.digest(*facts)[:15], 16))
+
+
+def reseed(model: nn.Module, *facts: object) -> None:
+    """Begins the draws of a model of random precision anew; attacker and defender draw apart."""
+    for held in getattr(model, "_held", ()):
+        if hasattr(held, "reseed"):
+            held.reseed(int(integrity.digest(*facts)[:15], 16))
 
 
 def makers(models: Mapping[str, nn.Module]) -> Iterator[str]:

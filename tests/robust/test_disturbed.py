@@ -262,6 +262,11 @@ def test_files_are_decoded_again_and_without_files_that_is_refused(pair):
         run(pair, "decode")
 
 
+def test_a_sheet_of_nothing_is_refused(pair, tmp_path):
+    with pytest.raises(qtk.SchemeError, match="the suite has none"):
+        run(pair, "colour", sheet=tmp_path / "sheet.png")
+
+
 @pytest.mark.parametrize("severities", [(), (0,), (6,), (2.5,)])
 def test_severities_are_checked(pair, severities):
     with pytest.raises(qtk.SchemeError, match="choose among"):

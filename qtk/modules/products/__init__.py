@@ -11,6 +11,7 @@ what a summary says cannot differ from what computes. The folder is the registry
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -140,6 +141,12 @@ def output_of(emits: Emits | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@cache
+def _files() -> list[Any]:
+    """Read once: a model has many layers, and some switch their bits."""
+    return [load("modules.products", name) for name in available("modules.products")]
+
+
 def product_of(operands: Operands, backend: str) -> Product:
     """The best product for these operands.
 
@@ -149,8 +156,7 @@ def product_of(operands: Operands, backend: str) -> Product:
     Raises:
         BackendError: no file in qtk/modules/products fits.
     """
-    files = [load("modules.products", name) for name in available("modules.products")]
-    fitting = [file for file in files if file.fits(operands, backend)]
+    fitting = [file for file in _files() if file.fits(operands, backend)]
     if not fitting:
         raise BackendError(
             f"no product on backend {backend!r} for weights on {operands.w} and inputs on "
