@@ -25,10 +25,12 @@ from qtk.mixed_precision.result import Search
 from qtk.mixed_precision.search import bench_ops, search
 from qtk.pipeline.files import quantize_files
 from qtk.report.summary import Summary, summary
+from qtk.security.audit import Audit, audit
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "BackendError",
     "CalibrationError",
     "CheckpointError",
@@ -40,6 +42,7 @@ __all__ = [
     "SchemeError",
     "Search",
     "Summary",
+    "audit",
     "bench_ops",
     "evaluate",
     "export",
