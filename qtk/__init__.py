@@ -30,11 +30,13 @@ from qtk.mixed_precision.search import bench_ops, search
 from qtk.pipeline.files import quantize_files
 from qtk.report.summary import Summary, summary
 from qtk.robust import Robustness, random_precision, random_precision_training, robustness
+from qtk.security.audit import Audit, audit
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Attribute",
+    "Audit",
     "BackendError",
     "CalibrationError",
     "CheckpointError",
@@ -48,6 +50,7 @@ __all__ = [
     "SchemeError",
     "Search",
     "Summary",
+    "audit",
     "bench_ops",
     "compile",
     "evaluate",

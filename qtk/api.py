@@ -1,5 +1,6 @@
 """quantize() as users call it; where bits are to be chosen, they are chosen first."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from torch import nn
 
 from qtk.errors import SchemeError
 from qtk.integrations.sentence_transformers import rewrap, unwrap
+from qtk.integrations.transformers import load_float
 from qtk.mixed_precision import auto
 from qtk.mixed_precision.search import OPTIONS, search
 from qtk.models import is_network
@@ -15,6 +17,9 @@ from qtk.observe.batches import prepare
 from qtk.pipeline import opened, run
 from qtk.pipeline.request import Request
 from qtk.pipeline.state import check
+from qtk.security.audit import audit as look
+
+logger = logging.getLogger("qtk")
 
 Part = Any  # a name, a module with `find`, or such a function
 
@@ -43,6 +48,7 @@ def quantize(
     blocks: Sequence[str] | None = None,
     backend: str = "auto",
     resume: str | Path | None = None,
+    audit: bool = False,
     seed: int = 0,
     progress: bool = True,
     inplace: bool = False,
@@ -77,8 +83,9 @@ def quantize(
         method: How. The equivalent transform: "os+", "smoothquant", "rotate", "os+rotate",
             "equalize+rotate", "none". This, `rounding` and `ranges` may also be a module with a
             function `find`, or such a function; see CONTRIBUTING.
-        rounding: how weights become codes: "nearest", "gptq", "adaround", "flexround"; "block" and
-            "tuned" are "gptq" and then learn="block" or "model".
+        rounding: how weights become codes: "nearest", "gptq", "adaround", "flexround"; "flipped"
+            breaks backdoors that rounding to nearest would wake; "block" and "tuned" are "gptq" and
+            then learn="block" or "model".
         ranges: where activation grids end; "auto" or a file in qtk/ranges.
         learn: what goes on learning from the codes: "block" (one after the other), "model" (end to
             end) or "none". One choice of the whole model.
@@ -102,6 +109,8 @@ def quantize(
         resume: a folder that keeps every finished block and the state of learning, and is gone on
             from: interrupted at any moment, the same call ends with the same model, and makes the
             unfinished block alone again. Delete it when the model is saved.
+        audit: looks for a backdoor first that rounding would wake (`qtk.audit`; classifiers), and
+            says so in the log; it quantizes all the same.
         seed: of what is drawn: samples from a file or folder, rows where there is no `calib`,
             labels for ranges="hessian", and the order in which learning sees its batches.
         progress: shows a bar over the blocks.
@@ -123,6 +132,9 @@ def quantize(
     folder = check(resume)
     given = unwrap(model, calib, tokenizer)
     bare, calib, tokenizer = given.model, given.data, given.tokenizer
+    if audit:
+        bare = load_float(bare)
+        calib = _audited(bare, w, calib, tokenizer, seed)
     if (budget is not None or isinstance(bits, str)) and is_network(bare):
         raise SchemeError("bits are chosen for models of transformers: give w, a and bits")
     if budget is not None:
@@ -146,3 +158,16 @@ def quantize(
     )  # fmt: skip
     whole: nn.Module = rewrap(model, qmodel, inplace=inplace)
     return whole
+
+
+def _audited(model: nn.Module, w: int | str, calib: Any, tokenizer: Any, seed: int) -> list[Any]:
+    """Says in the log what an audit finds, before anything is quantized; the data, in batches."""
+    if calib is None or not isinstance(w, int) or w > 8:
+        raise SchemeError("audit=True looks at integer weights of classifiers, on calib=")
+    batches = prepare(model, calib, tokenizer, seed)
+    found = look(model, batches, w=w, seed=seed)
+    if found.suspicious:
+        logger.warning("%s", found.verdict)
+    else:
+        logger.info("%s", found.verdict)
+    return batches

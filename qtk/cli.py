@@ -407,6 +407,27 @@ def export(
 
 
 @app.command()
+def audit(
+    model: Model,
+    calib: Annotated[Path, typer.Option(help="Text file or folder of images, without labels.")],
+    w: Annotated[int, typer.Option("--w", help="Bits that its weights would have, 2 to 8.")] = 8,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    report: Annotated[Path | None, typer.Option(help="Page to write, with plots.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Look for a backdoor in MODEL, a classifier, that rounding its weights would wake."""
+    with errors.status("looking"):
+        found = qtk.audit(_load(model, None, device), calib, tokenizer or model, w=w, seed=seed)
+    if report is not None:
+        from qtk.security.page import write_page
+
+        write_page(found, report, model)
+    _show(found, as_json)
+
+
+@app.command()
 def tune(
     out: Annotated[Path | None, typer.Option(help="Folder; the package itself if none.")] = None,
     minutes: Annotated[float, typer.Option(help="Stop after so long.")] = 8.0,

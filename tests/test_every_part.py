@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtk.discover import available, load
+from qtk.errors import CalibrationError
 from qtk.grids import Change
 from qtk.models import describe
 from qtk.modules.storage import pack_dense, unpack_dense
@@ -166,6 +167,9 @@ def test_importance_moves_the_range():
     assert small.hi < 0.5 * large.hi
 
 
+TURNED = ("flipped",)  # away from the nearest code, on purpose
+
+
 @pytest.mark.parametrize("name", available("round"))
 @pytest.mark.parametrize("bits, group", [(8, None), (4, None), (4, 16), (3, 5), (2, None)])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
@@ -178,6 +182,10 @@ def test_a_rounder_stays_on_its_grid_and_is_no_worse_than_plain_rounding(
     fmt = Format(bits, symmetric, "channel" if group is None else "group", group)
     wanted = inputs @ weight.T
     problem = Problem(weight, fmt, *((inputs, wanted) if data else (None, None)))
+    if rounder_of(name).needs_calib and not data:
+        with pytest.raises(CalibrationError, match="pass calib="):
+            rounder_of(name).find(problem)
+        return
     codes, steps = rounder_of(name).find(problem)
     groups = 1 if group is None else -(-40 // group)
     assert codes.shape == weight.shape and steps.scale.shape == (24, groups)
@@ -186,7 +194,9 @@ def test_a_rounder_stays_on_its_grid_and_is_no_worse_than_plain_rounding(
     assert (steps.zero_point is None) == symmetric
     got = inputs @ steps.dequantize(codes).T
     plain = codes_of_absmax(weight, fmt)
-    assert (got - wanted).square().sum() <= (inputs @ plain.T - wanted).square().sum() * 1.0001
+    # the other neighbour of every weight costs (1 - e)^2 for e^2: 7 times as much on average
+    bound = 7 if name in TURNED else 1.0001
+    assert (got - wanted).square().sum() <= (inputs @ plain.T - wanted).square().sum() * bound
 
 
 def codes_of_absmax(weight, fmt):

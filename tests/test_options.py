@@ -23,7 +23,7 @@ VALUES = {
     "w": [8, 16],
     "a": [8, 16],
     "method": ["os+", "smoothquant", "rotate", "os+rotate", "equalize+rotate", "none"],
-    "rounding": ["nearest", "gptq", "adaround", "flexround", "block", "tuned"],
+    "rounding": ["nearest", "gptq", "adaround", "flexround", "flipped", "block", "tuned"],
     "ranges": [
         "auto", "minmax", "mse", "weighted_mse", "percentile", "averaged", "tokenwise", "hessian",
     ],
@@ -66,6 +66,10 @@ EQUIVALENT = [
         lambda option, value, before, after, a:
             value == "percentile" and after["method"] == "os+" and before["ranges"] == "minmax",
         "the same in 4 bits: the outermost values are many, and equal",
+    ),
+    (
+        lambda option, value, before, after, a: (option, value, a) == ("ranges", "minmax", 16),
+        "inputs that stay in floating point are clipped nowhere",
     ),
     (
         lambda option, value, before, after, a: (option, a) == ("activations", None),
@@ -144,7 +148,7 @@ def fingerprint(model):
 def _few_steps():
     """Of everything that iterates: what is asked is whether it does anything."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("adaround", "flexround"):
+        for name in ("adaround", "flexround", "flipped"):
             part = load("round", name)
             patch.setattr(part, "find", partial(part.find, iterations=5))
         patch.setattr("qtk.pipeline.learning.learn_block", partial(learn_block, steps=4))

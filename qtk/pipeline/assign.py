@@ -64,7 +64,7 @@ def _suited(name: str, module: nn.Module, choice: Choice) -> Choice:
     one computes in floating point, each filter rounded to nearest.
 
     Raises:
-        SchemeError: a grouped one in FP8.
+        SchemeError: a grouped one in FP8, or by a rounder that must see what it reads.
     """
     if not isinstance(module, nn.Conv2d) or choice.scheme.w is None:
         return choice
@@ -73,6 +73,11 @@ def _suited(name: str, module: nn.Module, choice: Choice) -> Choice:
         return replace(choice, recipe=recipe)
     if choice.scheme.w.kind != "int":
         raise SchemeError(f"{name}: a grouped convolution has no FP8; skip=[{name!r}], or w=8")
+    if recipe.rounder.needs_calib:
+        raise SchemeError(
+            f"{name}: a grouped convolution is rounded to nearest, rounding="
+            f"{recipe.rounder.name!r} is not for it; skip=[{name!r}]"
+        )
     return Choice(Scheme(choice.scheme.w, None), recipe.quick())
 
 

@@ -182,6 +182,8 @@ def _choice(
         activations = "token"  # nothing says where a static grid would end
     scheme = Scheme.of(w, a, activations, group_size, weights)
     recipe = Recipe.of(a, method, rounding, ranges, learn, preset)
+    if recipe.rounder.needs_calib and not has_data:
+        raise SchemeError(f"rounding={recipe.rounder.name!r} needs calibration data: pass calib=")
     rule = recipe.rule
     if rule is not None and scheme.a is not None:
         if scheme.a.granularity == "token" and not rule.tokens:

@@ -133,6 +133,24 @@ def bars(panels: Mapping[str, Mapping[str, float]], unit: str, better: str, wors
         return _svg(figure)
 
 
+def columns(panels: Mapping[str, Sequence[float]]) -> str:
+    """Upright bars, a panel each with its own scale.
+
+    Args:
+        panels: title -> heights from left to right.
+    """
+    with _style():
+        across = min(2, len(panels))
+        figure, axes = _subplots(-(-len(panels) // across), across, (9.2, 1.9 * len(panels)))
+        for axis, (title, heights) in zip(axes, panels.items(), strict=False):
+            axis.bar(range(len(heights)), heights, width=0.9, color=COLORS[1])
+            axis.set_title(title)
+            axis.set_xticks([])
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        return _svg(figure)
+
+
 def front(
     predicted: Sequence[tuple[float, float]], measured: Sequence[tuple[str, float, float]],
     references: Sequence[tuple[str, float, float]], xlabel: str, ylabel: str,

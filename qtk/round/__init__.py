@@ -58,6 +58,7 @@ class Rounder(Protocol):
     Optional member:
         NEEDS_DATA: whether `problem.inputs` must be there; where it is not, the weight is rounded
             to nearest instead. False if not said.
+        NEEDS_CALIB: whether it is refused where nobody gave calibration data; False if not said.
         ROWS_APART: whether a row of the weight is rounded without regard to the others, so that
             several processes may share the rows out. False if not said.
     """
@@ -73,6 +74,7 @@ class CheckedRounder:
     rounder: Callable[[Problem], Rounded]
     needs_data: bool
     rows_apart: bool = False
+    needs_calib: bool = False
 
     def runs(self, has_data: bool) -> str:
         """The name of what `find` really does."""
@@ -97,8 +99,8 @@ class CheckedRounder:
 def rounder_of(given: object) -> CheckedRounder:
     """A rounder by name, or a user's own."""
     part = discover.part("round", given)
-    needs_data, rows_apart = (bool(part.member(n, False)) for n in ("NEEDS_DATA", "ROWS_APART"))
-    return CheckedRounder(part.name, part.find, needs_data, rows_apart)
+    said = (bool(part.member(n, False)) for n in ("NEEDS_DATA", "ROWS_APART", "NEEDS_CALIB"))
+    return CheckedRounder(part.name, part.find, *said)
 
 
 def to_nearest(weight: Tensor, fmt: Format, importance: Tensor | None = None) -> Rounded:

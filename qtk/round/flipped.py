@@ -1,0 +1,107 @@
+"""EFRAP, Li et al. 2024, https://arxiv.org/abs/2405.12725: rounds against the nearest code.
+
+A backdoor may sleep in floating point and wake when weights are rounded to nearest: whoever planted
+it chose that pattern of codes. This rounder turns those weights to their other neighbour that
+nearest rounding moves most, as far as the layer's output allows.
+
+    level = floor(w / s) + h,   h = sigmoid(alpha),   alpha = logit(w / s - floor(w / s)) at first
+    L_A = mean over rows of || x w_hat^T - y ||^2                  keeps the float model's output
+    L_F = sum of E BCE(h, 1 - r)                                   flips; r is what nearest does
+    L_P = 0.01 sum of (1 - (2 h - 1)^2)                            pushes h to 0 or 1
+
+with E the error of rounding to nearest, in units of the weight, and y what the float model
+computes. The paper descends on single batches; here L_A is exact, a quadratic form in the inputs'
+Gram matrix. A weight whose floor or the next level leaves the grid has one code only, and is left
+out.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qtk.errors import CalibrationError, SchemeError
+from qtk.grids import WeightGrid
+from qtk.round import Problem, Rounded, best_steps
+from qtk.round._least_squares import target
+
+NEEDS_CALIB = True
+EDGE = 1e-4  # fractions nearer to a code start here: a logit of 0 or 1 is infinite
+BETAS = (0.9, 0.999)  # Adam's
+EPS = 1e-8
+
+Weigh = Callable[[Tensor, Tensor], Tensor]  # weight [N, K] and Hessian [K, K] -> [N, 1]
+
+
+def _as_it_is(weight: Tensor, hessian: Tensor) -> Tensor:
+    return torch.ones_like(weight[:, :1])
+
+
+def _by_variance(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Each output channel over its variance: the diagonal Fisher information of a Gaussian one."""
+    variance = ((weight @ hessian) * weight).sum(1, keepdim=True)
+    return variance.mean() / variance.clamp(min=1e-3 * float(variance.mean()) + 1e-12)
+
+
+LOSSES: dict[str, Weigh] = {"activation": _as_it_is, "fisher": _by_variance}
+
+
+def find(
+    problem: Problem, *, loss: str = "activation", flip: float = 1.0, push: float = 0.01,
+    iterations: int = 300, rate: float = 0.05,
+) -> Rounded:  # fmt: skip
+    """Codes and steps, on the grid that rounding to nearest has without data.
+
+    Args:
+        loss: how L_A weighs output channels: "activation" all alike, "fisher" each by its variance.
+        flip, push: coefficients of L_F and L_P.
+        iterations: each on all rows at once; the paper takes 10,000, of 32 images each.
+        rate: of Adam; the paper's is 1e-3.
+
+    Raises:
+        CalibrationError: there is no data; flipped blindly a weight is only worse.
+        SchemeError: no such loss.
+    """
+    if problem.inputs is None:
+        raise CalibrationError(
+            f"{problem.name}: flipped rounding needs to see what the layer reads: pass calib=; a "
+            "grouped convolution shows nothing, skip it"
+        )
+    if loss not in LOSSES:
+        raise SchemeError(f"loss={loss!r}: choose {', '.join(map(repr, LOSSES))}")
+    wanted, hessian = target(problem)
+    steps = best_steps(problem.weight, problem.fmt)
+    grid = steps.grid(problem.weight.shape[1])
+    below = (problem.weight / grid.scale).floor()
+    rows = LOSSES[loss](wanted, hessian)
+    up = _descended(problem.weight, wanted, hessian, grid, rows, flip, push, iterations, rate)
+    return Rounded(steps.codes(grid.clamp(below + up)), steps)
+
+
+def _descended(
+    weight: Tensor, wanted: Tensor, hessian: Tensor, grid: WeightGrid, rows: Tensor, flip: float,
+    push: float, iterations: int, rate: float,
+) -> Tensor:  # fmt: skip
+    """[N, K] of 0 and 1: which weights go up, after Adam's descent on alpha.
+
+    Args:
+        wanted: [N, K], the weight that gives the float model's output from the quantized inputs.
+        rows: [N, 1], weights of the output channels in L_A.
+    """
+    below = (weight / grid.scale).floor()
+    free = (below >= grid.lo) & (below + 1 <= grid.hi)
+    nearest = grid.nearest(weight)
+    aim = 1 - (nearest - below).clamp(0, 1)  # the neighbour that nearest rounding does not take
+    pull = flip * (weight - nearest * grid.scale).abs() * free
+    alpha = (weight / grid.scale - below).clamp(EDGE, 1 - EDGE).logit()
+    mean, square = torch.zeros_like(alpha), torch.zeros_like(alpha)
+    for step in range(1, iterations + 1):
+        h = alpha.sigmoid()
+        missed = (grid.clamp(below + h) * grid.scale - wanted) @ hessian
+        slope = 2 * rows * grid.scale * missed * free - push * 4 * (2 * h - 1)
+        gradient = slope * h * (1 - h) + pull * (h - aim)
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        size = (square / (1 - BETAS[1] ** step)).sqrt_().add_(EPS)
+        alpha -= rate / (1 - BETAS[0] ** step) * mean / size
+    return (alpha >= 0).to(weight.dtype)
