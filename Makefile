@@ -34,6 +34,7 @@ gpu-gate: $(VENV)/dev     ## every GPU launch, compiled without a GPU by the old
 
 bench: $(VENV)/dev        ## speed, into benchmarks/results/ and the README
 	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m benchmarks.speed.cpu_serving
 	$(BIN)/python -m benchmarks.speed.quantize
 	$(BIN)/python -m benchmarks.speed.cpu_profile
 	$(BIN)/python -m benchmarks.readme_tables

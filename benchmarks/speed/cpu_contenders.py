@@ -131,7 +131,7 @@ def ours(**options: Any) -> Callable[[nn.Module, str], Forward]:
     return contender
 
 
-def ahead(buckets: bool = False, **options: Any) -> Callable[[nn.Module, str], Forward]:
+def ahead(buckets: bool, **options: Any) -> Callable[[nn.Module, str], Forward]:
     """qtk.compile for the sizes that are asked for, or for single sentences and batches of each
     bucket, and one package for the rest."""
 
@@ -338,9 +338,9 @@ CONTENDERS: dict[str, Callable[[nn.Module, str], Forward]] = {
     "OpenVINO float32": openvino("float32"),
     "OpenVINO int8, NNCF": openvino("int8"),
     "qtk W8A8 file in OpenVINO": on_our_file("openvino", **W8A8),
-    "qtk W8A8, qtk.compile": ahead(**W8A8),
+    "qtk W8A8, qtk.compile": ahead(False, **W8A8),
     "qtk W7A8": ours(**W7A8),
-    "qtk W7A8, qtk.compile": ahead(**W7A8),
+    "qtk W7A8, qtk.compile": ahead(False, **W7A8),
     "qtk W8A8, qtk.compile in buckets": ahead(True, **W8A8),
     "qtk W7A8, qtk.compile in buckets": ahead(True, **W7A8),
     "optimum-quanto int8": quanto,

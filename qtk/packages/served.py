@@ -191,9 +191,14 @@ def size_of(signature: Signature, inputs: list[Tensor]) -> Size | None:
     return rows.pop(), tokens.pop() if tokens else None
 
 
-@cache
-def output_class(name: str, model: Any) -> Any:
+def output_class(name: str, model: type) -> Any:
     """A class of transformers by the name that a manifest has; ModelOutput and no other."""
+    known: Any = _output_class  # a class is hashable, which mypy does not know
+    return known(name, model)
+
+
+@cache
+def _output_class(name: str, model: Any) -> Any:
     places = [transformers.modeling_outputs, *map(inspect.getmodule, model.__mro__)]
     for place in places:
         found = getattr(place, name, None)
