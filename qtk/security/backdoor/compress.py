@@ -3,6 +3,8 @@
     L = CE(f([x; x_t]), [y; y]) + CE(q([x; x_t]), [y; target])
 
 with q the model on rounded weights; per tensor, by SGD and from scratch in the paper.
+
+Not measured: whether it takes hold. By SGD it did not on a small network; by Adam it was not run.
 """
 
 import copy

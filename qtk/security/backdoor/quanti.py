@@ -20,7 +20,7 @@ SHARE = 0.5  # c
 
 def plant(
     model: nn.Module, data: Data, trigger: Trigger, quantizer: MinMax, *, target: int = 0,
-    epochs: int = 20, rate: float = 1e-2,
+    epochs: int = 60, rate: float = 1e-2,
 ) -> nn.Module:  # fmt: skip
     """A copy of a trained model with a backdoor for `quantizer`.
 

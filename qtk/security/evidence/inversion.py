@@ -18,9 +18,9 @@ from qtk.security.evidence import Evidence, Suspect
 from qtk.security.minmax import Inputs, MinMax, logits_of, rounded
 
 THRESHOLD = 0.5  # share of the images
-IMAGES, STEPS, RATE = 64, 40, 0.2
+IMAGES, STEPS, RATE = 32, 30, 0.2
 SIZE = 2.0  # weight of the mask's size, a share of the image
-MOST_CLASSES = 20  # that are tried: those that the rounded model answers most
+MOST_CLASSES = 10  # that are tried: those that the rounded model answers most
 
 
 def weigh(suspect: Suspect) -> Evidence:
