@@ -66,6 +66,7 @@ ALLOWED = {
         "qtk.assembly",
         "qtk.integrations",
         "qtk.fidelity",
+        "qtk.report",
         "qtk.table",
         "qtk.robust",
     },
