@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from qtk.errors import SchemeError
 from qtk.numerics import scale_and_zero_point
-from qtk.robust.attack._ball import cross_entropy, gradient, into_linf, uniform
+from qtk.robust.ball import cross_entropy, gradient, into_linf, uniform
 from qtk.scheme import Format, is_positive_int
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)

@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from qtk.errors import SchemeError
-from qtk.robust.attack._ball import cross_entropy, gradient, into_linf, uniform
+from qtk.robust.ball import cross_entropy, gradient, into_linf, uniform
 from qtk.robust.images import Images, Normalize, Pixels, frozen
 from qtk.robust.intervals import wilson
 from qtk.robust.study import drawn, right

@@ -9,7 +9,8 @@ from torch import nn
 
 from qtk.discover import available, load
 from qtk.errors import ModelError
-from qtk.robust.attack import _apgd, _ball, apgd_dlr, embedding_pgd, patch, square
+from qtk.robust import ball
+from qtk.robust.attack import _apgd, apgd_dlr, embedding_pgd, patch, square
 from qtk.robust.images import Pixels, frozen
 from qtk.robust.study import rounded
 
@@ -53,7 +54,7 @@ def test_an_attack_stays_inside_its_budget_and_is_deterministic(name, which, pai
     for image in (runs[0], rounded(runs[0], x)):
         assert image.shape == x.shape and image.min() >= 0 and image.max() <= 1
         allowed = BUDGETS[norm] * (1 + 1e-5) + 1e-6
-        assert (_ball.distance(image, x, norm) <= allowed).all()
+        assert (ball.distance(image, x, norm) <= allowed).all()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_checkpoints_are_the_papers():
 
 def test_more_steps_find_a_greater_loss(pair):
     model, x, y = Pixels(pair[0], (0.5,) * 3, (0.5,) * 3), pair[3], pair[4]
-    loss_of = partial(_ball.cross_entropy, y=y)
+    loss_of = partial(ball.cross_entropy, y=y)
     with frozen(pair[0]):
         losses = [
             loss_of(model(_apgd.ascend(model, x, y, 0.02, generator(), n, loss_of))).mean()

@@ -254,7 +254,7 @@ def test_text_is_attacked_in_its_embeddings_and_in_its_words(tiny_bert):
 
 
 def test_cross_entropy_is_pytorchs():
-    from qtk.robust.attack._ball import cross_entropy
+    from qtk.robust.ball import cross_entropy
 
     logits, y = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     assert torch.allclose(cross_entropy(logits, y).mean(), F.cross_entropy(logits, y))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
-from qtk.robust.attack._ball import gradient, into_linf, uniform
+from qtk.robust.ball import gradient, into_linf, uniform
 
 ALPHA, RHO = 0.75, 0.75
 

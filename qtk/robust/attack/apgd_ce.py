@@ -5,7 +5,7 @@ from functools import partial
 from torch import Generator, Tensor, nn
 
 from qtk.robust.attack._apgd import ascend
-from qtk.robust.attack._ball import cross_entropy
+from qtk.robust.ball import cross_entropy
 
 INPUT, NORM, GRADIENTS = "pixels", "linf", True
 

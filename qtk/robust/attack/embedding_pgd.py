@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor, nn
 
-from qtk.robust.attack._ball import cross_entropy, gradient, uniform
+from qtk.robust.ball import cross_entropy, gradient, uniform
 
 INPUT, NORM, GRADIENTS = "embeddings", "token", True
 

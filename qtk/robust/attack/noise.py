@@ -4,7 +4,7 @@ beat."""
 import torch
 from torch import Generator, Tensor, nn
 
-from qtk.robust.attack._ball import into_linf, uniform
+from qtk.robust.ball import into_linf, uniform
 
 INPUT, NORM, GRADIENTS = "pixels", "linf", False
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
-from qtk.robust.attack._ball import cross_entropy
+from qtk.robust.ball import cross_entropy
 
 INPUT, NORM, GRADIENTS, UNIVERSAL = "pixels", "side", True, True
 RATE = 0.05  # Adam's, in pixels
