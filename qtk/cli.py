@@ -91,6 +91,7 @@ BatchSize = Annotated[int, typer.Option(help="Rows of the batch whose latency co
 Timings = Annotated[Path | None, typer.Option(help="File of timings to reuse and extend.")]
 
 
+SUITES = ("attacks", "corruptions", "system", "grid", "text")
 OPERANDS = ("float", "int8", "int7", "int6", "int5", "int4")
 TRANSFORMS = (*METHODS, *sorted(set(available("transform")) - set(METHODS.values())))
 
@@ -356,6 +357,77 @@ def bench_ops(
         preset=preset,
     )  # fmt: skip
     _show(found, as_json)
+
+
+@app.command()
+def robust(
+    float_model: Annotated[str, typer.Argument(metavar="FLOAT", help="Folder or hub name.")],
+    quantized: Annotated[
+        list[Path], typer.Argument(metavar="QUANTIZED...", help="Folders of models saved by qtk.")
+    ],
+    data: Annotated[Path, typer.Option(help="Folder of images a class, or lines TEXT<tab>CLASS.")],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{one_of('Groups', SUITES)} Or a part by name; may be repeated."),
+    ] = None,
+    second: Annotated[
+        Path | None, typer.Option(help="The first QUANTIZED, calibrated with another seed.")
+    ] = None,
+    tokenizer: Tokenizer = None,
+    samples: Annotated[int | None, typer.Option(help="Drawn from the data; all if none.")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="small, mid or large; may be repeated.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of the attacks that go step by step.")] = 10,
+    severity: Annotated[
+        list[int] | None, typer.Option(help="Of corruptions, 1 to 5; may be repeated.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html, .md and .json.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of answers to go on from.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Attack, corrupt and disturb FLOAT and each QUANTIZED alike, and compare."""
+    from qtk.robust import write_report
+    from qtk.robust.suite import LEVELS
+
+    model = _load(float_model, None, None)
+    studies: dict[str, qtk.Robustness] = {}
+    given: Any = _pairs_of_text(data) if data.is_file() else data
+    for place, folder in enumerate(quantized):
+        studies[_distinct(folder, studies)] = qtk.robustness(
+            model, qtk.load(folder), given, suite or ["attacks"], tokenizer,
+            second=second if place == 0 else None, samples=samples, budgets=budget or LEVELS[:2],
+            steps=steps, severities=severity or (1, 2, 3, 4, 5), batch_size=batch_size,
+            resume=resume, seed=seed, progress=not as_json,
+        )  # fmt: skip
+    files = [] if out is None else [str(file) for file in write_report(studies, out)]
+    if as_json:
+        told = {name: study.to_dict() for name, study in studies.items()}
+        _print_json({"models": told, "files": files})
+        return
+    for name, study in studies.items():
+        typer.echo(f"{name}\n{study.table()}\n")
+    if files:
+        typer.echo(f"written: {', '.join(files)}")
+
+
+def _pairs_of_text(file: Path) -> list[tuple[str, int | str]]:
+    """Lines of a text and, after a tab, its class: a number or a name."""
+    pairs: list[tuple[str, int | str]] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        text, tab, label = line.rpartition("\t")
+        if not tab:
+            raise SchemeError(f"{file}, line {number}: no tab between a text and its class")
+        pairs.append((text, int(label) if label.strip().isdigit() else label.strip()))
+    return pairs
+
+
+def _distinct(folder: Path, taken: Iterable[str]) -> str:
+    """The folder's name, or its path where that is taken."""
+    name = folder.resolve().name
+    return str(folder) if name in taken else name
 
 
 @app.command()

@@ -91,6 +91,7 @@ ALLOWED = {
         "qtk.assembly",
         "qtk.integrations",
         "qtk.fidelity",
+        "qtk.report",
         "qtk.table",
         "qtk.robust",
     },

@@ -1,6 +1,7 @@
 """How robust a quantized model is beside the float one, measured so that weak attacks show."""
 
 from qtk.robust.measure import robustness
+from qtk.robust.page import write_report
 from qtk.robust.precision import RandomPrecision, random_precision
 from qtk.robust.result import Check, Robustness, Row
 from qtk.robust.training import SwitchablePrecision, random_precision_training
@@ -17,4 +18,5 @@ __all__ = [
     "random_precision",
     "random_precision_training",
     "robustness",
+    "write_report",
 ]

@@ -15,6 +15,7 @@ from qtk.fidelity.compare import check_pair
 from qtk.integrations.sentence_transformers import unwrap
 from qtk.integrations.transformers import open_model
 from qtk.integrity import checksum, digest
+from qtk.modules.linear import QuantLinear
 from qtk.robust import images, sanity, texts
 from qtk.robust.cells import Cells, fingerprint
 from qtk.robust.corruptions import SEVERITIES, check, contact_sheet
@@ -119,7 +120,8 @@ def robustness(
     gradients = any(part.module.GRADIENTS for part in parts)
     return Robustness(
         rows[0].samples, seed, "straight-through" if gradients else "none", asked.names,
-        tuple(rows), tuple(checks), floor, notes, seconds=time.monotonic() - started,
+        tuple(rows), tuple(checks), floor, notes, time.monotonic() - started,
+        _bits(models[QUANTIZED]),
     )  # fmt: skip
 
 
@@ -138,6 +140,15 @@ def _opened(model: Any, qmodel: Any, second: Any) -> Models:
     for role in list(models)[1:]:
         check_pair(models[FLOAT], models[role])
     return models
+
+
+def _bits(model: nn.Module) -> float | None:
+    """Of the weights, mean over the quantized linears; of drawn bits their mean."""
+    if isinstance(model, RandomPrecision):
+        return sum(model.bits) / len(model.bits)
+    layers = (m.scheme.w for m in model.modules() if isinstance(m, QuantLinear))
+    found = [w.bits for w in layers if w is not None]
+    return sum(found) / len(found) if found else None
 
 
 def _opened_one(model: Any) -> Any:

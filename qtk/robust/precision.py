@@ -90,7 +90,7 @@ class RandomPrecision(nn.Module):
         self.model, self.bits, self.draw = model, bits, draw
         layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
         self._stored = [(layer, layer.spec()) for layer in layers]
-        self._blocks = list(fused_blocks(model).values())
+        self.blocks = list(fused_blocks(model).values())
         self._now = 8
         self.reseed(seed)
         self.eval()
@@ -113,7 +113,7 @@ class RandomPrecision(nn.Module):
             return
         for layer, spec in self._stored:
             layer.become(lowered(spec, bits))
-        for block in self._blocks:
+        for block in self.blocks:
             block.prepare()
         self._now = bits
 

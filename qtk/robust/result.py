@@ -88,6 +88,7 @@ class Robustness:
         gradients: "straight-through" where quantized models were differentiated, else "none".
         floor: of the kinds of rows, the difference between two calibration seeds.
         notes: what was done to the data, in sentences.
+        bits: of the quantized model's weights, mean over its linears; None where there is none.
         seconds: it took, without what was kept from an earlier run.
     """
 
@@ -100,6 +101,7 @@ class Robustness:
     floor: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    bits: float | None = None
 
     @property
     def is_conclusive(self) -> bool:
@@ -172,7 +174,7 @@ class Robustness:
         shown = [row for row in self.rows if every or _counts(row)]
         lines = ruled(HEAD, [cells(row) for row in shown])
         if summary := self.summary():
-            lines += ["", *ruled(SUMMARY, [_summed(*item) for item in summary.items()])]
+            lines += ["", *ruled(SUMMARY, [summed(*item) for item in summary.items()])]
         if self.checks:
             marks = {True: "ok", False: "FAILED", None: "not run"}
             lines += ["", *listed([(f"{c.model}, {c.name}", f"{marks[c.passed]}: {c.told}")
@@ -254,7 +256,7 @@ def _counts(row: Row) -> bool:
     return row.kind == "worst" or not row.level.startswith(UNROUNDED)
 
 
-def _summed(name: str, facts: dict[str, Any]) -> list[str]:
+def summed(name: str, facts: dict[str, Any]) -> list[str]:
     """The columns of SUMMARY."""
     drops = [f"{100 * facts[key]:.1f}" for key in ("drop_float", "drop_quantized")]
     worst = [f"{100 * facts[f'worst_{s}']:.1f}, {facts[f'worst_row_{s}']}"
