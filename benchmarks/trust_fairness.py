@@ -40,9 +40,9 @@ CALIBRATION = 256
 PROBES = ("random", "neighbours", "prior", "latent")
 NOTES = (
     "mean of three seeds of model and calibration, and of the synthetic census's data, smallest "
-    "and largest in brackets; %, but for ratios (disparate churn of a seed without any change in one "
-    "group is left out); preset fast, 256 calibration rows; 'second seed': a model calibrated on "
-    "other rows, which is the floor. instances: of 3,000 rows tried, or of all 73,728 "
+    "and largest in brackets; %, but for ratios (disparate churn of a seed without any change in "
+    "one group is left out); preset fast, 256 calibration rows; 'second seed': a model calibrated "
+    "on other rows, which is the floor. instances: of 3,000 rows tried, or of all 73,728 "
     "(exhaustive), once for all values of the protected attribute. Classifier of rows: BERT of "
     "2 layers, width 64; real tables are split by a hash of the row, 3 to 1"
 )
