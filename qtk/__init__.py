@@ -28,6 +28,8 @@ from qtk.mixed_precision.result import Search
 from qtk.mixed_precision.search import bench_ops, search
 from qtk.pipeline.files import quantize_files
 from qtk.report.summary import Summary, summary
+from qtk.security.cloning import steal
+from qtk.security.theft import Theft
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,7 @@ __all__ = [
     "SchemeError",
     "Search",
     "Summary",
+    "Theft",
     "bench_ops",
     "evaluate",
     "export",
@@ -53,5 +56,6 @@ __all__ = [
     "quantize",
     "quantize_files",
     "search",
+    "steal",
     "summary",
 ]

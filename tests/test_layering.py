@@ -70,6 +70,26 @@ ALLOWED = {
         "qtk.table",
         "qtk.fair",
     },
+    "qtk.security": LOW
+    | {
+        "qtk.observe",
+        "qtk.modules",
+        "qtk.fidelity",
+        "qtk.pipeline",
+        "qtk.report",
+        "qtk.table",
+        "qtk.intervals",
+        "qtk.security",
+    },
+    "qtk.physical": LOW
+    | {
+        "qtk.fidelity",
+        "qtk.intervals",
+        "qtk.pipeline",
+        "qtk.report",
+        "qtk.table",
+        "qtk.physical",
+    },
     "qtk.export": LOW
     | {
         "qtk.observe",
