@@ -253,7 +253,7 @@ def review_classifier(sentences: Sequence[str], labels: Tensor, seed: int) -> tu
             first.append(encoder(**batch)[0][:, 0])
     features = torch.cat(first)
     torch.manual_seed(seed)
-    model = BertForSequenceClassification.from_pretrained(minilm_path(), num_labels=2)
+    model: Any = BertForSequenceClassification.from_pretrained(minilm_path(), num_labels=2)
     model.bert.load_state_dict(encoder.state_dict())
     head = nn.Sequential(model.bert.pooler.dense, nn.Tanh(), nn.Dropout(0.1), model.classifier)
     optimizer = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=0.01)

@@ -9,6 +9,7 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,10 +65,11 @@ def vit(seed: int) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(seed)
-    return ViTForImageClassification(ViTConfig(
-        image_size=28, patch_size=7, num_channels=1, num_labels=10, hidden_size=64,
-        num_hidden_layers=3, num_attention_heads=4, intermediate_size=128,
-    ))  # fmt: skip
+    sizes: dict[str, Any] = {
+        "image_size": 28, "patch_size": 7, "num_channels": 1, "num_labels": 10, "hidden_size": 64,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128,
+    }  # fmt: skip
+    return ViTForImageClassification(ViTConfig(**sizes))
 
 
 def trained(images: Tensor, labels: Tensor, seed: int, epochs: int = 8) -> nn.Module:

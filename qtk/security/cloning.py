@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,14 @@ def steal(
         for done, cell in enumerate(cells):
             bar.show(f"{cell.thief}, {cell.pool}, {cell.victim}", done, len(cells))
             images = pool[cell.pool] if cell.pool in pool else next(iter(pool.values()))
-            figures = [
-                known.get(
-                    [cell.thief, cell.pool, cell.answers, seed], victims[cell.victim],
-                    lambda cell=cell, images=images, seed=seed: _one(
-                        cell, victims[cell.victim], images, test, reference, budget, clone, epochs,
-                        seed,
-                    ),
-                )
-                for seed in seeds
-            ]  # fmt: skip
-            accuracy = _share(victims[cell.victim].classes(test[0]) == test[1])
+            victim = victims[cell.victim]
+            figures = []
+            for seed in seeds:
+                make = partial(_one, cell, victim, images, test, reference, budget, clone, epochs,
+                               seed)  # fmt: skip
+                facts = [cell.thief, cell.pool, cell.answers, seed]
+                figures.append(known.get(facts, victim, make))
+            accuracy = _share(victim.classes(test[0]) == test[1])
             rows.append(_row(cell, accuracy, figures))
     return Theft(tuple(rows), len(test[1]), tuple(seeds), time.perf_counter() - start)
 
