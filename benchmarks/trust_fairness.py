@@ -40,9 +40,9 @@ CALIBRATION = 256
 PROBES = ("random", "neighbours", "prior", "latent")
 NOTES = (
     "mean of three seeds of model and calibration, and of the synthetic census's data, smallest "
-    "and largest in brackets; %, but for ratios (disparate churn of a seed without a change in one "
-    "group is left out); preset fast, 256 calibration rows; 'second seed': a model calibrated on "
-    "other rows, which is the floor. instances: of 3,000 rows tried, or of all 73,728 "
+    "and largest in brackets; %, but for ratios (disparate churn of a seed without any change in "
+    "one group is left out); preset fast, 256 calibration rows; 'second seed': a model calibrated "
+    "on other rows, which is the floor. instances: of 3,000 rows tried, or of all 73,728 "
     "(exhaustive), once for all values of the protected attribute. Classifier of rows: BERT of "
     "2 layers, width 64; real tables are split by a hash of the row, 3 to 1"
 )
@@ -253,7 +253,7 @@ def review_classifier(sentences: Sequence[str], labels: Tensor, seed: int) -> tu
             first.append(encoder(**batch)[0][:, 0])
     features = torch.cat(first)
     torch.manual_seed(seed)
-    model = BertForSequenceClassification.from_pretrained(minilm_path(), num_labels=2)
+    model: Any = BertForSequenceClassification.from_pretrained(minilm_path(), num_labels=2)
     model.bert.load_state_dict(encoder.state_dict())
     head = nn.Sequential(model.bert.pooler.dense, nn.Tanh(), nn.Dropout(0.1), model.classifier)
     optimizer = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=0.01)

@@ -31,6 +31,8 @@ from qtk.pipeline.files import quantize_files
 from qtk.report.summary import Summary, summary
 from qtk.robust import Robustness, random_precision, random_precision_training, robustness
 from qtk.security.audit import Audit, audit
+from qtk.security.cloning import steal
+from qtk.security.theft import Theft
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,7 @@ __all__ = [
     "SchemeError",
     "Search",
     "Summary",
+    "Theft",
     "audit",
     "bench_ops",
     "compile",
@@ -63,5 +66,6 @@ __all__ = [
     "random_precision_training",
     "robustness",
     "search",
+    "steal",
     "summary",
 ]

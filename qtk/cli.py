@@ -305,6 +305,49 @@ def fair(
 
 
 @app.command()
+def steal(
+    float_model: Annotated[str, typer.Argument(metavar="FLOAT", help="Folder or hub name.")],
+    quantized: Quantized,
+    test: Annotated[Path, typer.Option(help="Folder of images, in a folder for each class.")],
+    inside: Annotated[Path, typer.Option(help="Folder of other images of the same kind.")],
+    outside: Annotated[
+        list[Path], typer.Option(help="Folder of images of another kind; may be repeated.")
+    ],
+    thief: Annotated[
+        list[str] | None,
+        typer.Option(help=one_of("Who asks", available("security.thief")) + " May be repeated."),
+    ] = None,
+    answers: Annotated[
+        list[str] | None, typer.Option(help="soft, rounded or hard; may be repeated.")
+    ] = None,
+    budget: Annotated[int, typer.Option(help="Queries at most.")] = 3000,
+    clone: Annotated[str, typer.Option(help="What learns from the answers: cnn or mlp.")] = "cnn",
+    epochs: Annotated[int, typer.Option(help="That it learns.")] = 15,
+    seeds: Annotated[int, typer.Option(help="Clones of each kind.")] = 3,
+    resume: Annotated[Path | None, typer.Option(help="Folder of figures to go on from.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Page to write as well.")] = None,
+    tokenizer: Tokenizer = None,
+    as_json: AsJson = False,
+) -> None:
+    """Clone FLOAT and QUANTIZED by asking them: does rounding help thieves or hinder them?"""
+    from qtk.security.pictures import labelled, pictures
+
+    model = _load(float_model, None, None)
+    folders = {"in": inside, **{each.name: each for each in outside}}
+    if len(folders) <= len(outside):
+        raise SchemeError("--outside folders need different names, and none is called in")
+    pool = {name: pictures(model, folder, tokenizer) for name, folder in folders.items()}
+    result = qtk.steal(
+        model, qtk.load(quantized), pool, labelled(model, test, tokenizer),
+        thief=thief or ["knockoff"], answers=answers or ["soft", "hard"], budget=budget,
+        clone=clone, epochs=epochs, seeds=range(seeds), resume=resume, progress=not as_json,
+    )  # fmt: skip
+    if html is not None:
+        result.write_html(html)
+    _show(result, as_json)
+
+
+@app.command()
 def search(
     model: Model,
     budget: Annotated[

@@ -84,6 +84,15 @@ ALLOWED = {
         "qtk.table",
         "qtk.fair",
     },
+    "qtk.physical": LOW
+    | {
+        "qtk.fidelity",
+        "qtk.intervals",
+        "qtk.pipeline",
+        "qtk.report",
+        "qtk.table",
+        "qtk.physical",
+    },
     "qtk.robust": LOW
     | {
         "qtk.observe",
@@ -121,9 +130,13 @@ ALLOWED = {
     | {
         "qtk.round",
         "qtk.observe",
+        "qtk.modules",
+        "qtk.fidelity",
+        "qtk.pipeline",
         "qtk.integrations",
         "qtk.report",
         "qtk.table",
+        "qtk.intervals",
         "qtk.security",
     },
     "qtk.sweep": LOW

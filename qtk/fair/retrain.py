@@ -1,9 +1,9 @@
 """A classifier taught again with the discriminatory rows that were found, before it is quantized.
 
-LIMI (Xiao et al., ISSTA 2023): found rows, as many as 30 % of the training rows, are added,
-labelled by a majority of models that do not see the protected attribute. Here these are models of
-the same class with different seeds, in whose rows the attribute always has its first value. What
-correlates with the attribute they still see.
+LIMI (ISSTA 2023, github.com/xiaoyisong/Latent_Imitator): found rows, as many as 30 % of the
+training rows, are added, labelled by a majority of models that do not see the protected attribute.
+Here these are models of the same class with different seeds, in whose rows the attribute always has
+its first value. What correlates with the attribute they still see.
 """
 
 from collections.abc import Sequence

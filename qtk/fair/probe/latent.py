@@ -1,4 +1,4 @@
-"""LIMI (Latent Imitator; Xiao et al., ISSTA 2023): rows near the boundary of a latent space.
+"""LIMI (Latent Imitator, ISSTA 2023): rows near the boundary of a latent space.
 
 A linear boundary n.z + c = 0, |n| = 1, imitates the model's on decoded latents: a support vector
 machine on those whose winning probability is above .7. Each latent is moved onto it, and then .3 to

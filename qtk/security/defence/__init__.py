@@ -1,0 +1,1 @@
+"""Training that leaves a thief little, a file each."""
