@@ -102,6 +102,7 @@ ALLOWED = {
         "qtk.fidelity",
         "qtk.report",
         "qtk.table",
+        "qtk.intervals",
         "qtk.robust",
     },
     "qtk.formats": LOW

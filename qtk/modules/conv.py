@@ -53,8 +53,8 @@ class WindowLinear(QuantLinear):
         columns = torch.arange(self.in_features, device=self.weight_scale.device)
         return columns.view(-1, self.pixels).T.flatten()
 
-    def operands(self) -> Operands:
-        found, last = super().operands(), self._last
+    def operands(self, codes: Tensor | None = None) -> Operands:
+        found, last = super().operands(codes), self._last
         return found if last is None else replace(found, codes=found.codes[:, last].contiguous())
 
     def codes(self) -> Tensor:

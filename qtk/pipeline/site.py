@@ -135,7 +135,8 @@ def _fit(task: Task, weight: Tensor, found: Rounded, rows: slice) -> tuple[Tenso
     error = wanted - task.inputs @ steps.dequantize(found.codes[rows]).T
     missed = error.mean(0)
     left = error - missed
-    return missed, *(float(x.double().square().sum()) for x in (wanted, left))
+    energies = [float(x.double().square().sum()) for x in (wanted, left)]
+    return missed, energies[0], energies[1]
 
 
 def finished(

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from qtk.intervals import wilson
 from qtk.robust.cells import RIGHT, UNSEEN, Bits
-from qtk.robust.intervals import paired, wilson
+from qtk.robust.pairs import paired
 from qtk.table import finite, listed, ruled
 
 UNROUNDED = "unrounded "  # before a level whose images are no multiples of 1/255

@@ -15,9 +15,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from qtk.errors import SchemeError
+from qtk.intervals import wilson
 from qtk.robust.ball import cross_entropy, gradient, into_linf, uniform
 from qtk.robust.images import Images, Normalize, Pixels, frozen
-from qtk.robust.intervals import wilson
 from qtk.robust.study import drawn, right
 from qtk.table import finite, ruled
 

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import qtk
+from qtk import intervals
 from qtk.models import bert
-from qtk.robust import images, intervals, sanity, study
+from qtk.robust import images, pairs, sanity, study
 from qtk.robust.cells import Cells
 from qtk.robust.images import Images
 from qtk.robust.result import compare, worst_of
@@ -148,7 +149,7 @@ def test_intervals_are_those_of_the_textbook():
         assert intervals.mcnemar(lost, gained) == pytest.approx(exact)
     rng = np.random.default_rng(0)
     first, second = rng.random(500) < 0.7, rng.random(500) < 0.6
-    pair = intervals.paired(first, second)
+    pair = pairs.paired(first, second)
     spread = np.std([  # the bootstrap, sample by sample
         (second[i].mean() - first[i].mean()) for i in rng.integers(0, 500, (1000, 500))
     ])  # fmt: skip

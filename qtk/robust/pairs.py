@@ -1,22 +1,10 @@
-"""Intervals of shares and of their differences, and the exact test of two models on one sample."""
+"""Two models on one sample: what was lost and gained, and how sure that is."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
-DRAWS = 1000
-Z = 1.959963984540054  # of 95 %
-
-
-def wilson(hits: int, samples: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); (0, 1) of no samples."""
-    if not samples:
-        return 0.0, 1.0
-    share, room = hits / samples, Z * Z / samples
-    centre = (share + room / 2) / (1 + room)
-    half = Z / (1 + room) * math.sqrt(share * (1 - share) / samples + room / (4 * samples))
-    return max(0.0, centre - half), min(1.0, centre + half)
+from qtk.intervals import DRAWS, mcnemar
 
 
 @dataclass(frozen=True)
@@ -51,10 +39,3 @@ def paired(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Paired:
     low, high = np.quantile((draws[:, 1] - draws[:, 0]) / n, [0.025, 0.975])
     return Paired((gained - lost) / n, float(low), float(high), lost / n, gained / n,
                   mcnemar(lost, gained))  # fmt: skip
-
-
-def mcnemar(lost: int, gained: int) -> float:
-    """Two-sided binomial p of the pairs that differ, at one half."""
-    n, few = lost + gained, min(lost, gained)
-    tail = sum(math.comb(n, k) for k in range(few + 1)) / 2**n
-    return min(1.0, 2 * tail)
