@@ -7,23 +7,22 @@ writes benchmarks/results/trust_precision.json, whose other figures stay.
 
 cost     CPU time of a batch at drawn bits over one at 8, and bytes held over those at 8
 vit      the small ViT, quantized after training: who attacks, who answers
-trained  a PreActResNet trained under attack at fixed and at random bits, by the example's program
+trained  a PreActResNet trained under attack at fixed and at random bits, by random_precision.py
 """
 
 import argparse
-import importlib.util
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import qtk
-from benchmarks.result import ROOT, read, result, write
+from benchmarks import random_precision
+from benchmarks.result import read, result, write
 from benchmarks.trust_robust import NORMALIZE, pixels, quantized
 from qtk.modules.linear import QuantLinear
 from qtk.robust import RandomPrecision, Transfer, precision_transfer
@@ -69,10 +68,10 @@ def vit(args: argparse.Namespace) -> Rows:
 
 
 def trained(args: argparse.Namespace) -> Rows:
-    example, rows = _example(), []
+    rows: Rows = []
     images, labels = pixels("train", args.trained)
     choices = {"fixed 8 bits": (8,), "fixed 4 bits": (4,), "random 4, 6 or 8 bits": (4, 6, 8)}
-    found = example.compare(
+    found = random_precision.compare(
         images, labels, epochs=args.epochs, width=args.width, choices=choices, tested=args.images
     )
     for name, transfer in found.items():
@@ -93,14 +92,6 @@ def _told(what: str, found: Transfer) -> Rows:
         text = f"{cells}; drawn {100 * mean:.1f} +- {100 * std:.1f} ({100 * low:.1f} to "
         rows.append([f"{what}: attack {name}, right in %", f"{text}{100 * high:.1f})"])
     return [*rows, [f"{what}: best fixed", f"{found.best_fixed} bits"]]
-
-
-def _example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("example", ROOT / "examples/random_precision.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @torch.no_grad()

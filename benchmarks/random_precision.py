@@ -1,6 +1,6 @@
 """A small PreActResNet learns under attack at random precisions, and is attacked by one who knows.
 
-    python examples/random_precision.py [images.npz] [epochs]
+    python -m benchmarks.random_precision [images.npz] [epochs]
 
 `images.npz` holds pixels [N, 3, H, W] uint8 and labels [N]; the last fifth is for testing. Without
 it, coloured squares serve, which say that the program runs and nothing about robustness. On 2,000
