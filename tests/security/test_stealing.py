@@ -259,11 +259,3 @@ def test_what_cannot_be_stolen_or_hardened_says_why(small_vit):
 class SimpleHead(nn.Module):
     def forward(self, images):
         return SimpleNamespace(logits=None, start_logits=None, prediction_logits=None)
-
-
-def test_the_package_gives_steal_when_it_is_asked_for():
-    import qtk.security
-
-    assert qtk.security.steal is qtk.steal
-    with pytest.raises(AttributeError):
-        _ = qtk.security.nothing
