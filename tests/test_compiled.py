@@ -67,11 +67,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @torch.no_grad()
 def same(model: Any, other: Any, **batch: Any) -> bool:
-    """Whether both return the same fields, of the same shapes and nearly the same numbers."""
+    """Whether both return the same fields, of the same shapes and nearly the same numbers.
+
+    At padding, which one of them may leave out, they need not agree.
+    """
     y, y_hat = model(**batch), other(**batch)
     assert type(y) is type(y_hat) and list(y) == list(y_hat)
     pairs = [(y[name], y_hat[name]) for name in y if isinstance(y[name], torch.Tensor)]
     assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        seen = mask.bool()
+        pairs = [(a[seen], b[seen]) if a.shape[:2] == seen.shape else (a, b) for a, b in pairs]
     return all(cosine_similarity(a.flatten(), b.flatten(), dim=0) > CLOSE for a, b in pairs)
 
 
