@@ -14,6 +14,11 @@ def ruled(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [_line(head, widths, numeric), rule, *(_line(row, widths, numeric) for row in rows)]
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+
+
 def listed(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Lines of a name and what it stands for."""
     width = max((len(name) for name, _ in rows), default=0)

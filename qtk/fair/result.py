@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qtk.report import page
-from qtk.table import finite, ruled
+from qtk.table import finite, markdown, ruled
 
 Rows = list[list[str]]
 
@@ -149,8 +149,7 @@ class Fairness:
         """The same tables in Markdown."""
         parts = []
         for title, head, rows in self._tables():
-            lines = [head, ["---"] * len(head), *rows]
-            parts += [f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+            parts += [f"**{title}**", "", *markdown(head, rows), ""]
         return "\n".join([*parts, *(f"{remark}\n" for remark in self._remarks())])
 
     def section(self) -> str:

@@ -217,6 +217,20 @@ def _pieces(model: nn.Module, parts: Iterator[Labelled]) -> Iterator[Labelled]:
             yield Labelled(batch, labels, part.names[cut], judged)
 
 
+def class_logits(model: nn.Module, out: Any, wants: str) -> Tensor:
+    """A classifier's output as logits, [B, C] float32 with C >= 2.
+
+    Raises:
+        ModelError: it has none; `wants` says who needs them and what to give instead.
+    """
+    logits = out.float() if isinstance(out, Tensor) else logits_of(out)
+    if logits is None or logits.dim() != 2 or logits.shape[1] < 2:
+        raise ModelError(
+            f"{type(model).__name__} has no classifier head of two classes or more: {wants}"
+        )
+    return logits
+
+
 def logits_of(out: Any) -> Tensor | None:
     """What the model predicts, None for an encoder without a head; of a plain network, its output.
 

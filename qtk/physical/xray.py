@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qtk import intervals
-from qtk.errors import CalibrationError, ModelError, SchemeError
-from qtk.fidelity.compare import logits_of
+from qtk.errors import CalibrationError, SchemeError
+from qtk.fidelity.compare import class_logits
 from qtk.physical import place
 from qtk.physical.colour import colour, material_of
 from qtk.physical.mesh import Mesh, ball
@@ -30,7 +30,7 @@ from qtk.physical.scene import Scenes
 from qtk.physical.thickness import thickness
 from qtk.pipeline.progress import progress_bar
 from qtk.report import page
-from qtk.table import finite, ruled
+from qtk.table import finite, markdown, ruled
 
 LR = 0.01
 BETA = 0.1
@@ -96,9 +96,8 @@ class XRay:
 
     def markdown(self) -> str:
         """The same in Markdown."""
-        lines = [HEAD, ["---"] * len(HEAD), *self._cells()]
-        rows = [f"| {' | '.join(line)} |" for line in lines]
-        return "\n".join([*rows, "", *(f"{remark}\n" for remark in self._remarks())])
+        remarks = (f"{remark}\n" for remark in self._remarks())
+        return "\n".join([*markdown(HEAD, self._cells()), "", *remarks])
 
     def section(self) -> str:
         """The same as a section of a page (`qtk.report.page`)."""
@@ -269,14 +268,9 @@ def _row(
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    out = model(images)
-    logits = out if isinstance(out, Tensor) else logits_of(out)
-    if logits is None or logits.dim() != 2 or logits.shape[1] < 2:
-        raise ModelError(
-            f"{type(model).__name__} has no classifier head: objects are crafted against a "
-            "ViTForImageClassification"
-        )
-    return logits
+    return class_logits(
+        model, model(images), "objects are crafted against a ViTForImageClassification"
+    )
 
 
 def _check(

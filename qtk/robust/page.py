@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from qtk import integrity
+from qtk import integrity, table
 from qtk.errors import SchemeError
 from qtk.report import page
 from qtk.robust.findings import Finding, findings
@@ -71,16 +71,16 @@ def html(studies: Mapping[str, Robustness]) -> str:
 
 def markdown(studies: Mapping[str, Robustness]) -> str:
     """The same tables, without the rows of single attacks."""
-    lines = [f"# {TITLE}", "", LEAD, "", *_table(OVERVIEW, overview(studies)), ""]
-    lines += _table(["claim of RobustMQ", "here", "figures"],
+    lines = [f"# {TITLE}", "", LEAD, "", *table.markdown(OVERVIEW, overview(studies)), ""]
+    lines += table.markdown(["claim of RobustMQ", "here", "figures"],
                     [_told(finding) for finding in findings(studies)])  # fmt: skip
     for name, study in studies.items():
         lines += ["", f"## {name}", "", f"{study.conclusion}."]
         if summary := study.summary():
             rows = [summed(kind, facts) for kind, facts in summary.items()]
-            lines += ["", *_table(SUMMARY, rows)]
+            lines += ["", *table.markdown(SUMMARY, rows)]
         if study.checks:
-            lines += ["", *_table(["check", "model", "result", "seen"], _checks(study))]
+            lines += ["", *table.markdown(["check", "model", "result", "seen"], _checks(study))]
         lines += ["", *study.notes]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -123,7 +123,3 @@ def _checks(study: Robustness) -> list[list[str]]:
 def _told(finding: Finding) -> list[str]:
     marks = {True: "holds", False: "does not hold", None: "open"}
     return [finding.claim, marks[finding.holds], finding.told]
-
-
-def _table(head: list[str] | tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]

@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from qtk.report import page
-from qtk.table import finite, ruled
+from qtk.table import finite, markdown, ruled
 
 HEAD = ["thief", "asks with", "answers", "victim", "its accuracy", "clone", "from - to",
         "as victim", "as float", "classes", "queries"]  # fmt: skip
@@ -63,9 +63,8 @@ class Theft:
 
     def markdown(self) -> str:
         """The same table in Markdown."""
-        lines = [HEAD, ["---"] * len(HEAD), *self._cells()]
-        rows = [f"| {' | '.join(line)} |" for line in lines]
-        return "\n".join([*rows, "", *(f"{remark}\n" for remark in self._remarks())])
+        remarks = (f"{remark}\n" for remark in self._remarks())
+        return "\n".join([*markdown(HEAD, self._cells()), "", *remarks])
 
     def section(self) -> str:
         """The same table as a section of a page (`qtk.report.page`)."""

@@ -252,7 +252,7 @@ def test_what_cannot_be_stolen_or_hardened_says_why(small_vit):
         isolate.harden(small_vit, test, POOLS["other"], gamma=-1)
     with pytest.raises(CalibrationError, match="same size"):
         isolate.harden(small_vit, test, torch.zeros(2, 3, 16, 16))
-    with pytest.raises(ModelError, match="no head"):
+    with pytest.raises(ModelError, match="no classifier head"):
         isolate.harden(SimpleHead(), test, POOLS["other"])
 
 

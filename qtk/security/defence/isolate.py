@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qtk.errors import CalibrationError, ModelError, SchemeError
-from qtk.fidelity.compare import logits_of
+from qtk.fidelity.compare import class_logits
 from qtk.modules.linear import QuantLinear
 from qtk.pipeline.progress import progress_bar
 from qtk.security.clone import build
@@ -207,14 +207,7 @@ def _flat(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    out = model(images)
-    logits = out if isinstance(out, Tensor) else logits_of(out)
-    if logits is None or logits.dim() != 2 or logits.shape[1] < 2:
-        raise ModelError(
-            f"{type(model).__name__} has no head of two classes or more: harden needs a classifier "
-            "of images"
-        )
-    return logits
+    return class_logits(model, model(images), "harden needs a classifier of images")
 
 
 def _check(model: nn.Module, data: tuple[Tensor, Tensor], outside: Tensor) -> tuple[Tensor, Tensor]:
