@@ -184,7 +184,9 @@ ORDER = {
     ],
 }  # fmt: skip
 PLAIN = "qtk_kernels.hadamard"  # the definition of a matrix, in PyTorch: whoever needs it
-FREE = ("qtk", "qtk.api", "qtk.cli", "qtk.demo", "qtk.__main__")  # the face: may import everything
+FREE = (  # the face: may import everything
+    "qtk", "qtk.api", "qtk.cli", "qtk.commands", "qtk.demo", "qtk.__main__",
+)  # fmt: skip
 
 
 def sources() -> list[Path]:

@@ -29,7 +29,7 @@ from benchmarks import data
 from benchmarks.result import read, result, write
 from qtk.mixed_precision import budget as budgets
 from qtk.mixed_precision.allocate import allocate, total
-from qtk.mixed_precision.data import Data, rows
+from qtk.mixed_precision.data import Data, full_rows
 from qtk.mixed_precision.loss import Judge
 from qtk.mixed_precision.result import Search
 from qtk.mixed_precision.search import OPTIONS
@@ -195,7 +195,7 @@ def latency(task: Task, preset: str, draws: int) -> None:
         "W8A8": space.uniform((8, 8)), "W4A8": space.uniform((4, 8)),
         "W4A4": space.uniform((4, 4)), "mixed integers": integers, "mixed, some float": mixed,
     }  # fmt: skip
-    batch = rows(Data.of(task.model, calib, None, 0, ()).seen[-1], 16)
+    batch = full_rows(Data.of(task.model, calib, None, 0, ()).seen[-1], 16)
     models = {
         name: qtk.quantize(task.model, calib=calib, bits=space.bits(chosen), preset=preset,
                            progress=False)

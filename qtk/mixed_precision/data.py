@@ -55,11 +55,17 @@ def _every_other(batch: Batch, first: int) -> Batch | None:
     return {k: v[first::2] if _is_rows(v, B) else v for k, v in batch.items()}
 
 
-def rows(batch: Batch, count: int) -> Batch:
-    """So many rows, repeated where there are fewer."""
+def full_rows(batch: Batch, count: int) -> Batch:
+    """So many rows, repeated where there are fewer, without padding.
+
+    Fused blocks leave padding out and float ones compute it, so only a batch that has none takes
+    a time that is the sum of its operations' times, whichever scheme each of them has.
+    """
     B = _size(batch)
     index = torch.arange(count) % B
-    return {k: v[index.to(v.device)] if _is_rows(v, B) else v for k, v in batch.items()}
+    rows = {k: v[index.to(v.device)] if _is_rows(v, B) else v for k, v in batch.items()}
+    mask = rows.get("attention_mask")
+    return rows if mask is None else {**rows, "attention_mask": torch.ones_like(mask)}
 
 
 def first_rows(batches: Sequence[Batch], count: int) -> list[Batch]:

@@ -16,7 +16,7 @@ from qtk.mixed_precision import latency, sensitivity
 from qtk.mixed_precision.allocate import allocate
 from qtk.mixed_precision.budget import Budget, read
 from qtk.mixed_precision.costs import Costs
-from qtk.mixed_precision.data import Data, first_rows, rows
+from qtk.mixed_precision.data import Data, first_rows, full_rows
 from qtk.mixed_precision.latency import Latencies
 from qtk.mixed_precision.loss import Judge
 from qtk.mixed_precision.result import Point, Search
@@ -198,7 +198,7 @@ def _timed(
 ) -> Latencies:
     """On the longest batch of the data, cut or repeated to the size that is asked about."""
     path = None if latencies is None else Path(os.fspath(latencies))
-    batch = rows(data.seen[-1], batch_size)
+    batch = full_rows(data.seen[-1], batch_size)
     return latency.measure(source, space, batch, backend=backend, path=path, report=bar.show)
 
 

@@ -10,7 +10,7 @@ from qtk.errors import SchemeError
 from qtk.mixed_precision.allocate import allocate, total
 from qtk.mixed_precision.budget import Budget
 from qtk.mixed_precision.costs import Costs
-from qtk.mixed_precision.data import Data, rows
+from qtk.mixed_precision.data import Data, full_rows
 from qtk.mixed_precision.loss import Judge, bound
 from qtk.mixed_precision.result import Measured, Point
 from qtk.mixed_precision.space import FLOATS, W8A8, Chosen, Matrix
@@ -63,7 +63,7 @@ class Lab:
             )  # fmt: skip
         loss = float(self.judge.losses(qmodel).mean()) if self.data.given else None
         held = bound(self.judge.losses(qmodel, metric), metric) if metric else None
-        batch = rows(self.data.seen[-1], self.batch_size)
+        batch = full_rows(self.data.seen[-1], self.batch_size)
         calls = {"float": lambda: self.source(**batch), "it": lambda: qmodel(**batch)}
         times = race(calls, ROUNDS, limit=4.0)
         # beside the float model, so that a machine that is slower now than it was is for both

@@ -119,7 +119,7 @@ def test_the_command_line_compares_models_that_were_saved(tmp_path):
 
 
 def test_a_text_file_has_its_classes_after_a_tab(tmp_path):
-    from qtk.cli import _pairs_of_text
+    from qtk.commands.trust import _pairs_of_text
 
     file = tmp_path / "texts.tsv"
     file.write_text("a good film\t1\nan odd\tone\tneg\n")

@@ -1,0 +1,1 @@
+"""The commands, each a function: `qtk.cli` gives them their names."""
