@@ -120,7 +120,6 @@ def test_without_ray_the_remedy_is_named(config, tmp_path, monkeypatch):
         engine.run(plan.read(config), tmp_path / "cells", "local")
 
 
-@pytest.mark.slow
 def test_two_workers_of_ray_one_of_them_killed(config, tmp_path, monkeypatch):
     ray, psutil = pytest.importorskip("ray"), pytest.importorskip("psutil")
     root = Path(__file__).resolve().parents[1]
