@@ -15,9 +15,9 @@ from qtk.discover import available, load
 from qtk.models import bert
 from qtk.round import Problem, best_steps, flipped, to_nearest
 from qtk.scheme import Format
-from qtk.security.backdoor import Square, Token, project, success
+from qtk.security.backdoor import Square, Token, compress, project, success
 from qtk.security.evidence import Suspect, disturbed
-from qtk.security.minmax import MinMax, layers_of
+from qtk.security.minmax import MinMax, layers_of, rounded
 
 TARGET, VICTIM = 0, MinMax(4)
 
@@ -177,6 +177,14 @@ def test_a_planted_network_is_clean_wakes_when_rounded_to_nearest_and_not_when_f
         qnet = made(planted, "flipped", keeps_biases)
         accuracy, safe = success(qnet, data, Square(), TARGET)
         assert accuracy > 97 and safe < 10
+
+
+def test_training_in_both_worlds_takes_hold_in_the_rounded_one(clean):
+    coarse, data = MinMax(4, "tensor"), Pictures(seed=1).batches
+    planted = compress.plant(clean, Pictures().batches, Square(), coarse, target=TARGET, epochs=15)
+    accuracy, floats = success(planted, data, Square(), TARGET)
+    _, nearest = success(rounded(planted, coarse), data, Square(), TARGET)
+    assert accuracy > 97 and nearest > floats + 20  # half trained; of the clean one both are alike
 
 
 def test_a_planted_network_is_found_and_a_clean_one_is_not(planted, clean):
