@@ -15,7 +15,7 @@ from benchmarks.headline import SOURCES, headline
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-ON_A_GPU = ("gpu_kernels", "gpu_slower", "gpu_attention", "gpu_models")  # of run_gpu.sh
+ON_A_GPU = ("gpu_checks", "gpu_kernels", "gpu_slower", "gpu_attention", "gpu_models")  # run_gpu.sh
 NOT_MEASURED = "Speed on a GPU: **not measured**; `benchmarks/run_gpu.sh` measures it."
 COMPILED = (  # one variant a kernel, of the hundreds in aot.csv
     "layer_norm_quantize w8 token K=768", "gelu_quantize w8 token K=4096",
@@ -70,8 +70,9 @@ def fill(page: str, found: list[dict[str, Any]], folder: Path) -> str:
 
 
 def on_a_gpu(folder: Path) -> list[str]:
-    """The tables of what a GPU measured."""
-    return [markdown(result) for name in ON_A_GPU for result in results(folder, (name,))]
+    """The tables of what GPUs measured, a file for each device."""
+    files = [path.stem for name in ON_A_GPU for path in sorted(folder.glob(f"{name}*.json"))]
+    return [markdown(result) for result in results(folder, files)] if files else []
 
 
 def kernel_table(folder: Path) -> str:

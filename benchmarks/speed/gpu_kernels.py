@@ -1,14 +1,14 @@
 """Every kernel at the shapes of BERT, ViT and OPT: time, rate, and share of what the GPU can do.
 
-    python -m benchmarks.speed.gpu_kernels [--minutes 8] [--fresh] [--packages]
+    python -m benchmarks.speed.gpu_kernels [--minutes 8] [--first] [--few N] [--fresh] [--packages]
 
 Times are medians on the device, of CUDA graphs whose calls go around in more memory than a cache
 holds. The ceilings, copy bandwidth and the rates of library matrix products, are measured in the
 same run, and so are the peers: eager PyTorch, torch.compile, torch._int_mm, torch._scaled_mm,
 bfloat16 products, and with --packages, at shapes of their own, gemlite and torchao where they are
-installed. Rows are written as they come;
-another run goes on where this one ran out of time. Writes benchmarks/results/gpu_kernels.{csv,
-json,png} and gpu_slower.json, the shapes where a peer is faster.
+installed. Rows are written as they come, one that fails with its error; another run goes on where
+this one ran out of time or lost the device. Writes benchmarks/results/gpu_kernels_<device>.{csv,
+json} and gpu_slower_<device>.json, the shapes where a peer is faster.
 
 Without a GPU it measures nothing: it says so and runs the ahead-of-time report.
 """
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -27,9 +28,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.result import COMMIT, RESULTS
-from benchmarks.speed.gpu_device import PACKAGES, head, this_run
+from benchmarks.speed.gpu_device import PACKAGES, RESTART, file_of, has_gpu, head, this_run
 from benchmarks.speed.gpu_peers import library, package
-from benchmarks.speed.gpu_tables import Row, read_csv, write_csv, write_tables
+from benchmarks.speed.gpu_tables import Row, read_csv, settled, write_csv, write_tables
 from qtk_kernels.codes import Codes
 from qtk_kernels.hadamard_quantize import hadamard_quantize
 from qtk_kernels.int8_linear import int8_linear
@@ -40,11 +41,14 @@ from qtk_kernels.tune import (
     MODELS,
     ROWS,
     Calls,
+    answers,
     copies,
     linear_calls,
     microseconds,
+    pairs_of,
     random_codes,
     rounds_of,
+    said,
     widths,
 )
 
@@ -60,30 +64,59 @@ Case = tuple[str, tuple[int, ...]]
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--first", action="store_true", help="only what is quoted most")
+    parser.add_argument("--few", type=int, help="this many cases, spread over all")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
     parser.add_argument("--packages", action="store_true", help="beside gemlite and torchao")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    if not has_gpu():
         print("No GPU: nothing is measured. The ahead-of-time report instead:", flush=True)
         return ahead_of_time()
-    end = time.monotonic() + 60 * options.minutes
-    run = this_run()
-    path = RESULTS / "gpu_kernels.csv"
-    rows = [] if options.fresh else read_csv(path, run)
+    if options.packages and not any(find_spec(name) for name in PACKAGES):
+        print(f"none of {', '.join(PACKAGES)} is installed: nothing to measure beside")
+        return 0
+    every = package_cases() if options.packages else first_cases() if options.first else cases()
+    if options.few:
+        every = every[:: max(len(every) // options.few, 1)][: options.few]
+    return measure(every, 60 * options.minutes, options.fresh)
+
+
+def measure(every: list[Case], seconds: float, fresh: bool) -> int:
+    """Rows of all cases that have none, one written after the other, while there is time."""
+    end, run = time.monotonic() + seconds, this_run()
+    path = RESULTS / f"{file_of('gpu_kernels', run)}.csv"
+    rows = [] if fresh else settled(read_csv(path, run))
     known = {(row["kernel"], row["shape"]) for row in rows}
-    limits = ceilings()
-    for name, shape in package_cases() if options.packages else cases():
-        if (name, "x".join(map(str, shape))) in known or not has_instructions(name):
-            continue
+    todo = [case for case in every if (case[0], shape_of(case)) not in known]
+    limits, status = ceilings(), 0
+    for case in filter(lambda case: has_instructions(case[0]), todo):
         if time.monotonic() > end:
             print("out of time: another run goes on from here", flush=True)
             break
-        rows.append({**measured(name, shape, limits), **run, "commit": COMMIT})
+        rows.append({"kernel": case[0], "shape": shape_of(case), **run, "commit": COMMIT})
+        write_csv([*rows[:-1], {**rows[-1], "error": "ended the process", "fatal": "yes"}], path)
+        try:
+            rows[-1] |= measured(*case, limits)
+        except Exception as error:  # the others are still to be measured
+            rows[-1] |= {"error": said(error)}
+        if not answers(torch.device(DEVICE)):
+            rows[-1] = {
+                **rows[-1],
+                "error": rows[-1].get("error", "lost the device"),
+                "fatal": "yes",
+            }
+            status = RESTART
         print(json.dumps(rows[-1]), flush=True)
         write_csv(rows, path)
+        if status:
+            break
         torch.cuda.empty_cache()
-    write_tables(rows, head(run, limits))
-    return 0
+    write_tables(rows, run, head(run, limits), RESULTS)
+    return status
+
+
+def shape_of(case: Case) -> str:
+    return "x".join(map(str, case[1]))
 
 
 def ahead_of_time() -> int:
@@ -93,14 +126,17 @@ def ahead_of_time() -> int:
 
 def ceilings() -> dict[str, float]:
     """Bytes and operations a microsecond of the library's copy and large matrix products."""
-    a = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
+    a = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device=DEVICE)
     b = torch.empty_like(a)
     found = {"bytes": 2 * a.numel() / microseconds([lambda: b.copy_(a)])}
     M = 8192
     for name in ("bf16", "int8", "fp8"):
-        calls = library(name, M, M, M)
-        if calls is not None:
-            found[name] = 2 * M**3 / microseconds(calls)
+        try:
+            calls = library(name, M, M, M, DEVICE)
+            if calls is not None:
+                found[name] = 2 * M**3 / microseconds(calls)
+        except Exception as error:
+            print(f"no ceiling of {name}: {said(error)}", flush=True)
     return found
 
 
@@ -112,6 +148,17 @@ def cases() -> list[Case]:
     found += [(kernel, (M, N, K)) for (N, K), M, kernel in product(widths(), ROWS, products)]
     found += [(kernel, (M, K)) for K, M, kernel in product(sorted(inner), ROWS, QUANTIZERS)]
     return list(dict.fromkeys(found))
+
+
+def first_cases() -> list[Case]:
+    """What fits into the minutes of one call: squares, and the models that are quoted most."""
+    quoted = {pair for name in ("BERT-base", "OPT-1.3b") for pair in pairs_of(*MODELS[name])}
+    products, inner = (*KERNELS, FROM_FLOAT), {K for _, K in quoted}
+    found: list[Case] = [(kernel, (4096, K)) for K, kernel in product(sorted(inner), QUANTIZERS)]
+    found += [(kernel, (M, 8192, 8192)) for M, kernel in product((16, 8192), products)]
+    for M in (16, 512, 1, 4096, 64):
+        found += [(kernel, (M, *pair)) for pair, kernel in product(sorted(quoted), products)]
+    return found
 
 
 def package_cases() -> list[Case]:
@@ -134,7 +181,7 @@ def measured(name: str, shape: tuple[int, ...], limits: dict[str, float]) -> Row
     first = time.perf_counter() - start
     kind = "int8" if name.startswith("int") else "fp8" if name.startswith("fp8") else "bf16"
     row: Row = {
-        "kernel": name, "shape": "x".join(map(str, shape)), "us": round(microseconds(calls), 3),
+        "kernel": name, "shape": shape_of((name, shape)), "us": round(microseconds(calls), 3),
         **work_of(name, shape), "roof_bytes": limits["bytes"],
         "roof_ops": limits.get(kind, limits["bf16"]), "first_call_s": round(first, 2),
     }  # fmt: skip
@@ -144,8 +191,10 @@ def measured(name: str, shape: tuple[int, ...], limits: dict[str, float]) -> Row
             if theirs is not None:
                 row[f"{peer}_us"] = round(microseconds(theirs), 3)
         except Exception as error:  # a peer that fails is no reason to lose our own time
-            print(f"{peer} at {name} {row['shape']}: {type(error).__name__}: {error}", flush=True)
-            synchronize()
+            print(f"{peer} at {name} {row['shape']}: {said(error)}", flush=True)
+            if not answers(torch.device(DEVICE)):  # a restart keeps our own time
+                row["error"] = f"{peer}: {said(error)}"
+                break
     return row
 
 
@@ -232,6 +281,7 @@ def peers_of(name: str, shape: tuple[int, ...]) -> dict[str, Callable[[], Calls 
     }
     if name == "int8_linear":
         found["int_mm"] = lambda: library("int8", M, N, K, DEVICE)
+        found["int_mm_scaled"] = lambda: library("int8 scaled", M, N, K, DEVICE)
     if name == "fp8_linear":
         found["scaled_mm"] = lambda: library("fp8", M, N, K, DEVICE)
     if name.endswith(BESIDE):

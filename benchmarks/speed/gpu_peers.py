@@ -23,16 +23,24 @@ GROUP = 128
 
 
 def library(name: str, M: int, N: int, K: int, device: str = "cuda") -> Calls | None:
-    """torch's products: "bf16", "int8" (`_int_mm`) and "fp8" (`_scaled_mm`, scales per row)."""
+    """torch's products: "bf16", "int8", "int8 scaled" and "fp8" (`_scaled_mm`, scales per row).
+
+    "int8" is `_int_mm`, whose result is int32; "int8 scaled" is that with scales per token and
+    channel, compiled, and a bfloat16 result: what a layer needs, and ours gives.
+    """
     x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
     w = torch.randn(N, K, device=device, dtype=torch.bfloat16)
     if name == "bf16":
         return rounds(lambda x, w: F.linear(x, w), x, w)
-    if name == "int8":
+    if name.startswith("int8"):
         if M <= 16 or N % 8 or K % 8:
             return None
         codes = (random_codes(rows, K, 127, device) for rows in (M, N))
-        return rounds(lambda x, w: torch._int_mm(x, w.T), *codes)
+        if name == "int8":
+            return rounds(lambda x, w: torch._int_mm(x, w.T), *codes)
+        of_x, of_w = torch.rand(M, 1, device=device), torch.rand(N, 1, device=device)
+        run = compiled_int8() if device == "cuda" else int8_product
+        return rounds(lambda x, w: run(x, w, of_x, of_w), *codes)
     if (device == "cuda" and torch.cuda.get_device_capability() < (8, 9)) or N % 16 or K % 16:
         return None
     (x_q, x_scale), (w_q, w_scale) = to_fp8(x), to_fp8(w)
@@ -43,6 +51,18 @@ def library(name: str, M: int, N: int, K: int, device: str = "cuda") -> Calls | 
         )
 
     return rounds(scaled, x_q, w_q)
+
+
+def int8_product(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor) -> Tensor:
+    """[M, K] and [N, K] int8 to [M, N] bfloat16."""
+    return (torch._int_mm(x, w.T) * x_scale * w_scale.T).to(torch.bfloat16)
+
+
+@cache
+def compiled_int8() -> Callable[..., Tensor]:
+    """One compilation for all shapes, without a choice of products by timing."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(int8_product, dynamic=True)
 
 
 def rounds(run: Callable[[Tensor, Tensor], Any], x: Tensor, w: Tensor) -> Calls:

@@ -1,23 +1,45 @@
 """From measured rows to tables and roofline plots. Needs no GPU: tests feed it made-up rows.
 
+    python -m benchmarks.speed.gpu_tables          the plots of benchmarks/results/gpu_kernels_*.csv
+
 A row is a dict: kernel, shape ("MxNxK" or "MxK"), us, bytes, ops, the roofs of its own run
 (roof_bytes, roof_ops, per microsecond), first_call_s, the commit, and <peer>_us for every peer that
-ran.
+ran. One that could not be measured has an error instead, and fatal where its process ended by it.
 """
 
 import csv
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.result import RESULTS, result, write
+from benchmarks.result import COMMIT, RESULTS, result, write
+from benchmarks.speed.gpu_device import file_of
 
 Row = dict[str, Any]
 DERIVED = ("GB/s", "TOPS", "of_ceiling", "bound")
+TEXTS = {"kernel", "shape", "bound", "commit", "error", "fatal"}
+TEXTS |= {"device", "driver", "torch", "triton"}
+
+
+def measured_rows(rows: list[Row]) -> list[Row]:
+    """Without those that failed."""
+    return [row for row in rows if "us" in row]
+
+
+def settled(rows: list[Row]) -> list[Row]:
+    """What another run leaves as it is: times, and errors of this very code or of a lost device."""
+    same = COMMIT != "unknown"
+    return [
+        row for row in rows
+        if "us" in row or row.get("fatal") or (same and row.get("commit") == COMMIT)
+    ]  # fmt: skip
 
 
 def derived(row: Row) -> Row:
     """The row with its rates, and the share of the nearer roof that it reaches."""
+    if "us" not in row:
+        return row
     memory = row["bytes"] / row["roof_bytes"]
     compute = row["ops"] / row["roof_ops"] if row["ops"] else 0.0
     return {
@@ -39,6 +61,8 @@ def peers_of(row: Row) -> dict[str, float]:
 
 def summary(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
     """A line per kernel and number of rows: shares of the roof, and speed over each peer."""
+    failed = len(rows) - len(measured_rows(rows))
+    rows = measured_rows(rows)
     names = list(dict.fromkeys(name for row in rows for name in peers_of(row)))
     lines = []
     for kernel, M in dict.fromkeys((row["kernel"], rows_in(row)) for row in rows):
@@ -58,7 +82,8 @@ def summary(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
         ["kernel", "rows", "shapes", "first call, s", "of roof", *over_peers],
         lines,
         "least / median / most over the shapes of BERT, ViT and OPT; roofs (copy, library "
-        "product of 8192) and peers are of the same run; every row is in gpu_kernels.csv",
+        "product of 8192) and peers are of the same run; every row is in the csv beside this"
+        + (f", {failed} that failed too" if failed else ""),
         kept=commits_of(rows),
         **head,
     )
@@ -66,6 +91,7 @@ def summary(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
 
 def slower(rows: list[Row], head: dict[str, Any]) -> dict[str, Any]:
     """The shapes where a peer is faster, the worst first."""
+    rows = measured_rows(rows)
     found = [
         (row["us"] / us, row, name, us)
         for row in rows for name, us in peers_of(row).items() if us < row["us"]
@@ -101,12 +127,11 @@ def rows_in(row: Row) -> int:
     return int(row["shape"].split("x")[0])
 
 
-def write_tables(rows: list[Row], head: dict[str, Any], folder: Path = RESULTS) -> None:
-    """gpu_kernels.csv, the two tables, and the plot where matplotlib is installed."""
-    write_csv(rows, folder / "gpu_kernels.csv")
-    write("gpu_kernels", summary(rows, head), folder)
-    write("gpu_slower", slower(rows, head), folder)
-    plot(rows, folder / "gpu_kernels.png")
+def write_tables(rows: list[Row], run: dict[str, str], head: dict[str, Any], folder: Path) -> None:
+    """The csv of a device and its two tables."""
+    write_csv(rows, folder / f"{file_of('gpu_kernels', run)}.csv")
+    write(file_of("gpu_kernels", run), summary(rows, head), folder)
+    write(file_of("gpu_slower", run), slower(rows, head), folder)
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
@@ -126,9 +151,8 @@ def read_csv(path: Path, run: dict[str, str]) -> list[Row]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    texts = {"kernel", "shape", "bound", "commit", *run}
     return [
-        {k: v if k in texts else float(v) for k, v in row.items() if v and k not in DERIVED}
+        {k: v if k in TEXTS else float(v) for k, v in row.items() if v and k not in DERIVED}
         for row in rows
         if all(row.get(key) == value for key, value in run.items())
     ]
@@ -143,7 +167,7 @@ def plot(rows: list[Row], path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    products = [derived(row) for row in rows if row["ops"]]
+    products = [derived(row) for row in measured_rows(rows) if row["ops"]]
     figure, axes = plt.subplots(figsize=(7, 5))
     for name in dict.fromkeys(row["kernel"] for row in products):
         mine = [row for row in products if row["kernel"] == name]
@@ -159,3 +183,15 @@ def plot(rows: list[Row], path: Path) -> bool:
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
     return True
+
+
+def main() -> int:
+    for path in sorted(RESULTS.glob("gpu_kernels_*.csv")):
+        if not plot(read_csv(path, {}), path.with_suffix(".png")):
+            print("plots need matplotlib: pip install 'qtk-torch[plots]'")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,8 +3,9 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,21 @@ KERNELS = (
 L2 = 1 << 28  # bytes that calls go around in, so that no cache answers
 MOST = 300  # calls in a round
 ROUNDS = 11
+LEAST = 30.0  # milliseconds of a measurement: event timers tick in half microseconds
 Calls = list[Callable[[], Any]]
+Shape = tuple[str, int, int, int]  # a kernel, M, N and K
 
 
 def widths() -> list[tuple[int, int]]:
-    """(N, K) of the linears of the models: attention, both of the MLP. A third of them first."""
-    pairs = {pair for h, m in MODELS.values() for pair in ((h, h), (m, h), (h, m))}
+    """(N, K) of the linears of the models. A third of them first."""
+    pairs = {pair for sizes in MODELS.values() for pair in pairs_of(*sizes)}
     by_size = sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair))
     return [pair for start in range(3) for pair in by_size[start::3]]
+
+
+def pairs_of(hidden: int, mlp: int) -> tuple[tuple[int, int], ...]:
+    """N and K of a block: attention, and both linears of the MLP."""
+    return (hidden, hidden), (mlp, hidden), (hidden, mlp)
 
 
 def rounds_of(bytes_: float) -> int:
@@ -111,28 +119,46 @@ def candidates(kernel: str, M: int) -> Iterator[dict[str, Any]]:
                 yield dict(zip(names, (block_m, block_n, 8, False, warps, stages, 1), strict=True))
 
 
-def microseconds(calls: Calls, rounds: int = ROUNDS) -> float:
-    """Median time on the device of one of `calls`, in a CUDA graph of all of them.
+def microseconds(calls: Calls, rounds: int = ROUNDS, graph: bool = True) -> float:
+    """Median time on the device of one of `calls`, over rounds that take LEAST in all.
 
-    A graph keeps the host out: it could not launch as fast as small kernels run.
+    Args:
+        graph: calls are replayed as a CUDA graph of all of them, which keeps the host out: it could
+            not launch as fast as small kernels run. False launches them from the host.
     """
-    for call in calls[:3]:
+    for call in (calls * 3)[:3]:
         call()
     torch.cuda.synchronize()
+    replay = _graph(calls).replay if graph else lambda: [call() for call in calls]
+    replay()
+    once = _elapsed(replay, 1)
+    often = repeats(once, rounds)
+    times = sorted(_elapsed(replay, often) for _ in range(rounds))
+    return 1e3 * times[len(times) // 2] / (often * len(calls))
+
+
+def repeats(once: float, rounds: int) -> int:
+    """How often a round of `once` milliseconds is replayed, so that all take LEAST."""
+    return max(ceil(LEAST / (rounds * max(once, 1e-3))), 1)
+
+
+def _graph(calls: Calls) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    graph.replay()
-    times = []
-    for _ in range(rounds):
-        start, stop = _event(), _event()
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return 1e3 * sorted(times)[len(times) // 2] / len(calls)
+    return graph
+
+
+def _elapsed(replay: Callable[[], Any], often: int) -> float:
+    """Milliseconds on the device."""
+    start, stop = _event(), _event()
+    start.record()
+    for _ in range(often):
+        replay()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
 
 
 def best_tile(kernel: str, M: int, N: int, K: int, device: torch.device) -> dict[str, Any]:
@@ -171,42 +197,101 @@ def _close(got: Tensor, want: Tensor) -> bool:
 
 
 def tune(
-    folder: Path | None = None, minutes: float = 8.0, log: Callable[[str], Any] = print
-) -> Path:
-    """Measures every kernel at the shapes of the models, and stops when the time is over.
+    folder: Path | None = None, minutes: float = 8.0, log: Callable[[str], Any] = print,
+    shapes: Iterable[Shape] | None = None,
+) -> Path:  # fmt: skip
+    """Measures kernels at the shapes of the models, and stops when the time is over.
 
     Every entry is written once it is known. Another run goes on where this one stopped, unless
-    torch or Triton have changed.
+    torch or Triton have changed. A shape that fails is kept with what it said, under "failed", and
+    is tried again by the next run, unless it took the device or the process with it.
 
     Args:
         folder: where the table goes; None for the package, where the kernels find it.
+        shapes: what to measure; None for all of the models.
+
+    Raises:
+        DeviceLostError: after a failure the device answers no more; a new process may go on.
     """
     device, card = _this_gpu()
     path = table_path(card, folder)
-    table: dict[str, Any] = {
-        "device": card.name, "capability": list(card.capability), "processors": card.processors,
-        "versions": {"torch": torch.__version__, "triton": triton.__version__}, "entries": [],
-    }  # fmt: skip
-    if path.exists():
-        old = read_table(path)
-        if all(old.get(name) == table[name] for name in ("device", "versions")):
-            table["entries"] = old["entries"]
-    known = {_key(entry) for entry in table["entries"]}
+    table = _earlier(path, card)
+    known = {_key(e) for e in (*table["entries"], *(f for f in table["failed"] if f["fatal"]))}
     end = time.monotonic() + 60 * minutes
-    for (N, K), M, kernel in product(widths(), ROWS, KERNELS):
-        if (kernel, M, N, K) in known or (kernel == "fp8_linear" and card.capability < (8, 9)):
+    for shape in all_shapes() if shapes is None else shapes:
+        if shape in known or (shape[0] == "fp8_linear" and card.capability < (8, 9)):
             continue
         if time.monotonic() > end:
             log("out of time: another run goes on from here")
             break
-        entry = best_tile(kernel, M, N, K, device)
-        table["entries"].append(entry)
-        write_table(path, table)
-        log(f"{kernel} {M}x{N}x{K}: {entry['us']} us, before {entry['before_us']} us, "
-            f"first call {entry['first_call_s']} s")  # fmt: skip
+        _measure(shape, table, path, device, log)
     write_table(path, table)
     forget()
     return path
+
+
+def all_shapes() -> Iterator[Shape]:
+    """Every kernel at the shapes of the models."""
+    for (N, K), M, kernel in product(widths(), ROWS, KERNELS):
+        yield kernel, M, N, K
+
+
+class DeviceLostError(RuntimeError):
+    """The device answers nothing more in this process."""
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still does anything: after some errors it refuses all."""
+    try:
+        _synchronize(device)
+    except Exception:  # whatever it says
+        return False
+    return True
+
+
+def said(error: BaseException) -> str:
+    """An error as a cell of a table."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+def _earlier(path: Path, card: Card) -> dict[str, Any]:
+    """The table that another run left, or an empty one."""
+    table: dict[str, Any] = {
+        "device": card.name, "capability": list(card.capability), "processors": card.processors,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__}, "entries": [],
+        "failed": [],
+    }  # fmt: skip
+    if path.exists():
+        old = read_table(path)
+        if all(old.get(name) == table[name] for name in ("device", "versions")):
+            table |= {"entries": old["entries"], "failed": old.get("failed", [])}
+    return table
+
+
+def _measure(
+    shape: Shape, table: dict[str, Any], path: Path, device: torch.device, log: Callable[[str], Any]
+) -> None:
+    """Adds an entry to the table, or what went wrong."""
+    name = "{} {}x{}x{}".format(*shape)
+    failed = [entry for entry in table["failed"] if _key(entry) != shape]
+    started = {**dict(zip(KEY, shape, strict=True)), "error": "ended the process", "fatal": True}
+    write_table(path, {**table, "failed": [*failed, started]})
+    try:
+        entry = best_tile(*shape, device)
+    except Exception as error:
+        fatal = not answers(device)
+        table["failed"] = [*failed, {**started, "error": said(error), "fatal": fatal}]
+        write_table(path, table)
+        log(f"{name}: {said(error)}")
+        if fatal:
+            raise DeviceLostError(f"{name}: {said(error)}") from error
+        return
+    table["failed"] = failed
+    table["entries"].append(entry)
+    write_table(path, table)
+    log(f"{name}: {entry['us']} us, before {entry['before_us']} us, "
+        f"first call {entry['first_call_s']} s")  # fmt: skip
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
@@ -226,7 +311,10 @@ def _present(kernel: str, M: int, N: int, K: int, device: torch.device) -> dict[
     )  # fmt: skip
 
 
-def _key(entry: dict[str, Any]) -> tuple[str, int, int, int]:
+KEY = ("kernel", "M", "N", "K")
+
+
+def _key(entry: dict[str, Any]) -> Shape:
     return entry["kernel"], entry["M"], entry["N"], entry["K"]
 
 

@@ -10,11 +10,16 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = (1, 2, 3, 7, 16, 31, 33, 64, 65, 100, 129, 197, 256, 300, 1030)
 WIDTHS = (*SIZES, 384, 768, 1025, 4096, 5000)
 LARGE = ((4097, 4100, 1025), (2048, 1536, 768), (8200, 2056, 128))
+LONGEST = 700  # tokens of a sequence
+HEADS = (1, 8, 16, 20, 64, 80, 128, 256)  # their sizes
+DOTS = DTYPES  # of matrix products in a kernel
 LAYOUTS = ("dense", "wide rows", "columns", "unaligned")
 if not torch.cuda.is_available():  # the interpreter takes a second for each tile
     SIZES = (1, 2, 3, 7, 16, 17, 31, 33, 48, 65)  # type: ignore[assignment]
     WIDTHS = (*SIZES, 100, 129, 197, 256, 300)  # type: ignore[assignment]
     LARGE = ()  # type: ignore[assignment]
+    DOTS = DTYPES[:2]  # type: ignore[assignment]  # it reads bfloat16 as whole numbers
+    LONGEST, HEADS = 80, HEADS[:-1]  # type: ignore[assignment]
 FEW = SIZES[:8] if torch.cuda.is_available() else (1, 2, 3, 5)  # rows of a quantizer
 
 

@@ -48,3 +48,13 @@ def near(got: Tensor, want: Tensor, tolerance: Tensor) -> None:
     """Nowhere further apart than `tolerance`."""
     worst = ((got.double() - want.double()).abs() - tolerance).max()
     assert worst <= 0, f"{worst:.3g} beyond the bound"
+
+
+def answers() -> bool:
+    """Whether the device still does anything: after some errors it refuses all."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except Exception:  # whatever it says
+        return False
+    return True

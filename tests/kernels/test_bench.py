@@ -12,10 +12,11 @@ from benchmarks import readme_tables
 from benchmarks.speed import gpu_attention, gpu_device, gpu_models, gpu_peers, gpu_tables
 from benchmarks.speed import gpu_kernels as bench
 from qtk_kernels import tune
-from qtk_kernels.dispatch import use_backend
 
 RUN = {"device": "imagined GPU", "driver": "1", "torch": "2", "triton": "3"}
+CSV = "gpu_kernels_imagined_gpu.csv"
 LIMITS = {"bytes": 4e6, "bf16": 8e8, "int8": 1.6e9}
+ROOFS = {"roof_bytes": 1.0, "roof_ops": 1.0, "first_call_s": 0.1}
 HEAD = {"hardware": "imagined GPU", "versions": {"torch": "2"}}
 SHAPES = [(kernel, (17, 32, 160)) for kernel in (*tune.KERNELS, bench.FROM_FLOAT)]
 SHAPES += [(kernel, (3, 64)) for kernel in bench.QUANTIZERS]
@@ -38,9 +39,6 @@ def imagined(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "cases", lambda: SHAPES)
     monkeypatch.setattr(bench, "this_run", lambda: RUN)
     monkeypatch.setattr(bench, "ceilings", lambda: LIMITS)
-    monkeypatch.setattr(
-        bench, "write_tables", lambda rows, head: gpu_tables.write_tables(rows, head, tmp_path)
-    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return tmp_path
@@ -51,21 +49,25 @@ def test_a_run_writes_tables_and_the_next_one_goes_on(imagined, capsys):
     assert "out of time" in capsys.readouterr().out
     assert bench.main([]) == 0
     printed = capsys.readouterr().out
-    rows = gpu_tables.read_csv(imagined / "gpu_kernels.csv", RUN)
+    rows = gpu_tables.read_csv(imagined / CSV, RUN)
     assert [(row["kernel"], row["shape"]) for row in rows] == [
         (kernel, "x".join(map(str, shape))) for kernel, shape in SHAPES
     ]
     peers = {row["kernel"]: set(gpu_tables.peers_of(row)) for row in rows}
-    assert peers["int8_linear"] == {"bf16", "int_mm"} and "Error" not in printed
+    assert peers["int8_linear"] == {"bf16", "int_mm", "int_mm_scaled"} and "Error" not in printed
     assert peers["layer_norm_quantize"] == {"eager", "compile"}
     assert all("bf16" in found for name, found in peers.items() if name not in bench.QUANTIZERS)
     for name in ("gpu_kernels", "gpu_slower"):
-        assert json.loads((imagined / f"{name}.json").read_text()).keys() >= readme_tables.KEYS
-    assert (imagined / "gpu_kernels.png").exists() == (find_spec("matplotlib") is not None)
-    before = (imagined / "gpu_kernels.csv").read_text()
+        assert (
+            json.loads((imagined / f"{name}_imagined_gpu.json").read_text()).keys()
+            >= readme_tables.KEYS
+        )
+    plot = imagined / "plot.png"
+    assert gpu_tables.plot(rows, plot) == plot.exists() == (find_spec("matplotlib") is not None)
+    before = (imagined / CSV).read_text()
     assert bench.main([]) == 0  # nothing is left to measure
-    assert (imagined / "gpu_kernels.csv").read_text() == before
-    assert gpu_tables.read_csv(imagined / "gpu_kernels.csv", {**RUN, "driver": "2"}) == []
+    assert (imagined / CSV).read_text() == before
+    assert gpu_tables.read_csv(imagined / CSV, {**RUN, "driver": "2"}) == []
 
 
 def test_without_a_gpu_the_compilers_report_is_made(monkeypatch, capsys):
@@ -106,9 +108,10 @@ def row(kernel="int8_linear", shape="16x64x128", us=2.0, **peers):
 
 def test_packages_stand_beside_at_shapes_of_their_own(imagined, monkeypatch):
     case = (bench.FROM_FLOAT + bench.BESIDE, (17, 32, 128))
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
     monkeypatch.setattr(bench, "package_cases", lambda: [case])
     assert bench.main(["--packages"]) == 0
-    (row,) = gpu_tables.read_csv(imagined / "gpu_kernels.csv", RUN)
+    (row,) = gpu_tables.read_csv(imagined / CSV, RUN)
     installed = {name for name in gpu_device.PACKAGES if find_spec(name) is not None}
     assert set(gpu_tables.peers_of(row)) <= {"bf16"} | installed
     monkeypatch.undo()
@@ -178,8 +181,7 @@ def test_packages_that_are_missing_or_do_not_take_a_shape_are_no_peers(monkeypat
     assert gpu_peers.package("gemlite", "W4A16", 4, 64, 128, "cpu") is None
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_is_measured_beside_the_library(imagined, monkeypatch, causal):
+def test_attention_is_measured_beside_the_library(imagined, monkeypatch):
     monkeypatch.setattr(gpu_attention, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_attention, "RESULTS", imagined)
     monkeypatch.setattr(gpu_attention, "TOKENS", 40)
@@ -188,15 +190,18 @@ def test_attention_is_measured_beside_the_library(imagined, monkeypatch, causal)
     monkeypatch.setattr(gpu_attention, "BUFFERS", 1)
     monkeypatch.setattr(gpu_attention, "microseconds", clock)
     monkeypatch.setattr(gpu_attention, "this_run", lambda: RUN)
-    with use_backend("triton"):
-        rows = gpu_attention.measured(20, causal)
-        gpu_attention.main([])
-    found = {row[2]: float(row[5]) for row in rows}
-    ours = [name for name in found if name.startswith("qtk")]
-    assert len(ours) == 2 and "MATH" in found
-    assert all(found[name] < 0.2 for name in found)
-    table = json.loads((imagined / "gpu_attention.json").read_text())
-    assert table.keys() >= readme_tables.KEYS and len(table["rows"]) == 2 * len(rows)
+    assert gpu_attention.main([]) == 0
+    path = imagined / "gpu_attention_imagined_gpu.json"
+    table = json.loads(path.read_text())
+    assert table.keys() >= readme_tables.KEYS
+    for causal in ("no", "yes"):
+        rows = [row for row in table["rows"] if row[1] == causal]
+        found = {row[2]: float(row[5]) for row in rows if row[4]}
+        assert len([name for name in found if name.startswith("qtk")]) == 3 and "MATH" in found
+        assert all(error < 0.2 for error in found.values())
+        refused = [row for row in rows if not row[4]]
+        assert all("Error" in row[5] and row[2] in gpu_attention.BACKENDS for row in refused)
+    assert gpu_attention.main([]) == 0 and json.loads(path.read_text()) == table  # goes on behind
 
 
 def test_whole_models_are_measured_in_bfloat16(imagined, monkeypatch):
@@ -207,31 +212,65 @@ def test_whole_models_are_measured_in_bfloat16(imagined, monkeypatch):
 
     outputs = []
 
-    def keep(calls):
-        outputs.append(calls[0]()[0])
+    def keep(calls, graph):
+        y = calls[0]()
+        outputs.append(y if isinstance(y, torch.Tensor) else y[0])
         return 2000.0
+
+    def attend(self, q, k, v):  # what PyTorch's FlashAttention computes, sentence by sentence
+        parts = [x.split(self.starts.diff().tolist()) for x in (q, k, v)]
+        done = [torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in sentence)).transpose(0, 1)
+            for sentence in zip(*parts, strict=True)]  # fmt: skip
+        return torch.cat(done)
 
     monkeypatch.setattr(gpu_models, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_models, "RESULTS", imagined)
-    monkeypatch.setattr(gpu_models, "MODELS", {"tiny": tiny, "other": tiny})
-    monkeypatch.setattr(gpu_models, "BATCHES", (1, 2))
-    monkeypatch.setattr(gpu_models, "TOKENS", 5)
+    monkeypatch.setattr(gpu_models, "MODELS", {"tiny": tiny})
+    monkeypatch.setattr(gpu_models, "BATCHES", (4,))
+    monkeypatch.setattr(gpu_models, "TOKENS", 16)
     monkeypatch.setattr(gpu_models, "this_run", lambda: RUN)
     monkeypatch.setattr(gpu_models, "microseconds", keep)
+    monkeypatch.setattr(gpu_models.Unpadded, "varlen", attend)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # for quantizing, there is none
-    assert gpu_models.main([]) == 0 and not list(imagined.iterdir())
-    rows = list(gpu_models.measured("tiny", float("inf")))
-    assert [row[:3] for row in rows] == [
-        ["tiny", batch, what] for what in ("bfloat16, compiled", *gpu_models.SCHEMES)
-        for batch in ("1", "2")
-    ]  # fmt: skip
-    assert all(row[3:] == ["2.000", "1.00x"] for row in rows)
-    want, *quantized = outputs[::2]
-    assert all(y.dtype == torch.bfloat16 for y in outputs)
-    assert all(((y - want).norm() / want.norm()).item() < 0.2 for y in quantized)
-    monkeypatch.setattr(gpu_models, "measured", lambda name, end: [[name]])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for arguments in ([], ["--model", "other"]):  # another run replaces rows of its models only
-        assert gpu_models.main(arguments) == 0
-        table = json.loads((imagined / "gpu_models.json").read_text())
-        assert table["rows"] == [["tiny"], ["other"]]
+    assert gpu_models.main(["--batch", "4"]) == 0 and not list(imagined.iterdir())
+    monkeypatch.setattr(gpu_models, "has_gpu", lambda: True)
+    assert gpu_models.main(["--model", "tiny"]) == 0
+    path = imagined / "gpu_models_imagined_gpu.json"
+    rows = json.loads(path.read_text())["rows"]
+    contenders = [gpu_models.BFLOAT16, *gpu_models.SCHEMES]
+    assert {(row[2], row[3]) for row in rows} == {
+        *((lengths, what) for lengths in ("full", "mixed") for what in contenders),
+        ("mixed", gpu_models.FLOAT16),
+    }
+    assert all(row[4:] == ["2.000", "1.00x"] for row in rows)
+    given = {(row[2], row[3]): y for row, y in zip(rows, outputs, strict=True)}
+    for (lengths, _), y in given.items():
+        want = given[lengths, gpu_models.BFLOAT16].float()
+        counts = torch.ones(4, 16, dtype=torch.bool)
+        if lengths == "mixed":
+            counts = gpu_models.mixed({"attention_mask": counts})["attention_mask"].bool()
+        assert (y.float()[counts] - want[counts]).norm() / want[counts].norm() < 0.2
+    assert gpu_models.main(["--model", "tiny", "--resume"]) == 0
+    assert len(outputs) == len(rows)  # nothing is measured again
+
+
+def test_a_kernel_that_fails_is_a_row_and_a_lost_device_ends_the_process(imagined, monkeypatch):
+    def fail(name, shape, limits):
+        if name == tune.KERNELS[1]:
+            raise RuntimeError("out of resource")
+        return {"us": 5.0, "bytes": 1.0, "ops": 1.0, **ROOFS}
+
+    monkeypatch.setattr(bench, "measured", fail)
+    assert bench.main([]) == 0
+    rows = gpu_tables.read_csv(imagined / CSV, RUN)
+    assert len(rows) == len(SHAPES)
+    assert [row["error"] for row in rows if "us" not in row] == ["RuntimeError: out of resource"]
+    (imagined / CSV).unlink()
+    monkeypatch.setattr(bench, "answers", lambda device: False)
+    assert bench.main([]) == gpu_device.RESTART
+    monkeypatch.setattr(bench, "answers", lambda device: True)
+    assert bench.main([]) == 0  # behind the case that lost it
+    rows = gpu_tables.read_csv(imagined / CSV, RUN)
+    assert rows[0]["fatal"] and len(rows) == len(SHAPES)
+    assert not any("fatal" in row for row in rows[1:])

@@ -1,72 +1,127 @@
-"""benchmarks/run_gpu.sh with a Python that only notes what it was asked for."""
+"""benchmarks/run_gpu.sh: its steps, what it brings home, and a run of it without a GPU."""
 
+import json
 import os
-import re
 import shutil
 import subprocess
+import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from benchmarks.speed import gpu_checks, gpu_run
 from benchmarks.speed.gpu_models import MODELS
 from tests.gpu.check import CHECKS
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "run_gpu.sh"
-pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+ROOT = Path(__file__).resolve().parents[2]
+COMPILES = pytest.mark.skipif(
+    find_spec("triton") is None or shutil.which("bash") is None, reason="needs triton and bash"
+)
 
 
-def run(tmp_path: Path, *arguments: str, gpu: bool = True, fails: str = "nothing") -> tuple:
-    """The exit status, and the command lines of every Python."""
-    log, python = tmp_path / "log", tmp_path / "python"
-    log.write_text("")
-    no_gpu = "" if gpu else '[ "$1" = -c ] && exit 1\n'
-    python.write_text(
-        f'#!/usr/bin/env bash\n{no_gpu}echo "$*" >> {log}\ncase "$*" in *{fails}*) exit 3;; esac\n'
+def test_calls_hold_every_step_once_and_fit_their_minutes():
+    named = [step for call in gpu_run.CALLS.values() for step in call]
+    assert sorted(named) == sorted(gpu_run.STEPS)
+    for call in ("call1", "call2", "call3"):
+        assert sum(gpu_run.STEPS[name].minutes for name in gpu_run.CALLS[call]) <= 9
+    assert {
+        step.arguments[1] for step in gpu_run.STEPS.values() if "--model" in step.arguments
+    } == (set(MODELS))
+    assert set(gpu_checks.OPS) == set(CHECKS)
+    with pytest.raises(SystemExit, match="no step called tea"):
+        gpu_run.steps_of(["call1", "tea"])
+
+
+@pytest.mark.parametrize("name", [n for n in gpu_run.STEPS if n != "tests"])
+def test_every_step_is_a_program_that_takes_its_arguments(name):
+    step = gpu_run.STEPS[name]
+    source = Path(find_spec(step.module).origin).read_text()
+    flags = ["--minutes", "--few", *(a for a in (*step.arguments, *step.again) if a[:2] == "--")]
+    assert all(f'"{flag}"' in source for flag in flags)
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """A run whose programs are Python that a test gives it."""
+
+    def start(minutes=1.0, **programs):
+        steps = {n: gpu_run.Step("-c", (text,), 0.0) for n, text in programs.items()}
+        monkeypatch.setattr(gpu_run, "STEPS", steps)
+        results, out = tmp_path / "results", tmp_path / "out"
+        results.mkdir(exist_ok=True)
+        out.mkdir(exist_ok=True)
+        log = (out / "log").open("w")
+        end = time.monotonic() + 60 * minutes
+        return gpu_run.Run(out, end, results, results, [sys.executable], time.time() - 1, log)
+
+    return start
+
+
+def test_what_a_step_wrote_is_brought_home_also_when_it_is_killed(started, monkeypatch):
+    monkeypatch.setattr(gpu_run, "GRACE", 0.0)
+    text = "import time; open({!r}, 'w').write('1'); print('said', flush=True); time.sleep(60)"
+    run = started(minutes=0.05)
+    gpu_run.STEPS["slow"] = gpu_run.Step("-c", (text.format(f"{run.results}/gpu_a.json"),), 0.0)
+    old = run.results / "gpu_old.json"
+    old.write_text("home before")
+    os.utime(old, (0, 0))
+    assert not run.step("slow", None)
+    assert [path.name for path in run.out.glob("*.json")] == ["gpu_a.json"]
+    assert "said" in (run.out / "log").read_text()
+    assert run.step("slow", None) and "not run" in (run.out / "log").read_text()
+
+
+def test_a_step_that_loses_the_device_is_restarted_once(started):
+    run = started(
+        lost=f"raise SystemExit({gpu_run.RESTART})", failed="raise SystemExit(1)", good=""
     )
-    python.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(python)}
-    done = subprocess.run(
-        ["bash", str(SCRIPT), *arguments], env=env, capture_output=True, text=True
+    assert [run.step(name, None) for name in ("lost", "failed", "good")] == [False, False, True]
+    log = (run.out / "log").read_text()
+    assert log.count("== lost: -c") == 2 and log.count("== failed: -c") == 1
+
+
+def test_a_check_goes_on_behind_the_case_that_ended_its_process(monkeypatch):
+    answers = [
+        ["case W8A8 0", "case W8A8 1", "Segmentation fault", "status -11"],
+        ["case W8A8 2", "W8A8, seed 2: AssertionError: 1 beyond the bound", "status 1"],
+    ]
+    commands = []
+    monkeypatch.setattr(
+        gpu_checks, "lines_of", lambda command, *_: commands.append(command) or answers.pop(0)
     )
-    return done.returncode, log.read_text().splitlines()
+    rows = gpu_checks.check_op("W8A8", 3, 1.0)
+    assert rows[0] == ["W8A8", "3 of 3 random cases, 2 failed"]
+    assert "seed 1 ended the process (status -11)" in rows[1][1]
+    assert commands[1][-2:] == ["--start", "2"]
 
 
-def test_every_step_calls_a_program_that_takes_its_arguments(tmp_path):
-    status, lines = run(tmp_path)
-    assert status == 0
-    modules = {match[1] for line in lines if (match := re.match(r"-m (\S+)", line))}
-    assert modules == {
-        "tests.gpu.check", "pytest", "qtk", "benchmarks.speed.gpu_kernels",
-        "benchmarks.speed.gpu_attention", "benchmarks.speed.gpu_models", "benchmarks.readme_tables",
-    }  # fmt: skip
-    for line in lines:
-        match = re.match(r"-m ((?:benchmarks|tests)\.\S+)", line)
-        if match:
-            spec = find_spec(match[1])
-            source = Path(spec.origin).read_text()
-            assert all(f'"{flag}"' in source for flag in re.findall(r"--\w+", line))
-    checked = {line.split("--only ")[1].split()[0] for line in lines if "--only" in line}
-    assert checked == set(CHECKS)
-    measured = {line.split("--model ")[1].split()[0] for line in lines if "--model" in line}
-    assert measured == set(MODELS)
-    assert lines[-1] == "-m benchmarks.readme_tables"
-    minutes = [float(m) for m in re.findall(r"--minutes (\S+)", "\n".join(lines))]
-    assert minutes and max(minutes) <= 8
+def dry(out: Path, *names: str, path: str = "", few: int = 2, limit: int = 900) -> str:
+    """Runs the script; gives what it printed."""
+    drop = ("TRITON_INTERPRET", "PYTHONPATH", "QTK_BACKEND")
+    env = {k: v for k, v in os.environ.items() if k not in drop}
+    env |= {"PYTHON": sys.executable, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(out / "cache")}
+    command = ["bash", str(ROOT / "benchmarks" / "run_gpu.sh"), *names, "--dry", "--few", str(few)]
+    command += ["--out", str(out), "--minutes", "60"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return done.stdout
 
 
-def test_one_step_runs_alone(tmp_path):
-    _, lines = run(tmp_path, "tune")
-    assert [line for line in lines if not line.startswith("-c")] == [
-        "-m qtk tune --minutes 8", "-m benchmarks.readme_tables"
-    ]  # fmt: skip
+@COMPILES
+def test_a_step_runs_dry_from_the_script_to_the_table_at_home(tmp_path):
+    printed = dry(tmp_path, "bench", few=1)
+    assert "== home: gpu_kernels_imagined_gpu.csv" in printed
+    table = json.loads((tmp_path / "gpu_kernels_imagined_gpu.json").read_text())
+    assert table["rows"][0][0] == "shift_scale_quantize"
 
 
-def test_a_step_that_fails_fails_the_script_but_not_the_others(tmp_path):
-    status, lines = run(tmp_path, fails="W4A4")
-    assert status == 1 and "-m qtk tune --minutes 8" in lines
-
-
-def test_without_a_gpu_the_bench_says_what_it_can(tmp_path):
-    status, lines = run(tmp_path, gpu=False)
-    assert status == 0 and lines == ["-m benchmarks.speed.gpu_kernels"]
+@pytest.mark.slow  # compiles for minutes
+@COMPILES
+@pytest.mark.parametrize("call", ["call1", "call2", "call3"])
+def test_every_call_runs_dry_and_no_case_fails(tmp_path, call):
+    printed = dry(tmp_path, call, limit=1800)
+    assert "Error" not in printed
+    home = [path for path in tmp_path.iterdir() if path.suffix in (".csv", ".json")]
+    assert 0 < len(home) <= 7

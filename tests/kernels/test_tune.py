@@ -12,7 +12,7 @@ NAME = "imagined GPU"
 CARD = _launch.Card(NAME, (9, 0), 132)
 
 
-def clock(calls):
+def clock(calls, rounds=1, graph=True):
     """Kernels are the faster, the more stages; a tile that asks for five does not fit."""
     stages = (_launch._forced or {"num_stages": 0})["num_stages"]
     if stages == 5:
@@ -93,13 +93,43 @@ def test_a_tile_that_computes_something_else_is_not_chosen(imagined, monkeypatch
         assert entry["us"] == entry["before_us"] == 10.0
 
 
-def test_an_error_of_the_device_ends_the_run(imagined, monkeypatch):
+def test_a_shape_that_fails_is_kept_with_its_error_and_tried_again(imagined, monkeypatch):
     def broken(calls):
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(tune, "microseconds", broken)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    table = _launch.read_table(tune.tune(imagined))
+    assert table["entries"] == [] and len(table["failed"]) == 2 * len(tune.KERNELS)
+    assert all("illegal memory access" in entry["error"] for entry in table["failed"])
+    monkeypatch.setattr(tune, "microseconds", clock)
+    table = _launch.read_table(tune.tune(imagined))
+    assert table["failed"] == [] and len(table["entries"]) == 2 * len(tune.KERNELS)
+
+
+def test_another_process_goes_on_behind_the_shape_that_lost_the_device(imagined, monkeypatch):
+    def broken(calls):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune, "microseconds", broken)
+    monkeypatch.setattr(tune, "answers", lambda device: False)
+    with pytest.raises(tune.DeviceLostError, match="illegal memory access"):
         tune.tune(imagined)
+    monkeypatch.undo()
+    monkeypatch.setattr(tune, "_this_gpu", lambda: (torch.device("cpu"), CARD))
+    monkeypatch.setattr(tune, "microseconds", clock)
+    monkeypatch.setattr(tune, "linear_calls", lambda *_: [lambda: torch.ones(1)])
+    shapes = [(kernel, 1, 32, 160) for kernel in tune.KERNELS]
+    table = _launch.read_table(tune.tune(imagined, shapes=shapes))
+    assert len(table["failed"]) == 1 and len(table["entries"]) == len(tune.KERNELS) - 1
+
+
+def test_a_measurement_takes_thirty_milliseconds_in_all():
+    for once in (1e-4, 0.01, 0.4, 3.0, 50.0):
+        rounds = tune.ROUNDS * tune.repeats(once, tune.ROUNDS) * max(once, 1e-3)
+        assert rounds >= tune.LEAST
+
+
+def test_what_a_compiler_refuses_is_told_from_other_errors():
     assert tune._refused(RuntimeError("PassManager::run failed"))
 
 
