@@ -145,7 +145,7 @@ def integer_linears() -> Iterator[Case]:
             name,
             lambda op=op, x=x, N=N, K=K, G=G, o=options: _integer_linear(op, x, N, K, G, o),
             M == 1 and K == 4096,
-            192 if K == 100 else 16 * (op == "W4A4" and size == 32),
+            256 if K == 100 else 16 * (op == "W4A4" and size == 32),
         )  # fmt: skip
 
 
@@ -167,13 +167,15 @@ def float_linears() -> Iterator[Case]:
     ):
         G = 1 if size is None else -(-K // size)
         w = u8(1, packed_width(K)) if bits == 4 else i8(1, K)
+        float32, odd = dtype == torch.float32, K == 100
         yield Case(
             f"W{bits}A16 {M}x{N}x{K} groups {size} {dtype} zero point {zero}",
             lambda M=M, N=N, K=K, G=G, w=w, b=bits, d=dtype, z=zero, s=size: weight_only_linear(
                 empty(M, K, dtype=d, unaligned=K == 100), w.expand(N, -1), empty(N, G), empty(N),
                 w_zero_point=empty(N, G) if z else None, bits=b, in_features=K, group_size=s,
                 **TRITON,
-            ), M in (1, 64) and K == 4096, _stack(dtype == torch.float32 or K == 100),
+            ), M in (1, 64) and K == 4096,
+            384 if float32 and odd else _stack(float32 or odd),
         )  # fmt: skip
 
 
@@ -216,7 +218,7 @@ def attention(fp8: bool) -> Iterator[Case]:
 
 def _stack(much: bool, D: int = 0) -> float:
     """Heads of 65 to 128 channels are held as 128."""
-    return float("inf") if D > 128 else 512 * much if D > 64 else 128 * much
+    return float("inf") if D > 128 else 640 * much if D > 64 else 128 * much
 
 
 def _attend(D: int, T: int, operand: str, kind: dict[str, Any], mask: str) -> Tensor:
