@@ -94,7 +94,7 @@ def gemm_variants() -> list[Variant]:
         out.append(_fp8(M))
     out.append(_int8(128, 0, N=768, K=3072))  # BERT-base, one text
     out += [_int8(8192, 100), _int4(16, 100, False), _weight_only(16, 100, True)]
-    requantize = {"ACTIVATION": "gelu", "QMIN": -128, "QMAX": 127}
+    requantize: dict[str, Any] = {"ACTIVATION": "gelu", "QMIN": -128, "QMAX": 127}
     name = "gelu requantize M=8192"
     out += [_int8(8192, 0, name, "*i8", HAS_ZERO_POINT=True, **requantize),
             _int4(8192, 0, False, name, "*i8", **requantize)]  # fmt: skip
