@@ -53,3 +53,8 @@ def tensor_core(ptx: str) -> str:
     found = set(re.findall(r"(wgmma\.mma_async\S*|tcgen05\.mma\S*|mma\.sync\S*)", ptx))
     return " ".join(sorted(re.sub(r"\.sync\.aligned|\.row\.col|\.cta_group::1", "", f).rstrip(";")
                            for f in found))  # fmt: skip
+
+
+def register_operands(ptx: str) -> int:
+    """How many wgmma in the PTX take their left operand from registers."""
+    return len(re.findall(r"wgmma\.mma_async[^;{]*\{[^}]*\}\s*,\s*\{", ptx))

@@ -92,8 +92,9 @@ def gemm_variants() -> list[Variant]:
             out += [_int8(M, group), _weight_only(M, group, False), _weight_only(M, group, True)]
             out += [_int4(M, group, packed) for packed in (False, True)]
         out.append(_fp8(M))
+    out.append(_int8(128, 0, N=768, K=3072))  # BERT-base, one text
     out += [_int8(8192, 100), _int4(16, 100, False), _weight_only(16, 100, True)]
-    requantize = {"ACTIVATION": "gelu", "QMIN": -128, "QMAX": 127}
+    requantize: dict[str, Any] = {"ACTIVATION": "gelu", "QMIN": -128, "QMAX": 127}
     name = "gelu requantize M=8192"
     out += [_int8(8192, 0, name, "*i8", HAS_ZERO_POINT=True, **requantize),
             _int4(8192, 0, False, name, "*i8", **requantize)]  # fmt: skip
@@ -129,10 +130,14 @@ def _name(op: str, M: int, group: int, tile: dict[str, Any]) -> str:
     return f"{op} M={M} g={group}" + (f" split={tile['SPLIT_K']}" if tile["SPLIT_K"] > 1 else "")
 
 
-def _int8(M: int, group: int, name: str = "", out: str = "*bf16", **params: Any) -> Variant:
-    tile = gemm_launch("int8_linear", M, 4096, 4096, grouped=group > 0, computed_weights=False)
+def _int8(
+    M: int, group: int, name: str = "", out: str = "*bf16", *, N: int = 4096, K: int = 4096,
+    **params: Any,
+) -> Variant:  # fmt: skip
+    tile = gemm_launch("int8_linear", M, N, K, grouped=group > 0, computed_weights=False)
+    op = "int8_linear" if N == K else f"int8_linear {N}x{K}"
     return Variant(
-        f"int8_linear {name}" if name else _name("int8_linear", M, group, tile),
+        f"int8_linear {name}" if name else _name(op, M, group, tile),
         int8_linear._int8_linear_kernel,
         {"x_ptr": "*i8", "w_ptr": "*i8", **SCALES, **_outputs(tile, not group, out)},
         {**PLAIN, "EVEN": group % 128 == 0, "GROUP": group, "BLOCK_K": 128, **tile, **params},

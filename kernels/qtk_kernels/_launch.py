@@ -205,15 +205,15 @@ def _heavy_rule(M: int, computed_weights: bool) -> dict[str, Any]:
 
 
 def _splits(M: int, N: int, K: int, weight_bits: int, tile: dict[str, Any]) -> int:
-    """Parts of the sum over K: four programs a processor, if that pays.
+    """Parts of the sum over K, of four blocks of 128 channels at least.
 
-    Every part keeps four blocks of 128 channels, and all of them together move (8 bytes for each
-    of M N values) at most a quarter of the bytes of the weights.
+    Up to 64 tokens four programs a processor, as long as all parts together move (8 bytes for each
+    of M N values) at most a quarter of the bytes of the weights. Beyond, one program a processor:
+    their parts are a tile each, 2 MB in all, which a cache holds.
     """
     tiles = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
-    if M > 64:
-        return 1
-    most = min(4 * SMS // tiles, K // 512, K * weight_bits // (256 * M), MAX_SPLITS)
+    few = min(4 * SMS // tiles, K * weight_bits // (256 * M))
+    most = min(few if M <= 64 else SMS // tiles, K // 512, MAX_SPLITS)
     return 1 << max(most, 1).bit_length() - 1
 
 

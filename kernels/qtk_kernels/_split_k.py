@@ -107,12 +107,9 @@ def launch_linear(
     w_scale: Tensor | None = None,
 ) -> Tensor:
     """Runs a linear's kernel on x and its other operands, and adds the parts if there are any."""
-    w = operands[0]
-    if w is not None and w.get_device() != x.get_device():
-        raise ValueError(f"x is on {x.device} and the weights are on {w.device}")
     y, *parts = plan.empty(x.device)
     bias = None if bias is None else bias.contiguous()
-    with on_device(x):
+    with on_device(x, *operands, bias):
         kernel[plan.grid](
             x.contiguous() if plan.copy else x, *operands, bias, y, *(parts or (None,)),
             *plan.numbers, **plan.options,

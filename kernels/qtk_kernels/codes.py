@@ -246,17 +246,10 @@ def as_uint8(q: Tensor) -> Tensor:
 
 def check_channels(shape: Sequence[int], **vectors: Sequence[int] | None) -> None:
     """Raises unless the shape of every vector is None or (K,), for x of `shape`."""
-    check_not_a_number(shape)
     K = shape[-1]
     for name, vector in vectors.items():
         if vector is not None and tuple(vector) != (K,):
             raise ValueError(f"{name} must be [{K}] for x {list(shape)}, got {list(vector)}")
-
-
-def check_not_a_number(shape: Sequence[int]) -> None:
-    """Raises where x has no axis of channels."""
-    if not shape:
-        raise ValueError("x must be [..., K], got a tensor without axes")
 
 
 def group_size_of(K: int, G: int, group_size: int | None) -> int:

@@ -30,8 +30,13 @@ def backend_of(x: Tensor, backend: str | None = None) -> str:
     """The backend for an op on `x`.
 
     An explicit `backend` wins, then what `use_backend` or QTK_BACKEND forces, then the device
-    decides. None and "auto" leave the choice open. A backend that cannot run on `x` raises.
+    decides. None and "auto" leave the choice open.
+
+    Raises:
+        ValueError: a backend that is unknown or cannot run on `x`, or an `x` without axes.
     """
+    if not x.ndim:
+        raise ValueError("x must be [..., K], got a tensor without axes")
     name = _forced if backend is None or backend == "auto" else backend
     if name is None or name == "auto":
         name = "triton" if x.is_cuda else "cpu"
@@ -69,13 +74,30 @@ def use_backend(name: str) -> Iterator[None]:
 _HERE = nullcontext()
 
 
-def on_device(x: Tensor) -> AbstractContextManager:
+def on_device(x: Tensor, *operands: Tensor | None) -> AbstractContextManager:
     """Makes the device of `x` current, for a launch on a second GPU; costs nothing on the first.
 
+    Args:
+        operands: what else the kernel reads.
+
     Raises:
-        ValueError: a card from before sm_80, for which the kernels do not compile.
+        ValueError: a card from before sm_80, for which the kernels do not compile, an operand that
+            lies elsewhere, or float64.
     """
     index = x.get_device()  # -1 on a CPU
+    for operand in (x, *operands):
+        if operand is None:
+            continue
+        if operand.get_device() != index:
+            raise ValueError(
+                f"x is on {x.device} and an operand of {list(operand.shape)} is on "
+                f"{operand.device}: move it with .to(x.device)"
+            )
+        if operand.dtype == torch.float64:
+            raise ValueError(
+                f"backend 'triton' computes in float32, got float64 {list(operand.shape)}: "
+                "convert it, or use backend='reference'"
+            )
     if index < 0:
         return _HERE
     _check_card(index)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._lang import entry, jit, tl
-from ._launch import cdiv, next_power_of_2
+from ._launch import MAX_ROW, cdiv, next_power_of_2
 from ._one_part import dynamic_divide, dynamic_limit, lanes, store_codes, store_scale
 from ._plan import Plan, opaque, planned, row_step, shape_of
 from .codes import Codes, channels_of, check_channels, quantize_ref
@@ -125,13 +125,13 @@ def _two_products(
     """left^T u right for every [F, P] of u [ROWS, BLOCKS * F * P].
 
     The matrices hold -1, 0 and 1: with u in three parts tensor cores lose less than float32 does.
+    Products in three dimensions stay on mma.sync, where a left operand in registers is safe.
     """
-    right = _load_matrix(right_ptr, p, P)
-    y = tl.dot(tl.reshape(u, (ROWS * BLOCKS * F, P)), right, input_precision="tf32x3")
-    y = tl.permute(tl.reshape(y, (ROWS * BLOCKS, F, P)), (0, 2, 1))
-    left = _load_matrix(left_ptr, f, F)
-    y = tl.dot(tl.reshape(y, (ROWS * BLOCKS * P, F)), left, input_precision="tf32x3")
-    y = tl.permute(tl.reshape(y, (ROWS * BLOCKS, P, F)), (0, 2, 1))
+    N: tl.constexpr = ROWS * BLOCKS
+    right = tl.broadcast_to(_load_matrix(right_ptr, p, P)[None, :, :], (N, P, P))
+    left = tl.broadcast_to(tl.trans(_load_matrix(left_ptr, f, F))[None, :, :], (N, F, F))
+    y = tl.dot(tl.reshape(u, (N, F, P)), right, input_precision="tf32x3")
+    y = tl.dot(left, y, input_precision="tf32x3")
     return tl.reshape(y, (ROWS, BLOCKS * F * P))
 
 
@@ -169,10 +169,11 @@ def _hadamard_quantize_kernel(
 
 
 def hadamard_launch(M: int, K: int, block: int, codes: Codes) -> dict | None:
-    """The compile-time parameters of the kernel, or None where it would have to move channels.
+    """The compile-time parameters of the kernel, or None where PyTorch rotates.
 
-    That is where a group has another size than a power of two, or where a factor of the rotation
-    that is padded to one leaves holes between channels.
+    That is where channels would have to move: a group has another size than a power of two, or a
+    factor of the rotation that is padded to one leaves holes between channels; and where registers
+    do not hold the row or the matrices.
     """
     _, f, p = split(block)
     order, group = f * p, codes.group_size(K)
@@ -182,14 +183,18 @@ def hadamard_launch(M: int, K: int, block: int, codes: Codes) -> dict | None:
     if order & (order - 1) == 0:
         # a token with one scale is held whole; every other tile ends between two rotations
         whole = not codes.static and group >= K
+        if whole and K > 2 * MAX_ROW:  # more than registers hold
+            return None
         tile = codes.launch_one_part(M, K, max(order, next_power_of_2(K) if whole else 1))
         return {"STAGES": order.bit_length() - 1, "BLOCKS": 0, "F": 1, "P": 1, **tile}
     F, P = max(16, next_power_of_2(f)), max(16, next_power_of_2(p))  # as tl.dot wants them
     if (p != P and f * blocks > 1) or (f != F and blocks > 1):
         return None
+    if F * P > 1024:  # more than registers hold
+        return None
     BLOCKS = next_power_of_2(blocks)
     tile = codes.launch_one_part(M, K, BLOCKS * F * P)
-    warps = min(max(tile["ROWS"] * BLOCKS * F * P // 1024, 4), 16)
+    warps = min(max(tile["ROWS"] * BLOCKS * F * P // 2048, 2), 16)
     return {"STAGES": 0, "BLOCKS": BLOCKS, "F": F, "P": P, **tile, "num_warps": warps}
 
 
@@ -198,7 +203,7 @@ def _plan(
     shape: torch.Size, stride: tuple[int, ...], block: int,
     vectors: tuple[torch.Size | None, ...], codes: Codes,
 ) -> Plan | None:  # fmt: skip
-    """None where the kernel would have to move channels."""
+    """None where PyTorch rotates."""
     _check(shape, block, *vectors)
     K, M = shape[-1], prod(shape[:-1])
     step, results = row_step(shape, stride), codes.results(shape)
@@ -230,6 +235,7 @@ def _launch_hadamard_quantize(
 ) -> list[Tensor]:  # fmt: skip
     vectors = multiplier, offset, out_multiplier, out_offset
     plan = _plan(x.shape, x.stride(), block, tuple(map(shape_of, vectors)), codes)
+    here = on_device(x, *vectors)
     if plan is None:  # the rotation by PyTorch, and all that follows in one pass
         u = x.float() if multiplier is None else x.float() * multiplier.float()
         y = hadamard(u if offset is None else u + offset.float(), block)
@@ -239,7 +245,7 @@ def _launch_hadamard_quantize(
     if plan.options["BLOCKS"]:
         matrices = tuple(signs_on(n, x.device) for n in plan.numbers[3:5])
     m, o, om, oo = (None if v is None else v.contiguous() for v in vectors)
-    with on_device(x):
+    with here:
         _hadamard_quantize_kernel[plan.grid](
             x.contiguous() if plan.copy else x, m, o, *matrices, om, oo,
             results[0], None if len(results) == 1 else results[1], *plan.numbers, **plan.options,
@@ -275,8 +281,9 @@ def hadamard_quantize(
     Raises:
         ValueError: a block that does not divide K, or a vector that is not [K].
     """
+    name = backend_of(x, backend)
     block = x.shape[-1] if block is None else block
-    if backend_of(x, backend) == "triton" and x.numel():
+    if name == "triton" and x.numel():
         q, *scale = _launch_hadamard_quantize(
             x, multiplier, offset, codes, block, out_multiplier, out_offset
         )

@@ -40,7 +40,6 @@ from .codes import (
     BYTE_OFFSET,
     Codes,
     as_int8,
-    check_not_a_number,
     group_size_of,
     scale_strides,
 )
@@ -218,7 +217,6 @@ def _check(
     x_scale: torch.Size | None, bias: torch.Size | None, group_size: int | None, blocked: bool,
 ) -> int:  # fmt: skip
     """The channels in a group; raises where shapes or dtypes do not fit."""
-    check_not_a_number(x)
     K, N = x[-1], w_scale[0]
     G = max(w_scale[1], 1 if x_scale is None else x_scale[-1])
     size = group_size_of(K, G, group_size)

@@ -316,7 +316,7 @@ def _launch_layer_norm_quantize(
     norm: tuple[Tensor | None, ...] = (None, None)
     if emit == "norm" and norm_weight is not None and norm_bias is not None:
         norm = norm_weight.contiguous(), norm_bias.contiguous()
-    with on_device(x):
+    with on_device(x, residual, weight, bias, *norm):
         _layer_norm_quantize_kernel[plan.grid](
             x, residual, weight.contiguous(), bias.contiguous(),
             *norm,

@@ -57,6 +57,7 @@ def attention_tile(
     """Rows, keys and warps of a program: a rule, not tuned on a GPU.
 
     Args:
+        D: channels of a head as the kernel holds them, a power of two.
         one_pass: nothing about a whole row has to be known before its codes are.
         fp8: the second product's operands are float8, which are native from 64 rows on.
         row_bytes: of a key and its value together; more leave no shared memory for more keys.
@@ -94,6 +95,12 @@ Known = Tensor | Signature
 
 def _signature(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (x.shape, x.stride(), x.dtype)
+
+
+def _check_axes(*tensors: Tensor) -> None:
+    if any(x.ndim != 4 for x in tensors):
+        shapes = ", ".join(str(list(x.shape)) for x in tensors)
+        raise ValueError(f"q, k and v must be [B, H, T, D], got {shapes}")
 
 
 def _check(
@@ -166,8 +173,9 @@ def _plan(
     groups = [1 if s is None else group(s.shape, T) for s, T in ((q_scale, Tq), (k_scale, Tk))]
     fp8 = v.dtype == torch.float8_e4m3fn
     one_pass = grid or softmax.kind == "float"
+    BLOCK_W, BLOCK_D = max(next_power_of_2(width), 32), max(next_power_of_2(D), 16)
     tile = attention_tile(
-        Tq, Tk, D, one_pass, fp8, width * q.dtype.itemsize + D * v.dtype.itemsize,
+        Tq, Tk, BLOCK_D, one_pass, fp8, BLOCK_W * q.dtype.itemsize + BLOCK_D * v.dtype.itemsize,
         packed=q.dtype == torch.uint8, full_mask=mask is not None and seen[2] > 0,
     )  # fmt: skip
     tile["BLOCK_N"] = block_n or tile["BLOCK_N"]
@@ -184,7 +192,7 @@ def _plan(
          "TAIL": causal or mask is not None or Tk % tile["BLOCK_N"] > 0,
          "KEY_MASK": mask is not None and seen[2] == 0, "PACKED": q.dtype == torch.uint8,
          "V_FP8": fp8, "EXACT": INTERPRETED,
-         "BLOCK_W": max(next_power_of_2(width), 32), "BLOCK_D": max(next_power_of_2(D), 16),
+         "BLOCK_W": BLOCK_W, "BLOCK_D": BLOCK_D,
          **tile,
          # the definition of codes says where a product and a sum are one
          "enable_fp_fusion": softmax.kind == "float"},
@@ -213,7 +221,7 @@ def _launch_quantized_attention(
     if plan.copy:
         q, k = q.contiguous(), k.contiguous()
     (out,) = plan.empty(q.device)
-    with on_device(q):
+    with on_device(*tensors):
         quantized_attention_kernel[plan.grid](
             q, k, v.view(torch.int8) if plan.options["V_FP8"] else v,
             None if mask is None else mask.view(torch.uint8), q_scale, k_scale, v_scale,
@@ -257,6 +265,7 @@ def quantized_attention(
     Raises:
         ValueError: shapes, scales or kinds that do not fit.
     """
+    _check_axes(q, k, v)
     Tk, D = v.shape[2:]
     grid = softmax == "code" and (Tk > WHOLE if grid is None else grid)
     multiplier = (
@@ -282,6 +291,7 @@ def attention_weights(
     causal: bool = False,
 ) -> Tensor:  # fmt: skip
     """What `quantized_attention` multiplies v with, [B, H, Tq, Tk] float32, by the definition."""
+    _check_axes(q, k, v)
     kind = Softmax(softmax, bits, steps, renormalize)
     _check(q, k, v, kind, q_scale, k_scale, None, step, None)
     multiplier = (v.shape[3] ** -0.5 if scale is None else scale) * LOG2_E * kind.units

@@ -156,7 +156,7 @@ def launch_shift_scale_quantize(
     """Runs the kernel."""
     plan = _plan(x.shape, x.stride(), shape_of(multiplier), shape_of(offset), codes, activation)
     results = plan.empty(x.device)
-    with on_device(x):
+    with on_device(x, multiplier, offset):
         _shift_scale_quantize_kernel[plan.grid](
             x.contiguous() if plan.copy else x,
             None if multiplier is None else multiplier.contiguous(),

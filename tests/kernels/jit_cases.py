@@ -1,11 +1,13 @@
 """Calls of every op as a GPU would see them, for a compiler: tensors are empty, sizes are real.
 
-Options take turns instead of meeting all others, which would take hours.
+All options together are 15,000 launches, hours of compiling. A branch of a kernel depends on two
+of them at once, seldom on more: every two options meet in some case (`pairwise`), and the random
+cases of the GPU checks, others for each card, draw the rest.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, product
+from itertools import combinations, cycle, product
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ class Case:
         first: one of those to compile when time is short.
         stack: bytes of a thread's stack that are tolerated: heads of more than 128 channels have
             any; float32, rows that do not begin on 16 bytes and a mask of every query some.
-        waits: tensor cores may wait after each product: with a mask of every query.
+        waits: tensor cores may wait after each product: with a mask of every query, and where
+            heads of floats have more than 64 channels.
     """
 
     name: str
@@ -48,6 +51,25 @@ class Case:
     first: bool = False
     stack: float = 0
     waits: bool = False
+
+
+def pairwise(*axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """Few combinations in which every option of an axis meets every option of every other."""
+    numbers = [range(len(axis)) for axis in axes]
+    left = {
+        ((i, a), (j, b)): None for i, j in combinations(range(len(axes)), 2)
+        for a, b in product(numbers[i], numbers[j])
+    }  # fmt: skip
+    while left:
+        chosen = dict(next(iter(left)))
+        for i in range(len(axes)):
+            if i not in chosen:
+                chosen[i] = max(numbers[i], key=lambda a, i=i: sum(
+                    (min((i, a), other), max((i, a), other)) in left for other in chosen.items()
+                ))  # fmt: skip
+        for pair in combinations(sorted(chosen.items()), 2):
+            left.pop(pair, None)
+        yield tuple(axis[chosen[i]] for i, axis in enumerate(axes))
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, unaligned: bool = False) -> Tensor:
@@ -100,61 +122,60 @@ def quantizers() -> Iterator[Case]:
             )  # fmt: skip
 
 
+OUTPUTS: tuple[dict[str, Any], ...] = (
+    {"out_dtype": torch.bfloat16},
+    {"out_codes": Codes(8), "out_step": 0.5, "out_zero_point": 1, "activation": "gelu"},
+    {"activation": "gelu_tanh", "out_dtype": torch.float16},
+    {"out_codes": Codes(4, offset=8), "out_step": 0.5, "out_zero_point": 3},
+    {},
+)
+
+
 def integer_linears() -> Iterator[Case]:
-    outputs = cycle([
-        {"out_dtype": torch.bfloat16},
-        {"out_codes": Codes(8), "out_step": 0.5, "out_zero_point": 1, "activation": "gelu"},
-        {"activation": "gelu_tanh", "out_dtype": torch.float16},
-        {"out_codes": Codes(4, offset=8), "out_step": 0.5, "out_zero_point": 3},
-        {},
-    ])  # fmt: skip
-    inputs = cycle([(True, 0), (False, 1), (True, -100), (False, 0)])
-    for M, (N, K), size, op in product(ROWS, SHAPES, GROUPS, ("W8A8", "W4A8", "W4A4")):
-        out, (token, zero_point) = next(outputs), next(inputs)
+    axes = ROWS, SHAPES, GROUPS, ("W8A8", "W4A8", "W4A4"), OUTPUTS, ("none", "token", "group")
+    for M, (N, K), size, op, out, scale, zero_point, unsigned in pairwise(
+        *axes, (0, 1, -100), (False, True)
+    ):
         G = 1 if size is None else -(-K // size)
-        odd = (M + K) % 5 == 0
-        options = {
-            **out, "x_zero_point": zero_point, "group_size": size,
-            "x_scale": empty(M, G if odd else 1) if token else None,
-        }  # fmt: skip
-        name = f"{op} {M}x{N}x{K} groups {size} zero point {zero_point} {out}"
-        vectors = empty(N, G), empty(N)
-        width, first = packed_width(K), M == 1 and K == 4096
-        if op == "W8A8":
-            x = u8(M, K) if odd else i8(M, K, unaligned=K == 100)
-            yield Case(
-                name,
-                lambda x=x, N=N, K=K, v=vectors, o=options: int8_linear(
-                    x, i8(N, K), *v, **o, **TRITON
-                ), first, _stack(K == 100),
-            )  # fmt: skip
-            continue
-        packed = op == "W4A4"
-        x = u8(M, width) if packed else u8(M, K) if odd else i8(M, K, unaligned=K == 100)
-        options |= {"in_features": K, "x_packed": packed}
+        x_scale = None if scale == "none" else empty(M, G if scale == "group" else 1)
+        options = {**out, "x_zero_point": zero_point, "group_size": size, "x_scale": x_scale}
+        name = f"{op} {M}x{N}x{K} groups {size} {scale} zero point {zero_point} {out}"
+        x = u8(M, K) if unsigned else i8(M, K, unaligned=K == 100)
         yield Case(
             name,
-            lambda x=x, N=N, w=width, v=vectors, o=options: int4_linear(
-                x, u8(N, w), *v, **o, **TRITON
-            ), first, _stack(K == 100),
+            lambda op=op, x=x, N=N, K=K, G=G, o=options: _integer_linear(op, x, N, K, G, o),
+            M == 1 and K == 4096,
+            256 if K == 100 else 16 * (op == "W4A4" and size == 32),
         )  # fmt: skip
+
+
+def _integer_linear(op: str, x: Tensor, N: int, K: int, G: int, options: dict[str, Any]) -> Tensor:
+    vectors, width = (empty(N, G), empty(N)), packed_width(K)
+    if op == "W8A8":
+        return int8_linear(x, i8(N, K), *vectors, **options, **TRITON)
+    packed = op == "W4A4"
+    return int4_linear(
+        u8(len(x), width) if packed else x, u8(N, width), *vectors, in_features=K, x_packed=packed,
+        **options, **TRITON,
+    )  # fmt: skip
 
 
 def float_linears() -> Iterator[Case]:
     """Weight-only."""
-    for M, (N, K), size, bits, dtype, zero in product(
+    for M, (N, K), size, bits, dtype, zero in pairwise(
         ROWS, SHAPES, GROUPS, (4, 8), FLOATS, (False, True)
     ):
         G = 1 if size is None else -(-K // size)
         w = u8(1, packed_width(K)) if bits == 4 else i8(1, K)
-        first = M in (1, 64) and size in (None, 128) and K == 4096 and dtype != torch.float16
+        float32, odd = dtype == torch.float32, K == 100
         yield Case(
             f"W{bits}A16 {M}x{N}x{K} groups {size} {dtype} zero point {zero}",
             lambda M=M, N=N, K=K, G=G, w=w, b=bits, d=dtype, z=zero, s=size: weight_only_linear(
                 empty(M, K, dtype=d, unaligned=K == 100), w.expand(N, -1), empty(N, G), empty(N),
                 w_zero_point=empty(N, G) if z else None, bits=b, in_features=K, group_size=s,
                 **TRITON,
-            ), first and zero == (size is None), _stack(dtype == torch.float32 or K == 100),
+            ), M in (1, 64) and K == 4096,
+            384 if float32 and odd else _stack(float32 or odd),
         )  # fmt: skip
 
 
@@ -183,23 +204,21 @@ SOFTMAX: tuple[dict[str, Any], ...] = (
 def attention(fp8: bool) -> Iterator[Case]:
     """Every head size with every operand; lengths of one tile, of two passes, and of a walk."""
     operands = ("fp8",) if fp8 else ("float32", "float16", "bfloat16", "int8", "int4")
-    kinds = cycle(SOFTMAX)
-    masks = cycle(["none", "keys", "none", "all", "none"])
-    for D, T, operand in product(HEADS, (1, 64, 197, 512, 700), operands):
-        for _ in range(2):
-            kind, mask = next(kinds), next(masks)
-            if fp8 and (kind["softmax"] not in ("code", "log2") or kind.get("bits") == 5):
-                kind = SOFTMAX[0]
-            yield Case(
-                f"attention {operand} D={D} T={T} {kind} mask {mask}",
-                lambda D=D, T=T, o=operand, k=kind, m=mask: _attend(D, T, o, k, m),
-                T in (197, 700) and D in (64, 128),
-                _stack(operand == "float32" or mask == "all", D), mask == "all",
-            )  # fmt: skip
+    kinds = [SOFTMAX[i] for i in (0, 2, 4)] if fp8 else SOFTMAX
+    axes = HEADS, (1, 64, 197, 512, 700), operands, kinds, ("none", "keys", "all")
+    for D, T, operand, kind, mask in pairwise(*axes):
+        yield Case(
+            f"attention {operand} D={D} T={T} {kind} mask {mask}",
+            lambda D=D, T=T, o=operand, k=kind, m=mask: _attend(D, T, o, k, m),
+            T in (197, 700) and D in (64, 128),
+            _stack(operand == "float32" or mask == "all", D),
+            mask == "all" or (D > 64 and "float" in operand),
+        )  # fmt: skip
 
 
 def _stack(much: bool, D: int = 0) -> float:
-    return float("inf") if D > 128 else 0 if not much else 384 if D == 128 else 128
+    """Heads of 65 to 128 channels are held as 128."""
+    return float("inf") if D > 128 else 640 * much if D > 64 else 128 * much
 
 
 def _attend(D: int, T: int, operand: str, kind: dict[str, Any], mask: str) -> Tensor:

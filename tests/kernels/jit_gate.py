@@ -23,8 +23,10 @@ from tests.kernels import jit  # isort: skip (a card has to be imagined before k
 import torch
 
 from tests.kernels.jit_cases import OPS, Case
+from tests.kernels.jit_reported import reported
 
-SEEDS = 30  # of each random check
+SEEDS = 8  # of each random check, others for each card
+OTHERS = ("reported", "checked")  # beside OPS
 FP8_FROM = 89  # what multiplies e4m3
 
 
@@ -32,7 +34,7 @@ class Compiled(Exception):
     """Ends a check where a GPU would compare."""
 
 
-def checked() -> Iterator[Case]:
+def checked(arch: int) -> Iterator[Case]:
     """The random cases of the GPU checks, with a GPU's sizes."""
     torch.cuda.is_available = lambda: True  # what they draw their sizes by
     from tests.gpu import attention, cases, check, linears, quantizers
@@ -52,13 +54,16 @@ def checked() -> Iterator[Case]:
         except Compiled:
             return
 
-    for seed, name in product(range(SEEDS), check.CHECKS):
+    first = list(jit.SHARED).index(arch) * SEEDS
+    for seed, name in product(range(first, first + SEEDS), check.CHECKS):
         yield Case(f"check {name} {seed}", lambda n=name, s=seed: run(n, s), stack=384, waits=True)
 
 
 def cases(op: str, arch: int) -> list[Case]:
+    if op == "reported":
+        return list(reported())
     if op == "checked":
-        return [case for case in checked() if arch >= FP8_FROM or "fp8" not in case.name]
+        return [case for case in checked(arch) if arch >= FP8_FROM or "fp8" not in case.name]
     return [] if op.startswith("fp8") and arch < FP8_FROM else list(OPS[op]())
 
 
@@ -90,7 +95,8 @@ def gate(op: str, arch: int, few: int | None) -> int:
     failed, numbered = 0, set()
     for case in every:
         kind = case.name.split()[0]
-        new, ones = kind not in numbered, "all" if few is not None else "each"
+        new = kind not in numbered and op != "reported"  # those say which number is 1
+        ones = "all" if few is not None else "each"
         numbered.add(kind)
         wrong = failures(case, arch, ones if new else "none")
         failed += bool(wrong)
@@ -115,10 +121,10 @@ def alone(job: tuple[str, int]) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, choices=list(jit.SHARED))
-    parser.add_argument("--only", choices=[*OPS, "checked"])
+    parser.add_argument("--only", choices=[*OPS, *OTHERS])
     parser.add_argument("--few", type=int, help="cases of an op")
     options = parser.parse_args(arguments)
-    ops = [options.only] if options.only else [*OPS, "checked"]
+    ops = [options.only] if options.only else [*OPS, *OTHERS]
     jobs = list(product(ops, [options.arch] if options.arch else list(jit.SHARED)))
     if options.few is not None or len(jobs) == 1:
         return int(sum(gate(op, arch, options.few) for op, arch in jobs) > 0)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.compiler.disassembly import register_operands
+
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
     "layer_norm_quantize w8 token K=768",
@@ -46,9 +48,13 @@ PROGRAM = """
 import json, sys
 from dataclasses import asdict
 from benchmarks.compiler import report, variants
+from benchmarks.compiler.disassembly import register_operands
 names = json.loads(sys.argv[1])
 named = {v.name: v for v in [*variants.row_variants(), *variants.gemm_variants()]}
 rows = [asdict(report.report(named[n], 90)) for n in names]
+for row in rows:
+    ptx = report.compile_for(named[row["variant"]], 90).asm["ptx"]
+    row["in_registers"] = register_operands(ptx)
 large = [n for n in names if "8192" in n and "fp8" not in n]
 rows += [asdict(report.report(named[n], 80)) for n in large]
 print(json.dumps(rows))
@@ -81,6 +87,18 @@ def test_tensor_cores_are_used(compiled):
     found = {r["variant"]: r["tensor_core"] for r in compiled if r["arch"] == 90}
     assert {name: found[name] for name in TENSOR_CORE} == TENSOR_CORE
     assert all(r["tensor_core"].startswith("mma.m16n8k") for r in compiled if r["arch"] == 80)
+
+
+def test_no_left_operand_of_wgmma_is_computed_in_registers(compiled):
+    """ptxas before 13.3 gets some of them wrong; attention alone has them."""
+    found = {r["variant"]: r["in_registers"] for r in compiled if r["arch"] == 90}
+    assert len(found) == len(NAMES) and not any(found.values()), found
+
+
+def test_register_operands_are_seen():
+    shared = "wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {%r1, %r2}, %rd1, %rd2, p, 1, 1;"
+    assert register_operands(shared) == 0
+    assert register_operands(shared + shared.replace("%rd1", "{%r5,%r6,%r7,%r8}")) == 1
 
 
 def test_weights_are_not_converted_one_by_one(compiled):

@@ -68,7 +68,7 @@ def test_avx2_adds_two_products_of_fifteen_bits_in_sixteen(monkeypatch, w, a, ex
 class OnGpu:
     """A tensor on a card."""
 
-    is_cuda, device = True, "cuda:0"
+    is_cuda, device, ndim, dtype = True, "cuda:0", 1, torch.float32
 
     def get_device(self):
         return 0

@@ -83,6 +83,9 @@ def test_no_kernel_moves_channels():
     """Padded factors and groups that end inside a block are left to PyTorch."""
     assert hadamard_launch(8, 768, 768, Codes(8)) is not None
     assert hadamard_launch(8, 384, 384, Codes(8)) is None
+    assert hadamard_launch(8, 2560, 2560, Codes(8)) is None
+    assert hadamard_launch(8, 20001, 1, Codes(8, "token")) is None
+    assert hadamard_launch(8, 20001, 1, Codes(8)) is not None
     assert hadamard_launch(8, 768, 256, Codes(8, 100)) is None
 
 

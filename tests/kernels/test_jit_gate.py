@@ -11,18 +11,45 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def gate(cache, *arguments):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "TRITON_CACHE_DIR": str(cache),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.jit_gate", *arguments],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    if find_spec("triton") is None:
+        pytest.skip("needs triton")
+    return gate(tmp_path_factory.mktemp("cache"), "--only", "reported", "--arch", "90")
+
+
+NAMES = [
+    "one token in parts", "output zero point 1", "float32 heads",
+    "float32, four bits and a zero point", "float32 tokens", "heads of 256 channels",
+    "two channels", "32 tokens of W4A8",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_once_failed_compiles_fits_and_does_not_spill(reported, name):
+    """The bounds are those of `tests/kernels/jit_reported.py`."""
+    _, said = reported
+    assert f" of {len(NAMES)} fail" in said, said
+    assert [line for line in said.splitlines() if line.startswith(f"sm_90 {name}: ")] == []
+
+
 @pytest.mark.slow  # minutes of compiling; `make gpu-gate` compiles all
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 @pytest.mark.parametrize("arch, few", [("90", "16"), ("86", "6")])
 def test_launches_compile_and_fit_the_card(tmp_path, arch, few):
     """A sample of what `make gpu-gate` compiles."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-        "TRITON_CACHE_DIR": str(tmp_path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.jit_gate", "--arch", arch, "--few", few],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    code, said = gate(tmp_path, "--arch", arch, "--few", few)
+    assert code == 0, said

@@ -98,6 +98,30 @@ def test_splits_fill_the_device_and_leave_work_for_each(M):
     assert split > 1 if M == 1 else split == 1 if M > 64 else True
 
 
+@pytest.mark.parametrize("M, N, K, split", [
+    (128, 768, 3072, 4), (197, 768, 768, 1), (197, 768, 3072, 2), (128, 1024, 4096, 4),
+    (128, 3072, 768, 1), (512, 768, 3072, 1), (65, 16, 65536, 16),
+])  # fmt: skip
+def test_a_product_with_fewer_tiles_than_processors_is_split(M, N, K, split):
+    """BERT's and ViT's at batch 1: 24 programs would leave 108 of 132 processors idle."""
+    tile = gemm_launch("int8_linear", M, N, K, grouped=False, computed_weights=False)
+    assert tile["SPLIT_K"] == split
+    tiles = -(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"])
+    assert split == 1 or tiles * split <= _launch.SMS
+
+
+def test_many_tokens_in_parts_give_the_same_bits():
+    """By the rule, not by a tile of the test's own."""
+    M, N, K = 70, 20, 1100
+    x_q, w_q = (torch.randint(-128, 128, (n, K), dtype=torch.int8) for n in (M, N))
+    args = {"x_scale": torch.rand(M, 1), "x_zero_point": 3}
+    w_scale, bias = torch.rand(N, 1), torch.randn(N)
+    tile = gemm_launch("int8_linear", M, N, K, grouped=False, computed_weights=False)
+    assert tile["SPLIT_K"] == 2
+    want = int8_linear(x_q, w_q, w_scale, bias, **args, backend="reference")
+    assert torch.equal(int8_linear(x_q, w_q, w_scale, bias, **args, backend="triton"), want)
+
+
 def test_steps_cover_k_once():
     assert steps_of(300, 0, 128) == 3
     assert steps_of(300, 64, 64) == 5

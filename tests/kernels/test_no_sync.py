@@ -218,6 +218,46 @@ def test_registrations_hold(name, monkeypatch):
     torch.library.opcheck(op, args, test_utils=checks[1:] if name == "fp8" else checks)
 
 
+def dtypes_of(name):
+    """Of the tensors that a call of that name takes, in their order."""
+    made = []
+    CALLS[name](lambda *what: made.append(what[-1]) or empty(*what), "reference")
+    return made
+
+
+def changed(at, change):
+    """Makes tensors, and the one of that number otherwise."""
+    numbers = iter(range(100))
+    return lambda *what: change(*what) if next(numbers) == at else empty(*what)
+
+
+OPERANDS = [(name, i, dtype) for name in CALLS for i, dtype in enumerate(dtypes_of(name))]
+
+
+@pytest.mark.parametrize("name, at", [(name, i) for name, i, _ in OPERANDS if i])
+def test_an_operand_on_another_device_is_refused(stubbed, name, at):
+    def elsewhere(*what):
+        return torch.empty(what[:-1], dtype=what[-1], device="cuda:0")
+
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        pytest.raises(ValueError, match=r"x is on cpu and an operand of .* is on cuda:0: move it"),
+    ):
+        CALLS[name](changed(at, elsewhere), "triton")
+    assert not stubbed
+
+
+@pytest.mark.parametrize("name, at", [
+    (name, i) for name, i, dtype in OPERANDS
+    if dtype in (torch.float32, torch.bfloat16)
+])  # fmt: skip
+def test_float64_is_refused(stubbed, name, at):
+    """In place of any float: a kernel would compute in it, slowly, and differ from others."""
+    with pytest.raises(ValueError, match="computes in float32, got float64"):
+        CALLS[name](changed(at, lambda *what: empty(*what[:-1], torch.float64)), "triton")
+    assert not stubbed
+
+
 def test_a_plan_is_made_once_and_errors_every_time(stubbed):
     x, w, scale = random(M, K, torch.int8), random(N, K, torch.int8), torch.rand(N, 1)
     for _ in range(3):
@@ -235,6 +275,8 @@ def test_the_current_device_is_not_made_current_again(monkeypatch):
     monkeypatch.setattr(dispatch, "_check_card", lambda index: None)
 
     class OnGpu:
+        dtype = torch.float32
+
         def __init__(self, index):
             self.get_device = lambda: index
 
