@@ -1,6 +1,7 @@
 """The command line: each command calls one function of qtk and prints what it returns."""
 
 import logging
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from qtk.commands import make, measure, trust
 from qtk.commands.shown import errors
 from qtk.errors import QtkError
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": make.quantize, "eval": measure.evaluate, "info": measure.info,
     "search": measure.search, "bench-ops": measure.bench_ops, "sweep": measure.sweep,
     "export": make.export, "robust": trust.robust, "audit": trust.audit, "fair": trust.fair,
