@@ -113,6 +113,7 @@ def measured(
         if time.monotonic() > end:
             print(f"out of time: {what} of {name} was not measured", flush=True)
             break
+        runs = None
         for lengths in batches if what != FLOAT16 else set(batches) & {"mixed"}:
             line = [name, str(batch), lengths, what]
             if line in [row[:4] for row in known]:
@@ -120,7 +121,8 @@ def measured(
             yield [*line, "", "ended the process"]
             torch._dynamo.reset()
             try:
-                ms = milliseconds(what, contender(what, model, make), batches[lengths], lengths)
+                runs = contender(what, model, make) if runs is None else runs
+                ms = milliseconds(what, runs, batches[lengths], lengths)
             except Exception as error:  # the others are still to be measured
                 yield [*line, "", said(error)]
                 if not answers(torch.device(DEVICE)):

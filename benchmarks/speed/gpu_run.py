@@ -11,8 +11,9 @@ later  the rest, for further calls: tests, packages, all shapes, all models
 All steps of one command share its minutes; a step that is killed, fails or loses the device does
 not end the others. A lost device restarts a step once, behind the case that lost it. Whatever a
 step has written is copied to DIR ($OUT, else benchmarks/results) while it runs, at its end, and
-when the run is interrupted: flat, at most 7 files and a log. A machine that forgets everything needs them back
-before the next command: `take` them at home, and the tree that is sent again holds them.
+when the run is interrupted: flat, at most 7 files and a log. A machine that forgets everything
+needs them back before the next command: `take` them at home, and the tree that is sent again holds
+them.
 
 --dry runs all of it where there is no GPU (`gpu_dry.py`); its figures mean nothing.
 """
@@ -115,6 +116,7 @@ class Run:
         results, tuned: where steps write.
         prefix: what starts a program.
         begun: the clock of files when the run began: what is older was home before.
+        dry: there is no GPU, and a step may take what is left.
     """
 
     out: Path
@@ -124,6 +126,7 @@ class Run:
     prefix: list[str]
     begun: float
     log: IO[str]
+    dry: bool = False
 
     def bring_home(self) -> list[Path]:
         """Copies what steps have written since the run began; gives the copies."""
@@ -153,7 +156,8 @@ class Run:
 
     def once(self, name: str, step: Step, few: int | None) -> int:
         left = self.end - time.monotonic()
-        minutes = min(step.minutes or 9.0, (left - GRACE) / 60)
+        most = step.minutes if step.minutes and not self.dry else left / 60
+        minutes = min(most, (left - GRACE) / 60)
         if minutes <= 0:
             self.say(f"== {name}: no time left, not run")
             return 0
@@ -276,7 +280,7 @@ def perform(steps: list[str], options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with (out / LOG).open("a", encoding="utf-8") as log:
         end = time.monotonic() + 60 * options.minutes
-        run = Run(out, end, results, tuned, prefix, time.time() - 1, log)
+        run = Run(out, end, results, tuned, prefix, time.time() - 1, log, options.dry)
         run.say(card())
         try:
             well = [run.step(name, options.few) for name in steps]

@@ -4,7 +4,8 @@
 
 `cases` of each op; on a CPU they are interpreted. Outputs are poisoned before a kernel runs, so
 that what it does not write is seen; on a GPU every case runs twice, and must give the same bits.
-The bounds are those of the tests: equal codes but next to a rounding boundary, and K float32 roundings.
+The bounds are those of the tests: equal codes but next to a rounding boundary, and K float32
+roundings.
 """
 
 import argparse
