@@ -124,6 +124,7 @@ def test_two_workers_of_ray_one_of_them_killed(config, tmp_path, monkeypatch):
     ray, psutil = pytest.importorskip("ray"), pytest.importorskip("psutil")
     root = Path(__file__).resolve().parents[1]
     monkeypatch.setenv("PYTHONPATH", f"{root}:{root / 'kernels'}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the workers: on a busy machine threads wait
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     killed = []
 
