@@ -14,10 +14,12 @@ seconds  that a search takes
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -226,8 +228,14 @@ PARTS = {
 def search(task: Task, text: str, seed: int, preset: str, verify: bool | int = False) -> Search:
     return qtk.search(
         task.model, text, task.calibration(seed), schemes=SCHEMES, seed=seed, preset=preset,
-        verify=verify, progress=False,
+        verify=verify, latencies=timings(), progress=False,
     )  # fmt: skip
+
+
+@cache
+def timings() -> str:
+    """A file of this run: what an operation takes is no matter of the draw."""
+    return str(Path(tempfile.mkdtemp()) / "latencies.json")
 
 
 @torch.no_grad()

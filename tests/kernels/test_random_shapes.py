@@ -9,7 +9,7 @@ from tests.gpu.check import CHECKS, check, runnable
 
 @pytest.mark.parametrize("name", CHECKS)
 @settings(
-    max_examples=200, deadline=None, derandomize=True, database=None,
+    max_examples=80, deadline=None, derandomize=True, database=None,
     phases=[Phase.generate],  # a smaller seed is no smaller case
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
