@@ -58,9 +58,11 @@ def test_the_default_compiler(name):
 
 
 @pytest.mark.parametrize(("name", "options"), [
-    *((name, {}) for name in NAMES), ("BertModel", SCHEMES["W4A4"]),
-    ("BertModel", SCHEMES["W4A16 g16"]), ("BertModel", SCHEMES["W4A16 asymmetric"]),
-    ("BertModel", {"attention": "int8", "softmax": "code"}),
+    ("BertModel", {}), ("OPTForCausalLM", {}), ("BertModel", SCHEMES["W4A16 g16"]),
+    ("BertModel", SCHEMES["W4A16 asymmetric"]),
+    pytest.param("ViTForImageClassification", {}, marks=pytest.mark.slow),
+    pytest.param("BertModel", SCHEMES["W4A4"], marks=pytest.mark.slow),
+    pytest.param("BertModel", {"attention": "int8", "softmax": "code"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_one_graph_of_kernels(name, options):
     """What a GPU compiles: the launchers are nodes. Here their kernels run in the interpreter."""

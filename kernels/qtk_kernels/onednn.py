@@ -108,8 +108,10 @@ def _pointwise(
 ) -> Tensor:
     N = w_scale.shape[0]
     name, algorithm = NAMED[activation]
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN takes it for that, and would read what lies beyond it
     return torch.ops.onednn.qlinear_pointwise.default(
-        x_q, 1.0, x_zero_point, operand, w_scale.view(N), _no_zero_points(N), bias,
+        x_q, 1.0, x_zero_point, operand, w_scale.view(N).contiguous(), _no_zero_points(N), bias,
         out_step, out_zero_point, out_dtype, name, [], algorithm,
     )  # fmt: skip
 
