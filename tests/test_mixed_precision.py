@@ -296,11 +296,14 @@ def test_a_bytes_budget_is_used_and_kept():
     assert qtk.summary(qmodel).bytes == found.point.bytes
     floats = {name for name, pair in found.bits.items() if pair == FLOATS}
     assert set(quantized_layers(qmodel)) == set(found.bits) - floats
-    assert all(p.measured is not None for p in found.checked) and len(found.checked) == 3
+    assert [p.name for p in found.checked[-2:]] in (["W5A8", "found"], ["mixture", "found"])
+    assert all(p.measured is not None for p in found.checked) and len(found.checked) == 4
+    assert found.point.measured.loss <= found.checked[-2].measured.loss
     losses = [p.loss for p in found.pareto]
     assert losses == sorted(losses, reverse=True)
     by_bytes = allocate(found.sensitivity.effects, [(found.space.bytes(), 0.8 * w8a8.bytes)])
-    assert found.point.loss <= found.sensitivity.predict(by_bytes) * (1 + 1e-9)
+    mixture = min(found.checked[-2:], key=lambda p: p.loss)
+    assert mixture.loss <= found.sensitivity.predict(by_bytes) * (1 + 1e-9)
 
 
 def test_q_k_and_v_share_a_scheme():

@@ -30,7 +30,7 @@ import qtk
 from benchmarks import data
 from benchmarks.result import read, result, write
 from qtk.mixed_precision import budget as budgets
-from qtk.mixed_precision.allocate import allocate, total
+from qtk.mixed_precision.allocate import SLACK, total
 from qtk.mixed_precision.data import Data, full_rows
 from qtk.mixed_precision.loss import Judge
 from qtk.mixed_precision.result import Search
@@ -135,10 +135,9 @@ def equal_bytes(task: Task, preset: str, draws: int) -> None:
         for pair, share in LEVELS:
             uniform = space.uniform(pair)
             limit = total(space.bytes(), uniform)
-            best = allocate(effects, [(space.bytes(), limit)])
-            assert best is not None
+            text = f"{limit * (1 + SLACK):.0f} B"
             contenders = {
-                "found": best,
+                "found": search(task, text, 0, preset, verify=True).point.chosen,
                 "one scheme": uniform,
                 "random": random_within(space, limit, rng),
                 "rank by error a weight": ranked(space, effects, share),
@@ -228,14 +227,15 @@ PARTS = {
 def search(task: Task, text: str, seed: int, preset: str, verify: bool | int = False) -> Search:
     return qtk.search(
         task.model, text, task.calibration(seed), schemes=SCHEMES, seed=seed, preset=preset,
-        verify=verify, latencies=timings(), progress=False,
+        verify=verify, latencies=kept_in() / "latencies.json",
+        resume=kept_in() / f"{task.column}-{seed}-{preset}", progress=False,
     )  # fmt: skip
 
 
 @cache
-def timings() -> str:
-    """A file of this run: what an operation takes is no matter of the draw."""
-    return str(Path(tempfile.mkdtemp()) / "latencies.json")
+def kept_in() -> Path:
+    """Of this run: an operation is timed once, a draw's losses serve all budgets."""
+    return Path(tempfile.mkdtemp())
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from qtk.mixed_precision.latency import Latencies
 from qtk.mixed_precision.loss import Judge
 from qtk.mixed_precision.result import Point, Search
 from qtk.mixed_precision.space import Pair, Space, default_schemes, name_of
-from qtk.mixed_precision.verify import Lab, within_accuracy
+from qtk.mixed_precision.verify import Lab, better_of, within_accuracy
 from qtk.pipeline import opened
 from qtk.pipeline.progress import Bar, progress_bar
 from qtk.pipeline.state import check
@@ -73,8 +73,9 @@ def search(
             accuracy cannot be a budget.
         schemes: pairs (w, a) to choose from; by default six of integers, floating point, and FP8
             where the device has it.
-        verify: quantizes what was chosen and measures it; a number measures as many points of the
-            front besides. An accuracy budget without it rests on predictions alone.
+        verify: quantizes what was chosen and measures it, beside the best single scheme within a
+            budget of latency or bytes, which is the answer where it loses less; a number measures
+            as many points of the front besides. An accuracy budget without it rests on predictions alone.
         batch_size: rows of the batch whose latency counts.
         latencies: a file of timings, read and extended, of any number of devices.
         resume: a folder that keeps the losses measured so far: an interrupted search goes on.
@@ -158,8 +159,7 @@ def _search(budgets: Sequence[Budget], costs: Costs, lab: Lab, verify: bool | in
             raise SchemeError(f"budgets {texts}: each can be kept alone, not all together")
         point = costs.point("found", chosen)
         if verify:
-            point = lab.measured(point)
-            checked = (point,)
+            point, checked = better_of(point, costs, lab, within)
     _warn_of_slow(point, limits, costs)
     front = _front(costs)
     if verify and not isinstance(verify, bool):

@@ -1,5 +1,6 @@
 """What was chosen, quantized as it will be and measured on data that nothing has seen yet."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from qtk.errors import SchemeError
-from qtk.mixed_precision.allocate import allocate, total
+from qtk.mixed_precision.allocate import SLACK, allocate, total
 from qtk.mixed_precision.budget import Budget
 from qtk.mixed_precision.costs import Costs
 from qtk.mixed_precision.data import Data, full_rows
 from qtk.mixed_precision.loss import Judge, bound
 from qtk.mixed_precision.result import Measured, Point
-from qtk.mixed_precision.space import FLOATS, W8A8, Chosen, Matrix
+from qtk.mixed_precision.space import FLOATS, W8A8, Chosen, Matrix, name_of
 from qtk.observe import Batch
 from qtk.pipeline import run
 from qtk.pipeline.progress import Bar
@@ -71,6 +72,32 @@ class Lab:
         return replace(point, measured=Measured(loss, held, seconds))
 
 
+def better_of(
+    point: Point, costs: Costs, lab: Lab, within: list[tuple[Matrix, float]]
+) -> tuple[Point, tuple[Point, ...]]:
+    """What was found or one scheme for all, whichever loses less on held-back data.
+
+    Losses that are predicted as a sum order mixtures well, but one scheme for all is at times
+    better than the sum says; the most promising that is within the limits is measured as well.
+
+    Returns:
+        the better one, named "found", and all that were measured.
+    """
+    rivals = [replace(point, name="mixture")]
+    single = [costs.point(name_of(p), costs.space.uniform(p)) for p in costs.space.schemes]
+    fitting = [
+        p for p in single
+        if p.chosen != point.chosen
+        and all(total(cost, p.chosen) <= limit * (1 + SLACK) for cost, limit in within)
+    ]  # fmt: skip
+    if fitting and lab.data.given:
+        rivals.append(min(fitting, key=lambda p: p.loss))
+    tried = [lab.measured(p) for p in rivals]
+    best = min(tried, key=_held_loss)
+    found = replace(best, name="found")
+    return found, (*(p for p in tried if p is not best), found)
+
+
 def within_accuracy(
     budget: Budget, costs: Costs, lab: Lab, within: list[tuple[Matrix, float]], verify: bool
 ) -> tuple[Point, tuple[Point, ...]]:
@@ -112,6 +139,11 @@ def within_accuracy(
         )
     point = replace(min(kept, key=lambda p: p.bytes), name="found")
     return point, (*(p for p in tried if p.chosen != point.chosen), point)
+
+
+def _held_loss(point: Point) -> float:
+    assert point.measured is not None
+    return math.inf if point.measured.loss is None else point.measured.loss
 
 
 def _bound(point: Point) -> float:
