@@ -180,6 +180,7 @@ def test_only_a_quantized_model_a_known_format_and_an_empty_folder(tmp_path: Pat
     ("OPTForCausalLM", W4),
     ("BertModel", {"method": "none", "activations": "token"}),
     ("BertForMaskedLM", {"w": 4, "a": 16}),
+    ("ViTForImageClassification", {"method": "none"}),
 ])  # fmt: skip
 def test_compressed_tensors_go_out_and_come_back(
     name: str, options: dict[str, Any], tmp_path: Path

@@ -66,6 +66,7 @@ def translate(folder: Path, target: Path) -> None:
             tensors |= load_file(file)
     except Exception as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    tensors = _renamed(model, tensors)
     layers = {}
     for name, scheme in _schemes(model, groups, ignore):
         prefix = _in_file(name, tensors)
@@ -84,6 +85,21 @@ def translate(folder: Path, target: Path) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, target / "model.safetensors",
               {"format": "pt"})  # fmt: skip
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _renamed(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With names of the model in memory, where transformers keeps older ones in files."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+
+    def renamed(key: str) -> str:
+        for rule in rules:
+            key, _ = rule.rename_source_key(key)
+        return key
+
+    return {renamed(key): value for key, value in tensors.items()}
 
 
 def _read(folder: Path, found: Any) -> tuple[list[Group], list[str]]:
