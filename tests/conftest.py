@@ -2,6 +2,9 @@
 
 import os
 
+# the models are tiny: on a busy machine threads wait, 70 times slower; processes of tests as well
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -14,7 +17,7 @@ import pytest
 
 from benchmarks import data
 
-torch.set_num_threads(1)  # the models are tiny: on a busy machine threads wait, 70 times slower
+torch.set_num_threads(1)
 
 
 @pytest.fixture
