@@ -202,6 +202,38 @@ def onnx_runtime(kind: str) -> Peer:
     return apply
 
 
+class _Compiled(nn.Module):
+    """A compiled model of OpenVINO that answers like the model it was made of."""
+
+    def __init__(self, compiled: Any, config: Any) -> None:
+        super().__init__()
+        self.compiled, self.config = compiled, config
+
+    def forward(self, **batch: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        found = self.compiled({n: batch[n].numpy() for n in ("input_ids", "attention_mask")})
+        return BaseModelOutput(last_hidden_state=torch.from_numpy(found[self.compiled.outputs[0]]))
+
+
+def nncf(model: nn.Module, tokenizer: Any, texts: list[str]) -> nn.Module:
+    """Its recipe for transformers, which quantizes products in attention as well."""
+    import nncf
+    import openvino as ov
+
+    from benchmarks.speed.cpu_contenders import export_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, "minilm", Path(folder) / "model.onnx")
+        source = ov.convert_model(str(Path(folder) / "model.onnx"))
+    reader = _Reader(batches(tokenizer, texts))
+    found = nncf.quantize(
+        source, nncf.Dataset(list(iter(reader.get_next, None))),
+        model_type=nncf.ModelType.TRANSFORMER,
+    )  # fmt: skip
+    return _Compiled(ov.Core().compile_model(found, "CPU"), model.config)
+
+
 CASES: list[tuple[str, str, str, Peer]] = [  # bits, package, how, recipe
     ("W8A8", "qtk", "static", ours(w=8, a=8)),
     ("W8A8", "qtk", "best", ours(w=8, a=8, preset="best")),
@@ -214,6 +246,7 @@ CASES: list[tuple[str, str, str, Peer]] = [  # bits, package, how, recipe
     ("W8A8", "optimum-quanto", "static", quanto("qint8", "qint8")),
     ("W8A8", "onnxruntime", "static", onnx_runtime("static")),
     ("W8A8", "onnxruntime", "dynamic", onnx_runtime("dynamic")),
+    ("W8A8", "nncf", "NNCF, static", nncf),
     ("W4A8", "qtk", "static", ours(w=4, a=8)),
     ("W4A8", "qtk", "best", ours(w=4, a=8, preset="best")),
     ("W4A8", "qtk", "best, per token, groups of 128",
@@ -246,7 +279,7 @@ CASES: list[tuple[str, str, str, Peer]] = [  # bits, package, how, recipe
      llm_compressor("W4A4", rotate=True)),
 ]  # fmt: skip
 MISSING = "not installed"
-NAMES = {"llmcompressor": "llm-compressor", "onnxruntime": "ONNX Runtime"}
+NAMES = {"llmcompressor": "llm-compressor", "onnxruntime": "ONNX Runtime", "nncf": "OpenVINO"}
 
 
 def main() -> None:
