@@ -18,6 +18,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from qtk_kernels.dispatch import HAS_INT8
+
 Inputs = dict[str, Tensor]
 Forward = Callable[[Inputs], Tensor]
 Size = tuple[int, int]  # sentences (or images), tokens each
@@ -297,11 +299,12 @@ def onnxruntime(kind: str) -> Callable[[nn.Module, str], Forward]:
     return contender
 
 
-def onnx_session(path: Path, exact: bool = True) -> Forward:
+def onnx_session(path: Path, exact: bool = not HAS_INT8) -> Forward:
     """Of ONNX Runtime.
 
     Args:
-        exact: without saturation on CPUs that have no VNNI; the file would compute something else.
+        exact: without saturation on CPUs that have no VNNI, where the file would compute something
+            else; slower, and needless where there is VNNI.
     """
     import onnxruntime as ort
 
