@@ -149,10 +149,9 @@ def gemm_launch(
     """
     if _forced is not None:
         return _forced
-    if device is not None and device.type == "cuda":
-        tile = nearest(f"{kernel} grouped" if grouped else kernel, M, N, K, card_of(device))
-        if tile is not None:
-            return tile
+    tile = measured(kernel, M, N, K, device, grouped=grouped)
+    if tile is not None:
+        return tile
     if heavy and not computed_tokens:
         tile = _heavy_rule(M, computed_weights)
     else:
@@ -160,7 +159,21 @@ def gemm_launch(
     return {**tile, "SPLIT_K": _splits(M, N, K, weight_bits, tile)}
 
 
+def measured(
+    kernel: str, M: int, N: int, K: int, device: torch.device | None, *, grouped: bool
+) -> dict[str, Any] | None:
+    """The tile that was measured on this card for such a product, or None."""
+    if device is None or device.type != "cuda":
+        return None
+    return nearest(f"{kernel} grouped" if grouped else kernel, M, N, K, card_of(device))
+
+
 _forced: dict[str, Any] | None = None
+
+
+def is_forced() -> bool:
+    """Whether `use_tile` says which tile to take."""
+    return _forced is not None
 
 
 @contextmanager
