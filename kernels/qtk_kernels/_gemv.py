@@ -6,8 +6,8 @@ launch. Here a program takes some output channels over all of K, 16 bytes a load
 registers, in one launch. The formulas, and the definitions in plain PyTorch, are those of
 `weight_only_linear.py` and `int4_linear.py`.
 
-A word is four bytes of a packed row: channels k to k + 3 in its low nibbles, k + 64 to k + 67 in its
-high ones. Integers go by dp4a, four products an instruction. For floats a nibble becomes the top of
+A word is four bytes of a packed row: channels k to k + 3 in its low nibbles, k + 64 to k + 67 in
+its high ones. Integers go by dp4a, four products an instruction. For floats a nibble becomes the top of
 a mantissa, code + 24, by one byte permute, and 24 times the sum of x is taken off for all rows
 at once; everything stays float32.
 """
@@ -24,6 +24,19 @@ MOST_ROWS = 2
 CHUNK = tl.constexpr(4)  # words of a load: 16 bytes, which lie in one half of a block
 WORDS = 512  # of a row and step
 MOST_N = 8  # output channels of a program
+# of packed weights, by tokens: floats take 4.6 instructions a weight (6.7 of two tokens) where tiles
+# take 2.8, and beyond no second launch makes up for that
+MOST_BYTES = {1: 1 << 25, 2: 1 << 23}
+
+
+def serves(kernel: str, M: int, N: int, K: int) -> bool:
+    """Whether that op multiplies so by rule, of aligned operands."""
+    op = kernel.removesuffix(" grouped")
+    if M > MOST_ROWS or K % 4:
+        return False
+    return op == "int4_linear W4A8" or (
+        op == "weight_only_linear W4A16" and N * K // 2 <= MOST_BYTES[M]
+    )
 
 
 def gemv_tile(
@@ -38,14 +51,15 @@ def gemv_tile(
         group: channels in a group, 0 for one group; loads of 16 bytes must lie in one.
         row: bytes from token to token, start: from the storage's begin to the first.
     """
-    if M > MOST_ROWS or K % 4 or group % 16 or is_forced():
+    if not serves(kernel, M, N, K) or group % 16 or is_forced():
         return None
-    if start % 8 or (M > 1 and row % 8):  # words of x
+    word = 4 if kernel.startswith("int4") else 8  # bytes of x in a load of codes, or of floats
+    if start % word or (M > 1 and row % word):
         return None
     if measured(kernel, M, N, K, device, grouped=group > 0) is not None:
         return None
     words = width // 4
-    step, rows = min(next_power_of_2(words), WORDS), MOST_N // M
+    step, rows = min(next_power_of_2(words), WORDS), MOST_N
     while rows > 1 and cdiv(N, rows) < 2 * SMS:
         rows //= 2
     return {
@@ -93,10 +107,12 @@ def _floats_ptx():
 def _floats(w):
     """code + 24 of a word's eight nibbles."""
     if PTX:
-        F: tl.constexpr = tl.float32
         return tl.inline_asm_elementwise(
-            _floats_ptx(), "=r,=r,=r,=r,=r,=r,=r,=r,r", [w], dtype=(F, F, F, F, F, F, F, F),
-            is_pure=True, pack=1,
+            _floats_ptx(), "=r,=r,=r,=r,=r,=r,=r,=r,r", [w],
+            dtype=(
+                tl.float32, tl.float32, tl.float32, tl.float32,
+                tl.float32, tl.float32, tl.float32, tl.float32,
+            ), is_pure=True, pack=1,
         )  # fmt: skip
     else:
         return (
@@ -115,7 +131,7 @@ def _four(x_ptr, k, K, EVEN: tl.constexpr):
     """Channels k to k + 3 as four tensors in float32, 0 beyond K; 8 bytes a load."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     long = (x_ptr + k).to(tl.pointer_type(tl.int64))
-    if DTYPE == tl.float32:
+    if DTYPE.is_fp32():
         first = _load(long, k, K, EVEN)
         second = _load(long + 1, k, K, EVEN)
         return (
@@ -144,7 +160,7 @@ def _load(at, k, K, EVEN: tl.constexpr):
 @jit
 def _half(pair, HIGH: tl.constexpr, DTYPE: tl.constexpr):
     """One of two 16-bit floats of a word, in float32."""
-    if DTYPE == tl.bfloat16:  # a float32 without its lower half
+    if DTYPE.is_bf16():  # a float32 without its lower half
         bits = pair & -65536 if HIGH else pair << 16
         return bits.to(tl.float32, bitcast=True)
     else:
@@ -159,13 +175,12 @@ def _chunks(p):
 
 
 @jit
-def _half_sum(x, c0, c1, c2, c3):
-    """Four products a word, and the sum of x that its zero points multiply."""
-    x_sum = (x[0] + x[1]) + (x[2] + x[3])  # [1, WORDS]
-    p = tl.fma(c0, tl.broadcast_to(x[0], c0.shape), tl.broadcast_to(x_sum * -24.0, c0.shape))
+def _add_products(p, x, c0, c1, c2, c3):
+    """p and four products a word."""
+    p = tl.fma(c0, tl.broadcast_to(x[0], c0.shape), p)
     p = tl.fma(c1, tl.broadcast_to(x[1], c0.shape), p)
     p = tl.fma(c2, tl.broadcast_to(x[2], c0.shape), p)
-    return tl.fma(c3, tl.broadcast_to(x[3], c0.shape), p), x_sum
+    return tl.fma(c3, tl.broadcast_to(x[3], c0.shape), p)
 
 
 @jit
@@ -183,31 +198,29 @@ def _add_scaled(
 
 @jit
 def _add_token(
-    y, x_ptr, codes, w_scale_ptrs, zero_point_ptrs, offs_j, first, K, stride_sg,
-    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, EVEN: tl.constexpr,
+    y, x_low, x_high, codes, w_scale_ptrs, zero_point_ptrs, first, K, stride_sg,
+    GROUP: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
 ):  # fmt: skip
     """What a step adds to one token's sums; first: the channels of its chunks."""
-    k = _channel(offs_j)[None, :]
-    low, low_sum = _half_sum(
-        _four(x_ptr, k, K, EVEN), codes[0], codes[1], codes[2], codes[3]
-    )
-    high, high_sum = _half_sum(
-        _four(x_ptr, k + 64, K, EVEN), codes[4], codes[5], codes[6], codes[7]
-    )
+    x_sum = (x_low[0] + x_low[1]) + (x_low[2] + x_low[3])  # [1, WORDS]
+    high_sum = (x_high[0] + x_high[1]) + (x_high[2] + x_high[3])
     if GROUP % 128 == 0:  # both halves lie in one group
-        return _add_scaled(
-            y, low + high, low_sum + high_sum, w_scale_ptrs, zero_point_ptrs, first, K, stride_sg,
-            GROUP, HAS_ZERO_POINT,
-        )  # fmt: skip
-    else:
+        x_sum += high_sum
+    p = tl.broadcast_to(x_sum * -24.0, codes[0].shape)
+    p = _add_products(p, x_low, codes[0], codes[1], codes[2], codes[3])
+    if GROUP % 128 == 0:
+        p = _add_products(p, x_high, codes[4], codes[5], codes[6], codes[7])
+    y = _add_scaled(
+        y, p, x_sum, w_scale_ptrs, zero_point_ptrs, first, K, stride_sg, GROUP, HAS_ZERO_POINT
+    )
+    if GROUP % 128 != 0:
+        p = tl.broadcast_to(high_sum * -24.0, codes[0].shape)
+        p = _add_products(p, x_high, codes[4], codes[5], codes[6], codes[7])
         y = _add_scaled(
-            y, low, low_sum, w_scale_ptrs, zero_point_ptrs, first, K, stride_sg,
+            y, p, high_sum, w_scale_ptrs, zero_point_ptrs, first + 64, K, stride_sg,
             GROUP, HAS_ZERO_POINT,
         )  # fmt: skip
-        return _add_scaled(
-            y, high, high_sum, w_scale_ptrs, zero_point_ptrs, first + 64, K, stride_sg,
-            GROUP, HAS_ZERO_POINT,
-        )  # fmt: skip
+    return y
 
 
 @entry
@@ -228,16 +241,23 @@ def gemv_floats_kernel(
     y1 = y0
     for start in range(0, words, WORDS):
         offs_j = start + tl.arange(0, WORDS)
+        k = _channel(offs_j)[None, :]
+        # the compiler gives all of a step the layout of its last load: those of x come first
+        x_low, x_high = _four(x_ptr, k, K, EVEN), _four(x_ptr, k + 64, K, EVEN)
+        second_low, second_high = x_low, x_high
+        if ROWS == 2:
+            second_low = _four(x_ptr + stride_xm, k, K, EVEN)
+            second_high = _four(x_ptr + stride_xm, k + 64, K, EVEN)
         codes = _floats(_words(w_ptr, offs_n, N, words, offs_j, EVEN))
         first = _channel(start + tl.arange(0, WORDS // CHUNK) * CHUNK)
         y0 = _add_token(
-            y0, x_ptr, codes, w_scale_ptrs, zero_point_ptrs, offs_j, first, K, stride_sg,
-            GROUP, HAS_ZERO_POINT, EVEN,
+            y0, x_low, x_high, codes, w_scale_ptrs, zero_point_ptrs, first, K, stride_sg,
+            GROUP, HAS_ZERO_POINT,
         )  # fmt: skip
         if ROWS == 2:
             y1 = _add_token(
-                y1, x_ptr + stride_xm, codes, w_scale_ptrs, zero_point_ptrs, offs_j, first, K,
-                stride_sg, GROUP, HAS_ZERO_POINT, EVEN,
+                y1, second_low, second_high, codes, w_scale_ptrs, zero_point_ptrs, first, K,
+                stride_sg, GROUP, HAS_ZERO_POINT,
             )  # fmt: skip
     _store_token(out_ptr, y0, bias_ptr, 0, offs_n, N, ROWS)
     if ROWS == 2:
@@ -287,13 +307,11 @@ def _add_integers(
 
 @jit
 def _integer_step(
-    p, y, x_ptr, w_low, w_high, x_zero_point, x_scale_ptr, w_scale_ptrs, offs_j, first, K,
+    p, y, x_low, x_high, w_low, w_high, x_zero_point, x_scale_ptr, w_scale_ptrs, first, K,
     stride_xsg, stride_wsg,
-    GROUP: tl.constexpr, X_GROUPS: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, EVEN: tl.constexpr,
+    GROUP: tl.constexpr, X_GROUPS: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
 ):  # fmt: skip
     """What a step adds to one token's integers (one group) or floats (several)."""
-    k = _channel(offs_j)[None, :]
-    x_low, x_high = _load_word(x_ptr, k, K, EVEN), _load_word(x_ptr, k + 64, K, EVEN)
     low = _dp4a(x_low, w_low, p)
     if GROUP % 128 == 0:
         low = _dp4a(x_high, w_high, low)
@@ -361,19 +379,26 @@ def gemv_integers_kernel(
     p1, y1 = p0, y0
     for start in range(0, words, WORDS):
         offs_j = start + tl.arange(0, WORDS)
+        k = _channel(offs_j)[None, :]
+        # the compiler gives all of a step the layout of its last load: those of x come first
+        x_low, x_high = _load_word(x_ptr, k, K, EVEN), _load_word(x_ptr, k + 64, K, EVEN)
+        second_low, second_high = x_low, x_high
+        if ROWS == 2:
+            second_low = _load_word(x_ptr + stride_xm, k, K, EVEN)
+            second_high = _load_word(x_ptr + stride_xm, k + 64, K, EVEN)
         w = _words(w_ptr, offs_n, N, words, offs_j, EVEN)
         w_low, w_high = (w << 4) & -252645136, w & -252645136  # 0xF0F0F0F0
         first = _channel(start + tl.arange(0, WORDS // CHUNK) * CHUNK)
         p0, y0 = _integer_step(
-            p0, y0, x_ptr, w_low, w_high, x_zero_point, x_scale_ptr, w_scale_ptrs, offs_j, first,
-            K, stride_xsg, stride_wsg, GROUP, X_GROUPS, HAS_ZERO_POINT, EVEN,
+            p0, y0, x_low, x_high, w_low, w_high, x_zero_point, x_scale_ptr, w_scale_ptrs, first,
+            K, stride_xsg, stride_wsg, GROUP, X_GROUPS, HAS_ZERO_POINT,
         )  # fmt: skip
         if ROWS == 2:
             second_scale = None if x_scale_ptr is None else x_scale_ptr + stride_xsm
             p1, y1 = _integer_step(
-                p1, y1, x_ptr + stride_xm, w_low, w_high, x_zero_point, second_scale,
-                w_scale_ptrs, offs_j, first, K, stride_xsg, stride_wsg,
-                GROUP, X_GROUPS, HAS_ZERO_POINT, EVEN,
+                p1, y1, second_low, second_high, w_low, w_high, x_zero_point, second_scale,
+                w_scale_ptrs, first, K, stride_xsg, stride_wsg,
+                GROUP, X_GROUPS, HAS_ZERO_POINT,
             )  # fmt: skip
     _store_integers(
         out_ptr, p0, y0, x_scale_ptr, w_scale_ptr, bias_ptr, 0, offs_n, N, out_step,

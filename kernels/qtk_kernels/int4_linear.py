@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._gemv import aligned, gemv_integers_kernel, gemv_tile
 from ._lang import (
     add_group,
     along_m,
@@ -32,7 +33,6 @@ from ._lang import (
     times_x_scale,
     tl,
 )
-from ._gemv import aligned, gemv_integers_kernel, gemv_tile
 from ._launch import gemm_launch, packed_steps
 from ._linear import Output, check_scales, check_sums, empty_output
 from ._plan import contiguous_strides, opaque, planned, row_step, shape_of
@@ -274,7 +274,7 @@ def _plan(
     check_sums(size, x_zero_point * (16 if x_packed else 1))
     op, step = f"int4_linear W4A{4 if x_packed else 8}", row_step(x, stride)
     x_groups = grouped and scale_strides(x_scale)[1] > 0
-    if not x_packed and step is not None and start is not None:
+    if step is not None and start is not None:
         few = gemv_tile(
             op, M, N, K, width, device=device, group=size if grouped else 0, row=step, start=start
         )

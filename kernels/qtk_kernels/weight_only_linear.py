@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._gemv import aligned, gemv_floats_kernel, gemv_tile
 from ._lang import (
     PTX,
     along_m,
@@ -30,7 +31,6 @@ from ._lang import (
     tile_of,
     tl,
 )
-from ._gemv import aligned, gemv_floats_kernel, gemv_tile
 from ._launch import dot_width, gemm_launch, packed_steps, steps_of
 from ._linear import check_scales
 from ._plan import opaque, planned, row_step, shape_of
@@ -388,7 +388,7 @@ def _plan(
         raise ValueError(f"operand must be {want} for {K} channels of {bits} bits, got {list(w)}")
     grouped, step = size < K, row_step(x, stride)
     op = f"weight_only_linear W{4 if packed else 8}A16"
-    if packed and step is not None and start is not None:
+    if step is not None and start is not None:
         few = gemv_tile(
             op, M, N, K, w[1], device=device, group=size if grouped else 0,
             row=step * x_dtype.itemsize, start=start,
