@@ -7,9 +7,9 @@ registers, in one launch. The formulas, and the definitions in plain PyTorch, ar
 `weight_only_linear.py` and `int4_linear.py`.
 
 A word is four bytes of a packed row: channels k to k + 3 in its low nibbles, k + 64 to k + 67 in
-its high ones. Integers go by dp4a, four products an instruction. For floats a nibble becomes the top of
-a mantissa, code + 24, by one byte permute, and 24 times the sum of x is taken off for all rows
-at once; everything stays float32.
+its high ones. Integers go by dp4a, four products an instruction. For floats a nibble becomes the
+top of a mantissa, code + 24, by one byte permute, and 24 times the sum of x is taken off for all
+rows at once; everything stays float32.
 """
 
 from typing import Any
@@ -24,8 +24,8 @@ MOST_ROWS = 2
 CHUNK = tl.constexpr(4)  # words of a load: 16 bytes, which lie in one half of a block
 WORDS = 512  # of a row and step
 MOST_N = 8  # output channels of a program
-# of packed weights, by tokens: floats take 4.6 instructions a weight (6.7 of two tokens) where tiles
-# take 2.8, and beyond no second launch makes up for that
+# of packed weights, by tokens: floats take 4.6 instructions a weight (8.2 of two tokens) where
+# tiles take 2.8, and beyond no second launch makes up for that
 MOST_BYTES = {1: 1 << 25, 2: 1 << 23}
 
 
@@ -35,7 +35,7 @@ def serves(kernel: str, M: int, N: int, K: int) -> bool:
     if M > MOST_ROWS or K % 4:
         return False
     return op == "int4_linear W4A8" or (
-        op == "weight_only_linear W4A16" and N * K // 2 <= MOST_BYTES[M]
+        op == "weight_only_linear W4A16" and MOST_BYTES[M] >= N * K // 2
     )
 
 
@@ -59,7 +59,8 @@ def gemv_tile(
     if measured(kernel, M, N, K, device, grouped=group > 0) is not None:
         return None
     words = width // 4
-    step, rows = min(next_power_of_2(words), WORDS), MOST_N
+    step = min(next_power_of_2(words), WORDS)
+    rows = MOST_N if word == 4 else MOST_N // M  # sums in float32 of two tokens fill registers
     while rows > 1 and cdiv(N, rows) < 2 * SMS:
         rows //= 2
     return {

@@ -216,6 +216,24 @@ def attention(fp8: bool) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def sequences(fp8: bool) -> Iterator[Case]:
+    """Sentences one after another, of one tile, of two passes, and of a walk."""
+    operands = ("fp8",) if fp8 else ("float16", "bfloat16", "int8")
+    kinds = [SOFTMAX[i] for i in (0, 2)] if fp8 else SOFTMAX[:4]
+    for D, T, operand, kind, causal in pairwise(
+        HEADS[:4], (1, 197, 512, 700), operands, kinds, (False, True)
+    ):
+        yield Case(
+            f"sequences {operand} D={D} T={T} {kind} causal {causal}",
+            lambda D=D, T=T, o=operand, k=kind, c=causal: _attend(
+                D, T, o, {**k, "causal": c}, "sequences"
+            ),
+            T in (197, 700) and D == 64,
+            _stack(causal, D),
+            causal or (D > 64 and "float" in operand),
+        )  # fmt: skip
+
+
 def _stack(much: bool, D: int = 0) -> float:
     """Heads of 65 to 128 channels are held as 128."""
     return float("inf") if D > 128 else 640 * much if D > 64 else 128 * much
@@ -236,7 +254,11 @@ def _attend(D: int, T: int, operand: str, kind: dict[str, Any], mask: str) -> Te
             options["v_scale"] = empty(B, H, D)
     if kind["softmax"] == "matthew":
         options["step"] = empty(H)
-    if mask != "none":
+    if mask == "sequences":
+        options |= {"sequences": torch.ones(B, 3, dtype=torch.int32), "longest": T}
+        options |= {name: x[:1] for name, x in options.items() if name.endswith("_scale")}
+        q, k, v = (x[:1] for x in (q, k, v))
+    elif mask != "none":
         shape = (B, 1, 1, T) if mask == "keys" else (B, H, T, T)
         options["mask"] = torch.ones(shape, dtype=torch.bool)
     return quantized_attention(q, k, v, **options, **TRITON)
@@ -249,4 +271,6 @@ OPS: dict[str, Callable[[], Iterator[Case]]] = {
     "fp8_linears": fp8_linears,
     "attention": lambda: attention(False),
     "fp8_attention": lambda: attention(True),
+    "sequences": lambda: sequences(False),
+    "fp8_sequences": lambda: sequences(True),
 }
