@@ -52,11 +52,13 @@ class LinearPlan(Plan):
         second: grid, numbers and options of the launch that adds the parts, or None.
         scaled: the parts are scaled already.
         few: the product of few tokens runs, `_gemv.py`.
+        bulk: the product of many tokens runs whose tiles are copied in bulk, `_tma.py`.
     """
 
     second: Plan | None
     scaled: bool
     few: bool = False
+    bulk: bool = False
 
 
 def plan_linear(
