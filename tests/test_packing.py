@@ -5,6 +5,7 @@ import torch
 
 import qtk
 from qtk.discover import load
+from qtk.modules import attention
 from qtk.modules.fused import packing
 from tests.test_families import FUSED
 from tests.zoo import build
@@ -41,7 +42,7 @@ def both(qmodel, batch, monkeypatch):
     got = qmodel(**batch)[0]
     monkeypatch.undo()
     monkeypatch.setattr(
-        "qtk.modules.fused.block.packing_of", lambda x, _: packing.Packing(*x.shape[:2])
+        "qtk.modules.fused.block.packing_of", lambda x, *_: packing.Packing(*x.shape[:2])
     )
     wanted = qmodel(**batch)[0]
     monkeypatch.undo()
@@ -95,7 +96,7 @@ def test_generating_after_left_padding(monkeypatch):
     tokens = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
     got = qmodel.generate(**batch, **tokens)
     monkeypatch.setattr(
-        "qtk.modules.fused.block.packing_of", lambda x, _: packing.Packing(*x.shape[:2])
+        "qtk.modules.fused.block.packing_of", lambda x, *_: packing.Packing(*x.shape[:2])
     )
     assert torch.equal(got, qmodel.generate(**batch, **tokens))
 
@@ -155,3 +156,64 @@ def test_a_broken_sample_is_still_seen():
     with torch.no_grad():
         y = qmodel(inputs_embeds=x, attention_mask=batch["attention_mask"])[0]
     assert y[1, : LENGTHS[1]].isnan().all() and y[[0, 2, 3, 4]].isfinite().all()
+
+
+def mask_of(*spans, T=6, causal=False, dtype=torch.bool):
+    place = torch.arange(T)
+    seen = torch.stack([(place >= first) & (place < end) for first, end in spans])
+    mask = seen[:, None, None].expand(-1, 1, T, T)
+    mask = mask & torch.ones(T, T, dtype=torch.bool).tril() if causal else mask.clone()
+    if dtype == torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("causal", [False, True])
+def test_sentences_are_found_in_a_mask(causal, dtype):
+    """The second has no token that counts."""
+    mask = mask_of((0, 3), (2, 2), (5, 6), causal=causal, dtype=dtype)
+    found = packing.packing_of(torch.zeros(3, 6, 8), mask, sequences=True)
+    assert found.rows.tolist() == [0, 1, 2, 17] and found.causal == causal
+    assert found.sequences[0].tolist() == [0, 0, 3] and found.sequences[2].tolist() == [3, 5, 6]
+    assert found.sequences[1, 1] == found.sequences[1, 2]  # no place between
+    assert packing.packing_of(torch.zeros(3, 6, 8), mask).sequences is None
+
+
+def odd_mask(kind):
+    mask = mask_of((0, 3), (0, 2))
+    if kind == "a hole":
+        mask[..., 1] = False
+    elif kind == "a window":
+        mask[0, :, 0, 2] = False
+    elif kind == "a bias":
+        mask = mask_of((0, 3), (0, 2), dtype=torch.float32)
+        mask[0, 0, 1, 2] = -1.5
+    return mask
+
+
+@pytest.mark.parametrize("kind", ["a hole", "a window", "a bias"])
+def test_a_mask_that_says_more_is_read_in_whole(kind):
+    found = packing.packing_of(torch.zeros(2, 6, 8), odd_mask(kind), sequences=True)
+    assert found.sequences is None and found.rows is not None
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_decoder_attends_sentence_by_sentence(left, monkeypatch):
+    """On the reference backend, whose attention reads them as a GPU's does."""
+    model, _ = build("OPTForCausalLM")
+    batch = padded(left)
+    options = {"attention": "int8", "softmax": "code", "preset": "fast", "backend": "reference"}
+    qmodel = qtk.quantize(model, 8, 8, calib=[batch], progress=False, **options)
+    qmodel.config.use_cache = False
+    called = []
+    monkeypatch.setattr(
+        "qtk.modules.fused.block.attend_sequences",
+        lambda *args: called.append(args[4]) or attention.attend_sequences(*args),
+    )
+    got = qmodel(**batch)[0]
+    assert called == [True] * len(called) and called
+    monkeypatch.setattr(
+        "qtk.modules.fused.block.packing_of", lambda x, *_: packing.Packing(*x.shape[:2])
+    )
+    assert_same_where_seen(got, qmodel(**batch)[0], batch)

@@ -49,6 +49,7 @@ from benchmarks.compiler.disassembly import (
 from benchmarks.compiler.flash_attention import flash_attention_kernel
 from benchmarks.compiler.variants import Variant, gemm_variants, row_variants
 from benchmarks.result import COMMIT, RESULTS
+from qtk_kernels._gemv import gemv_floats_kernel
 from qtk_kernels.layer_norm_quantize import _layer_norm_quantize_kernel
 from qtk_kernels.weight_only_linear import _weight_only_linear_kernel
 
@@ -57,7 +58,15 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TABLE = RESULTS / "aot.csv"
 
 FLOATS = ("eps", "clip", "out_step", "norm", "step")
-ALIGNED = ("K", "N", "width", "stride_xm", "stride_rm", "stride_wn")  # multiples of 16 in models
+ALIGNED = (
+    "K",
+    "N",
+    "width",
+    "words",
+    "stride_xm",
+    "stride_rm",
+    "stride_wn",
+)  # multiples of 16 in models
 UNPACKING = ("LOP3", "PRMT", "SHF", "SHL", "SHR", "I2F", "I2I", "SGXT")  # of the ALU pipe
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a processor, from sm_80 on
 PER_SM = {80: 167936, 90: 233472, 100: 233472}  # bytes of shared memory of a processor
@@ -107,6 +116,7 @@ def compile_for(variant: Variant, arch: int) -> Any:
     source = ASTSource(variant.kernel, signature, constexprs, attrs)
     fused = (
         _weight_only_linear_kernel,
+        gemv_floats_kernel,
         _layer_norm_quantize_kernel,
         flash_attention_kernel,  # as anybody would compile it
     )
@@ -181,6 +191,8 @@ def elements(variant: Variant) -> float:
         return weights(variant) * p["BLOCK_M"] / 1024
     if "SPLIT_K" in p:
         return p["BLOCK_N"]
+    if "WORDS" in p:  # eight weights each
+        return p["ROWS"] * p["BLOCK_N"] * p["WORDS"] / 128
     lanes = p["BLOCK_K"] if "BLOCK_K" in p else p["PART"] * p["PARTS"]
     return p["ROWS"] * min(lanes, int(re.findall(r"K=(\d+)", variant.name)[0]))
 

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton.language as tl
 
 from qtk_kernels import (
+    _gemv,
     _split_k,
     fp8_linear,
     hadamard_quantize,
@@ -92,6 +94,7 @@ def gemm_variants() -> list[Variant]:
             out += [_int8(M, group), _weight_only(M, group, False), _weight_only(M, group, True)]
             out += [_int4(M, group, packed) for packed in (False, True)]
         out.append(_fp8(M))
+    out += [_gemv_of(M, group, op) for M in (1, 2) for group in (0, 128) for op in GEMV]
     out.append(_int8(128, 0, N=768, K=3072))  # BERT-base, one text
     out += [_int8(8192, 100), _int4(16, 100, False), _weight_only(16, 100, True)]
     requantize: dict[str, Any] = {"ACTIVATION": "gelu", "QMIN": -128, "QMAX": 127}
@@ -168,6 +171,28 @@ def _weight_only(M: int, group: int, packed: bool) -> Variant:
          "bias_ptr": "*bf16", **_outputs(tile, False)},
         {"GROUP": group, "PACKED": packed, "EVEN": packed or group % 64 == 0,
          "HAS_ZERO_POINT": False, "DTYPE": tl.bfloat16, "WIDTH": 64, **tile},
+    )  # fmt: skip
+
+
+GEMV = ("weight_only_linear W4A16", "int4_linear W4A8")
+
+
+def _gemv_of(M: int, group: int, op: str) -> Variant:
+    floats = op == GEMV[0]
+    tile = _gemv.gemv_tile(op, M, 4096, 4096, 2048, device=torch.device("cpu"), group=group,
+                           row=4096, start=0)  # fmt: skip
+    assert tile is not None
+    types = {"w_ptr": "*u8", "w_scale_ptr": "*fp32", "out_ptr": "*bf16"}
+    params = {"GROUP": group, "HAS_ZERO_POINT": False, **tile}
+    if floats:
+        return Variant(
+            f"gemv {op} M={M} g={group}", _gemv.gemv_floats_kernel,
+            {**types, "x_ptr": "*bf16", "bias_ptr": "*bf16"}, params,
+        )  # fmt: skip
+    return Variant(
+        f"gemv {op} M={M} g={group}", _gemv.gemv_integers_kernel,
+        {**types, "x_ptr": "*i8", "x_scale_ptr": "*fp32", "bias_ptr": "*fp32"},
+        {**params, "X_GROUPS": False, "ACTIVATION": "", "QMIN": 0, "QMAX": 0},
     )  # fmt: skip
 
 

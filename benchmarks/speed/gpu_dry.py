@@ -63,6 +63,9 @@ def shapes_only(module: Any) -> None:
     module.DEVICE = "meta"
     if hasattr(module, "error_of"):
         module.error_of = lambda y, qkv, causal: 0.0
+    if hasattr(module, "_tma"):  # planned as on a Hopper
+        jit_cases: Any = importlib.import_module("tests.kernels.jit_cases")
+        jit_cases.hopper().__enter__()
     if hasattr(module, "same"):
         module.same = lambda got, want: None
     if hasattr(module, "digest"):

@@ -5,7 +5,7 @@
 
 call1  is it right: ceilings, warm, check, huge, ptxas, sanitize
 call2  is it fast: bench, attention
-call3  tune where a peer wins, whole models
+call3  bulk copies against pointers on a Hopper, tune where a peer wins, whole models
 later  the rest, for further calls: tests, packages, all shapes, all models
 
 All steps of one command share its minutes; a step that is killed, fails or loses the device does
@@ -84,6 +84,7 @@ STEPS = {
     "sanitize": Step(CHECKS, ("sanitize",), 2.0),
     "bench": Step(KERNELS, ("--first",), 5.0),
     "attention": Step("benchmarks.speed.gpu_attention", (), 3.5),
+    "bulk": Step("benchmarks.speed.gpu_bulk", (), 0.8),
     "tune": Step("benchmarks.speed.gpu_tune", (), 3.5),
     "BERT-base:8": model("BERT-base", 8, 2.0),
     "BERT-base:1": model("BERT-base", 1, 1.2),
@@ -101,7 +102,7 @@ STEPS = {
 CALLS = {
     "call1": ("ceilings", "warm", "check", "huge", "ptxas", "sanitize"),
     "call2": ("bench", "attention"),
-    "call3": ("tune", "BERT-base:8", "BERT-base:1", "ViT-B:64"),
+    "call3": ("bulk", "tune", "BERT-base:8", "BERT-base:1", "ViT-B:64"),
 }
 CALLS["later"] = tuple(name for name in STEPS if not any(name in call for call in CALLS.values()))
 

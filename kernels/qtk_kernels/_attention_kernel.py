@@ -3,6 +3,10 @@
 A program holds some queries of one head. Where all keys fit one tile their scores are computed
 once; "float" and the anchored codes ("grid") otherwise rescale what they summed so far, exactly, by
 powers of two; the other kinds compute scores twice, first for what they must know of the row.
+
+SEQUENCES: tokens of several sentences lie one after another, `sequences` [B, 3] says of each where
+it begins, and between which places of a padded one it lies. Tiles are those of padded sentences,
+less those without a token, and so are the bits.
 """
 
 from ._lang import entry, jit, round_codes, tl
@@ -26,15 +30,25 @@ def _dot(a, a_high, b, b_high, PACKED: tl.constexpr):
 
 
 @jit
+def _there(places, first, end, SEQUENCES: tl.constexpr):
+    """Which places are a token's."""
+    if SEQUENCES:
+        return (places >= first) & (places < end)
+    else:
+        return places < end
+
+
+@jit
 def _scores(
-    q_low, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, offs_n, Tq, Tk, D,
+    q_low, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, offs_n, first, Tq, Tk, D,
     stride_kt, stride_kst, k_group, stride_mq, stride_mk,
     CAUSAL: tl.constexpr, TAIL: tl.constexpr, KEY_MASK: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     """u, [BLOCK_M, BLOCK_N]; KEY_MASK: one row of the mask serves all queries."""
     offs_d = tl.arange(0, BLOCK_D)
-    inside = (offs_n < Tk)[:, None] & (offs_d < D)[None, :]
+    there = _there(offs_n, first, Tk, SEQUENCES)
+    inside = there[:, None] & (offs_d < D)[None, :]
     at = offs_n.to(tl.int64)[:, None] * stride_kt + offs_d[None, :]
     k = tl.load(k_ptr + at, mask=inside, other=0)
     k_high = k
@@ -44,10 +58,10 @@ def _scores(
         k = (k << 4) >> 4
     u = _dot(q_low, q_high, tl.trans(k), tl.trans(k_high), PACKED)
     if k_scale_ptr is not None:
-        k_scale = tl.load(k_scale_ptr + offs_n // k_group * stride_kst, mask=offs_n < Tk, other=0.0)
+        k_scale = tl.load(k_scale_ptr + offs_n // k_group * stride_kst, mask=there, other=0.0)
         u = u * k_scale[None, :]
     if TAIL:
-        allowed = (offs_n < Tk)[None, :]
+        allowed = there[None, :]
         if CAUSAL:
             allowed = allowed & (offs_n[None, :] <= offs_m[:, None] + (Tk - Tq))
         if KEY_MASK:
@@ -113,9 +127,12 @@ def _total(p, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @jit
-def _load_v(v_ptr, offs_n, Tk, D, stride_vt, stride_vd, BLOCK_D: tl.constexpr):
+def _load_v(
+    v_ptr, offs_n, first, Tk, D, stride_vt, stride_vd, BLOCK_D: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+):  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
-    inside = (offs_n < Tk)[:, None] & (offs_d < D)[None, :]
+    inside = _there(offs_n, first, Tk, SEQUENCES)[:, None] & (offs_d < D)[None, :]
     at = offs_n.to(tl.int64)[:, None] * stride_vt + offs_d[None, :] * stride_vd
     return tl.load(v_ptr + at, mask=inside, other=0)
 
@@ -129,7 +146,7 @@ def _power_of_two(n):
 @entry
 def quantized_attention_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, step_ptr,
-    out_ptr,
+    sequences_ptr, out_ptr,
     H, Tq, Tk, D, width,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_mb, stride_mh, stride_mq, stride_mk,
@@ -146,8 +163,26 @@ def quantized_attention_kernel(
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_w = tl.arange(0, BLOCK_W)
+    SEQUENCES: tl.constexpr = sequences_ptr is not None
+    first, row = 0, b * Tq  # the first place that is a token, and the output's row of place 0
+    if SEQUENCES:
+        first, end = tl.load(sequences_ptr + 3 * b + 1), tl.load(sequences_ptr + 3 * b + 2)
+        row = tl.load(sequences_ptr + 3 * b).to(tl.int64) - first
+        Tq, Tk, b = end, end, b * 0
+        if tile * BLOCK_M >= end:
+            return
+        if (tile + 1) * BLOCK_M <= first:
+            return
+        q_ptr += row * stride_qt
+        k_ptr += row * stride_kt
+        v_ptr += row * stride_vt
+        if q_scale_ptr is not None:
+            q_scale_ptr += row * stride_qst
+        if k_scale_ptr is not None:
+            k_scale_ptr += row * stride_kst
+    here = _there(offs_m, first, Tq, SEQUENCES)
     at = offs_m.to(tl.int64)[:, None] * stride_qt + offs_w[None, :]
-    inside = (offs_m < Tq)[:, None] & (offs_w < width)[None, :]
+    inside = here[:, None] & (offs_w < width)[None, :]
     q = tl.load(q_ptr + b * stride_qb + h * stride_qh + at, mask=inside, other=0)
     q_high = q
     if PACKED:
@@ -163,7 +198,7 @@ def quantized_attention_kernel(
     a = tl.zeros([BLOCK_M], tl.float32) + multiplier
     if q_scale_ptr is not None:
         qs_at = b * stride_qsb + h * stride_qsh + offs_m // q_group * stride_qst
-        a = tl.load(q_scale_ptr + qs_at, mask=offs_m < Tq, other=0.0) * a
+        a = tl.load(q_scale_ptr + qs_at, mask=here, other=0.0) * a
     step = 1.0 / TOP
     if step_ptr is not None:
         step = tl.load(step_ptr + h)
@@ -183,9 +218,9 @@ def quantized_attention_kernel(
     u = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if ONE_TILE:
         u = _scores(
-            q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, offs_n, Tq, Tk, width,
+            q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, offs_n, first, Tq, Tk, width,
             stride_kt, stride_kst, k_group, stride_mq, stride_mk,
-            CAUSAL, TAIL, KEY_MASK, PACKED, BLOCK_W,
+            CAUSAL, TAIL, KEY_MASK, PACKED, BLOCK_W, SEQUENCES,
         )  # fmt: skip
         top = tl.maximum(tl.max(u, axis=1) * a, top)
         if KIND == "code":
@@ -194,16 +229,16 @@ def quantized_attention_kernel(
             total = tl.sum(tl.exp2(u * a[:, None] - top[:, None]), axis=1)
             total = tl.where(total > 0, total, 1.0)
         p = _values(u, a, top, total, step, KIND, STEPS, TOP, EXACT)
-        v = _load_v(v_ptr, offs_n, Tk, D, stride_vt, stride_vd, BLOCK_D)
+        v = _load_v(v_ptr, offs_n, first, Tk, D, stride_vt, stride_vd, BLOCK_D, SEQUENCES)
         acc = _product(p, v, KIND, TOP, V_FP8)
         if KIND == "code" or RENORMALIZE:
             total = _total(p, KIND, BLOCK_N)
     elif KIND == "float" or GRID:  # one pass, earlier tiles rescaled
-        for start in range(0, end, BLOCK_N):
+        for start in range(first // BLOCK_N * BLOCK_N, end, BLOCK_N):
             u = _scores(
-                q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, Tq, Tk, width,
-                stride_kt, stride_kst, k_group, stride_mq, stride_mk,
-                CAUSAL, TAIL, KEY_MASK, PACKED, BLOCK_W,
+                q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, first, Tq, Tk,
+                width, stride_kt, stride_kst, k_group, stride_mq, stride_mk,
+                CAUSAL, TAIL, KEY_MASK, PACKED, BLOCK_W, SEQUENCES,
             )  # fmt: skip
             new = tl.max(u, axis=1) * a
             if KIND == "code":
@@ -216,18 +251,20 @@ def quantized_attention_kernel(
                 new = tl.maximum(top, new)
                 alpha = tl.exp2(top - new)
                 p = _values(u, a, new, total, step, KIND, STEPS, TOP, EXACT)
-            v = _load_v(v_ptr, start + offs_n, Tk, D, stride_vt, stride_vd, BLOCK_D)
+            v = _load_v(
+                v_ptr, start + offs_n, first, Tk, D, stride_vt, stride_vd, BLOCK_D, SEQUENCES
+            )
             # alpha is a power of two for codes: fused or not, the bits are the same
             product = _product(p, v, KIND, TOP, V_FP8)
             acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), product)
             total = tl.fma(total, alpha, _total(p, KIND, BLOCK_N))
             top = new
     else:  # one pass for the maximum and the float normaliser, one for the codes
-        for start in range(0, end, BLOCK_N):
+        for start in range(first // BLOCK_N * BLOCK_N, end, BLOCK_N):
             u = _scores(
-                q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, Tq, Tk, width,
-                stride_kt, stride_kst, k_group, stride_mq, stride_mk,
-                CAUSAL, TAIL, KEY_MASK, PACKED, BLOCK_W,
+                q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, first, Tq, Tk,
+                width, stride_kt, stride_kst, k_group, stride_mq, stride_mk,
+                CAUSAL, TAIL, KEY_MASK, PACKED, BLOCK_W, SEQUENCES,
             )  # fmt: skip
             new = tl.maximum(top, tl.max(u, axis=1) * a)
             if KIND != "code":
@@ -238,14 +275,16 @@ def quantized_attention_kernel(
             top = anchor_tile(top, STEPS, OFFSET)
         total = tl.where(total > 0, total, 1.0)
         summed = tl.zeros([BLOCK_M], tl.float32)
-        for start in range(0, end, BLOCK_N):
+        for start in range(first // BLOCK_N * BLOCK_N, end, BLOCK_N):
             u = _scores(
-                q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, Tq, Tk, width,
-                stride_kt, stride_kst, k_group, stride_mq, stride_mk,
-                CAUSAL, TAIL, KEY_MASK, PACKED, BLOCK_W,
+                q, q_high, k_ptr, k_scale_ptr, mask_ptr, offs_m, start + offs_n, first, Tq, Tk,
+                width, stride_kt, stride_kst, k_group, stride_mq, stride_mk,
+                CAUSAL, TAIL, KEY_MASK, PACKED, BLOCK_W, SEQUENCES,
             )  # fmt: skip
             p = _values(u, a, top, total, step, KIND, STEPS, TOP, EXACT)
-            v = _load_v(v_ptr, start + offs_n, Tk, D, stride_vt, stride_vd, BLOCK_D)
+            v = _load_v(
+                v_ptr, start + offs_n, first, Tk, D, stride_vt, stride_vd, BLOCK_D, SEQUENCES
+            )
             acc += _product(p, v, KIND, TOP, V_FP8)
             if KIND == "code" or RENORMALIZE:
                 summed += _total(p, KIND, BLOCK_N)
@@ -265,5 +304,5 @@ def quantized_attention_kernel(
     if v_scale_ptr is not None:
         vs_at = b * stride_vsb + h * stride_vsh + offs_d * stride_vsd
         y = y * tl.load(v_scale_ptr + vs_at, mask=offs_d < D, other=0.0)[None, :]
-    at = ((b * Tq + offs_m).to(tl.int64) * H + h)[:, None] * D + offs_d[None, :]
-    tl.store(out_ptr + at, y, mask=(offs_m < Tq)[:, None] & (offs_d < D)[None, :])
+    at = ((row + offs_m).to(tl.int64) * H + h)[:, None] * D + offs_d[None, :]
+    tl.store(out_ptr + at, y, mask=here[:, None] & (offs_d < D)[None, :])

@@ -10,6 +10,7 @@ products on a GPU and writes `tuned/<card>.json`, which then comes first:
                   "tile": {"BLOCK_M": ..., ..., "num_stages": ...}, "us": 7.1, "before_us": 8.0,
                   "first_call_s": 1.2}, ...]}
 
+A tile of null: the product of one or two tokens that has none (`_gemv.py`) was faster than any.
 No table is shipped that was not measured.
 """
 
@@ -149,10 +150,9 @@ def gemm_launch(
     """
     if _forced is not None:
         return _forced
-    if device is not None and device.type == "cuda":
-        tile = nearest(f"{kernel} grouped" if grouped else kernel, M, N, K, card_of(device))
-        if tile is not None:
-            return tile
+    tile = measured(kernel, M, N, K, device, grouped=grouped)
+    if tile is not None:
+        return tile
     if heavy and not computed_tokens:
         tile = _heavy_rule(M, computed_weights)
     else:
@@ -160,7 +160,21 @@ def gemm_launch(
     return {**tile, "SPLIT_K": _splits(M, N, K, weight_bits, tile)}
 
 
+def measured(
+    kernel: str, M: int, N: int, K: int, device: torch.device | None, *, grouped: bool
+) -> dict[str, Any] | None:
+    """The tile that was measured on this card for such a product, or None."""
+    if device is None or device.type != "cuda":
+        return None
+    return nearest(f"{kernel} grouped" if grouped else kernel, M, N, K, card_of(device))
+
+
 _forced: dict[str, Any] | None = None
+
+
+def is_forced() -> bool:
+    """Whether `use_tile` says which tile to take."""
+    return _forced is not None
 
 
 @contextmanager
@@ -270,9 +284,9 @@ def read_table(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         for entry in table["entries"]:
-            tile = entry["tile"]
+            tile = entry["tile"] or {}
             wrong = {name: value for name, value in tile.items() if value not in TILE[name]}
-            if wrong or tile.keys() != TILE.keys():
+            if entry["tile"] is not None and (wrong or tile.keys() != TILE.keys()):
                 raise ValueError(f"tile {tile}")
             sizes = [entry[name] for name in "MNK"]
             if not all(isinstance(n, int) and n > 0 for n in sizes) or not entry["us"] > 0:

@@ -51,10 +51,14 @@ class LinearPlan(Plan):
     Attributes:
         second: grid, numbers and options of the launch that adds the parts, or None.
         scaled: the parts are scaled already.
+        few: the product of few tokens runs, `_gemv.py`.
+        bulk: the product of many tokens runs whose tiles are copied in bulk, `_tma.py`.
     """
 
     second: Plan | None
     scaled: bool
+    few: bool = False
+    bulk: bool = False
 
 
 def plan_linear(
@@ -95,6 +99,16 @@ def plan_linear(
     grid = (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), split)
     copy = row_step(shape, stride) is None
     return LinearPlan(copy, results, grid, numbers, {**options, **tile}, second, scaled)
+
+
+def plan_few(
+    shape: torch.Size, N: int, out_dtype: torch.dtype, tile: dict[str, Any],
+    numbers: tuple[int | float, ...], options: dict[str, Any],
+) -> LinearPlan:  # fmt: skip
+    """The one launch of a product of few tokens, with a tile of `gemv_tile`."""
+    results = [((*shape[:-1], N), out_dtype)]
+    grid = (cdiv(N, tile["BLOCK_N"]),)
+    return LinearPlan(False, results, grid, numbers, {**options, **tile}, None, True, few=True)
 
 
 def launch_linear(

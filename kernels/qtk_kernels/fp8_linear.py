@@ -31,6 +31,7 @@ from ._launch import cdiv, gemm_launch
 from ._linear import check_scales
 from ._plan import opaque, planned, row_step, shape_of
 from ._split_k import LinearPlan, launch_linear, plan_linear
+from ._tma import aligned, launch_tma, plan_tma, tma_tile
 from .activation import activate, check_activation
 from .codes import EPS, scale_strides
 from .dispatch import backend_of
@@ -128,22 +129,30 @@ def _check(
 @planned
 def _plan(
     x: torch.Size, stride: tuple[int, ...], device: torch.device, out_dtype: torch.dtype,
-    *signature: Any,
+    bulk: bool, *signature: Any,
 ) -> LinearPlan:  # fmt: skip
+    """bulk: operands are aligned as a bulk copy wants them."""
     _check(x, *signature)
     _, (N, K), _, _, _, x_scale, activation = signature
     M, step = prod(x[:-1]), row_step(x, stride)
+    epilogue: dict[str, Any] = {"ACTIVATION": activation or ""}
+    floats = {**epilogue, "QMIN": 0, "QMAX": 0}
+    if bulk and step == K:
+        tile = tma_tile("fp8_linear", M, N, K, device=device)
+        if tile is not None:
+            return plan_tma(
+                x, N, out_dtype, tile, scale_strides(x_scale)[0], (1.0, 0), floats, fp8=True
+            )
     tile = gemm_launch(
         "fp8_linear", M, N, K, device=device, grouped=False, computed_weights=False,
         heavy=K % 16 > 0,
     )  # fmt: skip
-    epilogue: dict[str, Any] = {"ACTIVATION": activation or ""}
     return plan_linear(
         x, stride, N, out_dtype, tile,
         (M, N, K, cdiv(K, BLOCK_K), K if step is None else step, scale_strides(x_scale)[0]),
         {**epilogue, "EVEN": K % BLOCK_K == 0, "BLOCK_K": BLOCK_K,
          "enable_fp_fusion": False},  # the epilogue then rounds as the reference does
-        integers=False, scaled=False, epilogue={**epilogue, "QMIN": 0, "QMAX": 0},
+        integers=False, scaled=False, epilogue=floats,
     )  # fmt: skip
 
 
@@ -158,14 +167,17 @@ def _launch_fp8_linear(
     x_q: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, x_scale: Tensor | None,
     activation: str | None, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    w = w.contiguous()
     plan = _plan(
-        x_q.shape, x_q.stride(), x_q.device, out_dtype, x_q.dtype, w.shape, w.dtype,
-        w_scale.shape, shape_of(bias), shape_of(x_scale), activation,
+        x_q.shape, x_q.stride(), x_q.device, out_dtype, aligned(x_q, w), x_q.dtype, w.shape,
+        w.dtype, w_scale.shape, shape_of(bias), shape_of(x_scale), activation,
     )  # fmt: skip
     x_scale = None if x_scale is None else x_scale.contiguous()
     w_scale = w_scale.contiguous()
+    if plan.bulk:
+        return launch_tma(plan, x_q, w, x_scale, w_scale, bias)
     return launch_linear(
-        _fp8_linear_kernel, plan, x_q, (w.contiguous(), x_scale, w_scale), bias, x_scale, w_scale
+        _fp8_linear_kernel, plan, x_q, (w, x_scale, w_scale), bias, x_scale, w_scale
     )
 
 

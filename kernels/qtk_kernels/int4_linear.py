@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._gemv import aligned, gemv_integers_kernel, gemv_tile
 from ._lang import (
     add_group,
     along_m,
@@ -35,7 +36,7 @@ from ._lang import (
 from ._launch import gemm_launch, packed_steps
 from ._linear import Output, check_scales, check_sums, empty_output
 from ._plan import contiguous_strides, opaque, planned, row_step, shape_of
-from ._split_k import LinearPlan, launch_linear, plan_linear
+from ._split_k import LinearPlan, launch_linear, plan_few, plan_linear
 from .codes import BYTE_OFFSET, Codes, as_int8, group_size_of, scale_strides
 from .dispatch import backend_of
 from .int8_linear import (
@@ -255,8 +256,10 @@ def _check(
 def _plan(
     x: torch.Size, stride: tuple[int, ...], x_dtype: torch.dtype, device: torch.device,
     w: torch.Size, w_scale: torch.Size, x_scale: torch.Size | None, bias: torch.Size | None,
-    K: int, x_packed: bool, x_zero_point: int, group_size: int | None, *output: Any,
+    K: int, x_packed: bool, x_zero_point: int, group_size: int | None, start: int | None,
+    *output: Any,
 ) -> LinearPlan:  # fmt: skip
+    """start: bytes before the first token in its storage; None where the weight is not aligned."""
     out = Output(*output)
     size = _check(x, w_scale, x_scale, bias, K, x_packed, group_size)
     M, (N, width) = prod(x[:-1]), w
@@ -267,18 +270,32 @@ def _plan(
     bytes_, steps = packed_steps(K, size, width)
     if x_dtype == torch.uint8 and not x_packed:  # `as_int8` copies
         stride, x_zero_point = contiguous_strides(x), x_zero_point - BYTE_OFFSET
+        start = None if start is None else 0
     check_sums(size, x_zero_point * (16 if x_packed else 1))
+    op, step = f"int4_linear W4A{4 if x_packed else 8}", row_step(x, stride)
+    x_groups = grouped and scale_strides(x_scale)[1] > 0
+    if step is not None and start is not None:
+        few = gemv_tile(
+            op, M, N, K, width, device=device, group=size if grouped else 0, row=step, start=start
+        )
+        if few is not None:
+            return plan_few(
+                x, N, out.dtype, few,
+                (N, K, width // 4, x_zero_point, out.step, out.zero_point, step,
+                 *scale_strides(x_scale), *scale_strides(w_scale)),
+                {"GROUP": size if grouped else 0, "X_GROUPS": x_groups,
+                 "HAS_ZERO_POINT": x_zero_point != 0, **out.epilogue, "enable_fp_fusion": False},
+            )  # fmt: skip
     tile = gemm_launch(
-        "int4_linear W4A4" if x_packed else "int4_linear W4A8", M, N, K, device=device,
+        op, M, N, K, device=device,
         grouped=grouped, weight_bits=4, computed_weights=True, computed_tokens=x_packed,
     )  # fmt: skip
-    step = row_step(x, stride)
     return plan_linear(
         x, stride, N, out.dtype, tile,
         (M, N, K, steps, x_zero_point * (16 if x_packed else 1), out.step, out.zero_point,
          x[-1] if step is None else step, width,
          *scale_strides(x_scale), *scale_strides(w_scale)),
-        {"GROUP": size if grouped else 0, "X_GROUPS": grouped and scale_strides(x_scale)[1] > 0,
+        {"GROUP": size if grouped else 0, "X_GROUPS": x_groups,
          "X_PACKED": x_packed, "EVEN": K % 128 == 0, "HAS_ZERO_POINT": x_zero_point != 0,
          **out.epilogue, "BYTES": bytes_,
          "enable_fp_fusion": False},  # the epilogue then rounds as the reference does
@@ -301,16 +318,18 @@ def _launch_int4_linear(
     activation: str | None, out_dtype: torch.dtype, out_codes: Codes | None, out_step: float,
     out_zero_point: int,
 ) -> Tensor:  # fmt: skip
+    w = w.contiguous()
     plan = _plan(
         x_q.shape, x_q.stride(), x_q.dtype, x_q.device, w.shape, w_scale.shape, shape_of(x_scale),
         shape_of(bias), K, x_packed, x_zero_point, group_size,
+        x_q.storage_offset() % 16 if aligned(w) else None,
         activation, out_dtype, out_codes, out_step, out_zero_point,
     )  # fmt: skip
     x_scale = None if x_scale is None else x_scale.contiguous()
     w_scale = w_scale.contiguous()
     return launch_linear(
-        _int4_linear_kernel, plan, x_q if x_packed else as_int8(x_q),
-        (w.contiguous(), x_scale, w_scale), bias, x_scale, w_scale,
+        gemv_integers_kernel if plan.few else _int4_linear_kernel, plan,
+        x_q if x_packed else as_int8(x_q), (w, x_scale, w_scale), bias, x_scale, w_scale,
     )  # fmt: skip
 
 

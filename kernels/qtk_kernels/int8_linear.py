@@ -36,6 +36,7 @@ from ._launch import dot_width, gemm_launch, steps_of
 from ._linear import Output, check_scales, check_sums, empty_output
 from ._plan import contiguous_strides, opaque, planned, row_step, shape_of
 from ._split_k import LinearPlan, launch_linear, plan_linear
+from ._tma import aligned, launch_tma, plan_tma, tma_tile
 from .codes import (
     BYTE_OFFSET,
     Codes,
@@ -236,8 +237,9 @@ def _check(
 def _plan(
     x: torch.Size, stride: tuple[int, ...], x_dtype: torch.dtype, device: torch.device,
     w: torch.Size, w_scale: torch.Size, x_scale: torch.Size | None, bias: torch.Size | None,
-    x_zero_point: int, group_size: int | None, *output: Any,
+    x_zero_point: int, group_size: int | None, bulk: bool, *output: Any,
 ) -> LinearPlan:  # fmt: skip
+    """bulk: operands are aligned as a bulk copy wants them."""
     out = Output(*output)
     size = _check(x, x_dtype, w, w_scale, x_scale, bias, group_size, blocked=False)
     M, (N, K) = prod(x[:-1]), w
@@ -246,11 +248,18 @@ def _plan(
     if x_dtype == torch.uint8:  # tensor cores multiply int8 by int8 only: `as_int8` copies
         stride, x_zero_point = contiguous_strides(x), x_zero_point - BYTE_OFFSET
     check_sums(size, x_zero_point)
+    step = row_step(x, stride)
+    if bulk and step == K and not grouped and x_zero_point == 0:
+        tile = tma_tile("int8_linear", M, N, K, device=device)
+        if tile is not None:
+            return plan_tma(
+                x, N, out.dtype, tile, scale_strides(x_scale)[0], (out.step, out.zero_point),
+                out.epilogue, fp8=False,
+            )  # fmt: skip
     tile = gemm_launch(
         "int8_linear", M, N, K, device=device, grouped=grouped, computed_weights=False,
         heavy=K % 16 > 0,
     )  # fmt: skip
-    step = row_step(x, stride)
     return plan_linear(
         x, stride, N, out.dtype, tile,
         (M, N, K, steps_of(K, group, block_k), x_zero_point, out.step, out.zero_point,
@@ -276,15 +285,18 @@ def _launch_int8_linear(
     x_zero_point: int, group_size: int | None, activation: str | None, out_dtype: torch.dtype,
     out_codes: Codes | None, out_step: float, out_zero_point: int,
 ) -> Tensor:  # fmt: skip
+    w = w.contiguous()
     plan = _plan(
         x_q.shape, x_q.stride(), x_q.dtype, x_q.device, w.shape, w_scale.shape, shape_of(x_scale),
-        shape_of(bias), x_zero_point, group_size,
+        shape_of(bias), x_zero_point, group_size, aligned(x_q, w),
         activation, out_dtype, out_codes, out_step, out_zero_point,
     )  # fmt: skip
     x_scale = None if x_scale is None else x_scale.contiguous()
     w_scale = w_scale.contiguous()
+    if plan.bulk:
+        return launch_tma(plan, as_int8(x_q), w, x_scale, w_scale, bias)
     return launch_linear(
-        _int8_linear_kernel, plan, as_int8(x_q), (w.contiguous(), x_scale, w_scale), bias,
+        _int8_linear_kernel, plan, as_int8(x_q), (w, x_scale, w_scale), bias,
         x_scale, w_scale,
     )  # fmt: skip
 

@@ -6,6 +6,8 @@
     P_ij, L_i = values and their divisor                  see `_softmax.py`; 0 where hidden
     out_id   = v_scale_d * (sum_j P_ij v_jd) * (1 / L_i)  0 for a row that sees nothing
 
+Sentences one after another, without padding (FlashAttention's variable lengths), are `sequences`.
+
 operands of the first product: floats, int8 codes, or packed int4 codes (`pack_heads`); q_scale and
 k_scale are per token, per group of tokens, or per head.
 
@@ -152,7 +154,7 @@ def _check(
 @planned
 def _plan(
     tensors: tuple[Any, ...], kind: tuple[Any, ...], multiplier: float, causal: bool, grid: bool,
-    out_dtype: torch.dtype, block_n: int,
+    out_dtype: torch.dtype, block_n: int, sentences: int, longest: int,
 ) -> Plan:  # fmt: skip
     known = [None if x is None else Signature(*x) for x in tensors]
     q, k, v, mask, q_scale, k_scale, v_scale, step = known
@@ -171,17 +173,21 @@ def _plan(
     if mask is not None:
         seen = broadcast_strides(mask.shape, mask.stride, (B, H, Tq, Tk), "mask")
     groups = [1 if s is None else group(s.shape, T) for s, T in ((q_scale, Tq), (k_scale, Tk))]
+    result = (B, Tq, H * D)
+    if sentences:  # one sentence after the other, in the tiles of padded ones
+        B, Tq, Tk = sentences, longest, longest
     fp8 = v.dtype == torch.float8_e4m3fn
     one_pass = grid or softmax.kind == "float"
     BLOCK_W, BLOCK_D = max(next_power_of_2(width), 32), max(next_power_of_2(D), 16)
     tile = attention_tile(
         Tq, Tk, BLOCK_D, one_pass, fp8, BLOCK_W * q.dtype.itemsize + BLOCK_D * v.dtype.itemsize,
-        packed=q.dtype == torch.uint8, full_mask=mask is not None and seen[2] > 0,
+        packed=q.dtype == torch.uint8,
+        full_mask=seen[2] > 0 or (sentences > 0 and causal),  # as that of padded sentences
     )  # fmt: skip
     tile["BLOCK_N"] = block_n or tile["BLOCK_N"]
     return Plan(
         copy,
-        [((B, Tq, H * D), out_dtype)],
+        [(result, out_dtype)],
         (cdiv(Tq, tile["BLOCK_M"]) * B * H,),
         (H, Tq, Tk, D, width, *strides[0][:3], *strides[1][:3], *v.stride, *seen,
          *scales[0], *scales[1], *scales[2], *groups, multiplier),
@@ -189,7 +195,7 @@ def _plan(
          "TOP": softmax.top, "OFFSET": OFFSET.get(softmax.steps, 0.0),
          "RENORMALIZE": softmax.renormalize, "ONE_TILE": not grid and Tk <= tile["BLOCK_N"],
          "GRID": grid, "CAUSAL": causal,
-         "TAIL": causal or mask is not None or Tk % tile["BLOCK_N"] > 0,
+         "TAIL": causal or sentences > 0 or mask is not None or Tk % tile["BLOCK_N"] > 0,
          "KEY_MASK": mask is not None and seen[2] == 0, "PACKED": q.dtype == torch.uint8,
          "V_FP8": fp8, "EXACT": INTERPRETED,
          "BLOCK_W": BLOCK_W, "BLOCK_D": BLOCK_D,
@@ -211,22 +217,71 @@ def _launch_quantized_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_scale: Tensor | None,
     k_scale: Tensor | None, v_scale: Tensor | None, step: Tensor | None,
     softmax: str, bits: int, steps: int, renormalize: bool, multiplier: float, causal: bool,
-    grid: bool, out_dtype: torch.dtype, block_n: int,
+    grid: bool, sequences: Tensor | None, longest: int, out_dtype: torch.dtype, block_n: int,
 ) -> Tensor:  # fmt: skip
     tensors = q, k, v, mask, q_scale, k_scale, v_scale, step
     plan = _plan(
         tuple(map(_signature, tensors)), (softmax, bits, steps, renormalize), multiplier, causal,
-        grid, out_dtype, block_n,
+        grid, out_dtype, block_n, 0 if sequences is None else len(sequences), longest,
     )  # fmt: skip
     if plan.copy:
         q, k = q.contiguous(), k.contiguous()
     (out,) = plan.empty(q.device)
-    with on_device(*tensors):
+    with on_device(*tensors, sequences):
         quantized_attention_kernel[plan.grid](
             q, k, v.view(torch.int8) if plan.options["V_FP8"] else v,
             None if mask is None else mask.view(torch.uint8), q_scale, k_scale, v_scale,
-            None if step is None else step.contiguous(), out, *plan.numbers, **plan.options,
+            None if step is None else step.contiguous(),
+            None if sequences is None else sequences.contiguous(), out,
+            *plan.numbers, **plan.options,
         )  # fmt: skip
+    return out
+
+
+def _check_sequences(
+    q: Tensor, k: Tensor, mask: Tensor | None, sequences: Tensor | None, longest: int | None
+) -> None:
+    if (sequences is None) != (longest is None):
+        raise ValueError("sequences and longest go together")
+    if sequences is None:
+        return
+    if sequences.dtype != torch.int32 or sequences.ndim != 2 or sequences.shape[1] != 3:
+        raise ValueError(
+            f"sequences must be int32 [S, 3], got {sequences.dtype} {list(sequences.shape)}"
+        )
+    if mask is not None or q.shape[0] != 1 or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            "sequences go with q, k and v of [1, H, N, D] and without a mask, got "
+            f"{list(q.shape)}, {list(k.shape)}" + ("" if mask is None else " and a mask")
+        )
+
+
+def _in_sequences_ref(
+    q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor | None, k_scale: Tensor | None,
+    sequences: Tensor, longest: int, options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """The definition: padded sentences, of whose tokens the results are kept."""
+    N = q.shape[2]
+    row, first, end = sequences.long().T[..., None]
+    place = torch.arange(longest, device=q.device)
+    there = (place >= first) & (place < end)  # [S, longest]
+    token = torch.where(there, row - first + place, 0)
+
+    def padded(x: Tensor) -> Tensor:
+        """[1, H, N, ...] to [S, H, longest, ...], zeros between."""
+        raw = x.view(torch.uint8) if x.itemsize == 1 else x  # float8 has no arithmetic
+        blank = ~there.view(len(token), 1, longest, *[1] * (x.ndim - 3))
+        return raw[0][:, token].transpose(0, 1).masked_fill(blank, 0).view(x.dtype)
+
+    def scales(s: Tensor | None) -> Tensor | None:
+        return s if s is None or s.shape[2] == 1 < N else padded(s)
+
+    y = quantized_attention(
+        padded(q), padded(k), padded(v), q_scale=scales(q_scale), k_scale=scales(k_scale),
+        mask=there[:, None, None], **options,
+    )  # fmt: skip
+    out = y.new_zeros(1, N, y.shape[-1])
+    out[0, token[there]] = y[there]
     return out
 
 
@@ -235,6 +290,7 @@ def quantized_attention(
     renormalize: bool = False, step: Tensor | None = None, q_scale: Tensor | None = None,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None, scale: float | None = None,
     mask: Tensor | None = None, causal: bool = False, grid: bool | None = None,
+    sequences: Tensor | None = None, longest: int | None = None,
     out_dtype: torch.dtype = torch.float32, block_n: int | None = None,
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
@@ -256,6 +312,11 @@ def quantized_attention(
         mask: bool, broadcast against [B, H, Tq, Tk], True where a key may be seen.
         causal: hide keys after the query, the last query seeing the last key.
         grid: anchor "code" at the maximum's ceiling; None: only beyond WHOLE keys.
+        sequences: [S, 3] int32: q, k and v are [1, H, N, D], the tokens of S sentences one after
+            another, which attend each to their own. Row, first and end: the first token's number,
+            and the places [first, end) that the tokens have in a sentence of `longest`. The bits
+            are those of such sentences with a mask of their keys (causal: of queries and keys).
+        longest: tokens of a padded sentence; goes with sequences.
         out_dtype: of the result.
         block_n: keys of a tile, for tests.
 
@@ -266,7 +327,8 @@ def quantized_attention(
         ValueError: shapes, scales or kinds that do not fit.
     """
     _check_axes(q, k, v)
-    Tk, D = v.shape[2:]
+    _check_sequences(q, k, mask, sequences, longest)
+    Tk, D = v.shape[2] if longest is None else longest, v.shape[3]
     grid = softmax == "code" and (Tk > WHOLE if grid is None else grid)
     multiplier = (
         (D**-0.5 if scale is None else scale) * LOG2_E * (steps if softmax == "code" else 1)
@@ -274,8 +336,16 @@ def quantized_attention(
     if backend_of(q, backend) == "triton" and q.numel() and Tk:
         return _launch_quantized_attention(
             q, k, v, mask, q_scale, k_scale, v_scale, step,
-            softmax, bits, steps, renormalize, multiplier, causal, grid, out_dtype, block_n or 0,
+            softmax, bits, steps, renormalize, multiplier, causal, grid, sequences, longest or 0,
+            out_dtype, block_n or 0,
         )  # fmt: skip
+    if sequences is not None:
+        options: dict[str, Any] = {
+            "softmax": softmax, "bits": bits, "steps": steps, "renormalize": renormalize,
+            "step": step, "v_scale": v_scale, "scale": scale, "causal": causal, "grid": grid,
+            "out_dtype": out_dtype, "backend": backend,
+        }  # fmt: skip
+        return _in_sequences_ref(q, k, v, q_scale, k_scale, sequences, Tk, options)
     kind = Softmax(softmax, bits, steps, renormalize)
     _check(q, k, v, kind, q_scale, k_scale, v_scale, step, mask)
     a, k_scale, mask = expanded(q, k, multiplier, q_scale, k_scale, mask, causal)

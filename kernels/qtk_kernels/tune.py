@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._gemv import serves
 from ._lang import triton
 from ._launch import Card, card_of, gemm_launch, read_table, table_path, use_tile
 from ._plan import forget
@@ -162,14 +163,17 @@ def _elapsed(replay: Callable[[], Any], often: int) -> float:
 
 
 def best_tile(kernel: str, M: int, N: int, K: int, device: torch.device) -> dict[str, Any]:
-    """One entry of the table: the fastest tile, and the seconds that the first call took."""
+    """One entry of the table: the fastest tile, and the seconds that the first call took.
+
+    The tile is None where the product of few tokens, which has none, is faster than any.
+    """
     calls = linear_calls(kernel, M, N, K, device)
     start = time.perf_counter()
     want = calls[0]()
     _synchronize(device)
     first = time.perf_counter() - start
     before_us = us = microseconds(calls)
-    best = _present(kernel, M, N, K, device)
+    best = None if serves(kernel, M, N, K) else _present(kernel, M, N, K, device)
     for tile in candidates(kernel, M):
         with use_tile(tile):
             try:

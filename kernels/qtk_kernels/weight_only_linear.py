@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._gemv import aligned, gemv_floats_kernel, gemv_tile
 from ._lang import (
     PTX,
     along_m,
@@ -33,7 +34,7 @@ from ._lang import (
 from ._launch import dot_width, gemm_launch, packed_steps, steps_of
 from ._linear import check_scales
 from ._plan import opaque, planned, row_step, shape_of
-from ._split_k import LinearPlan, launch_linear, plan_linear
+from ._split_k import LinearPlan, launch_linear, plan_few, plan_linear
 from .codes import group_size_of, scale_strides
 from .dispatch import INTERPRETED, backend_of
 from .packing import pack_int4, packed_width, unpack_int4
@@ -377,16 +378,29 @@ def _check(
 def _plan(
     x: torch.Size, stride: tuple[int, ...], x_dtype: torch.dtype, device: torch.device,
     w: torch.Size, w_scale: torch.Size, w_zero_point: torch.Size | None, bias: torch.Size | None,
-    bits: int, K: int, group_size: int | None,
+    bits: int, K: int, group_size: int | None, start: int | None,
 ) -> LinearPlan:  # fmt: skip
+    """start: bytes before the first token in its storage; None where the weight is not aligned."""
     size, packed = _check(x, K, w_scale, w_zero_point, bias, group_size), bits <= 4
     M, N = prod(x[:-1]), w_scale[0]
     if w != (N, packed_width(K) if packed else K):
         want = [N, packed_width(K) if packed else K]
         raise ValueError(f"operand must be {want} for {K} channels of {bits} bits, got {list(w)}")
-    grouped = size < K
+    grouped, step = size < K, row_step(x, stride)
+    op = f"weight_only_linear W{4 if packed else 8}A16"
+    if step is not None and start is not None:
+        few = gemv_tile(
+            op, M, N, K, w[1], device=device, group=size if grouped else 0,
+            row=step * x_dtype.itemsize, start=start,
+        )  # fmt: skip
+        if few is not None:
+            return plan_few(
+                x, N, x_dtype, few, (N, K, w[1] // 4, step, *scale_strides(w_scale)),
+                {"GROUP": size if grouped else 0, "HAS_ZERO_POINT": w_zero_point is not None,
+                 "enable_fp_fusion": True},
+            )  # fmt: skip
     tile = gemm_launch(
-        f"weight_only_linear W{4 if packed else 8}A16", M, N, K, device=device, grouped=grouped,
+        op, M, N, K, device=device, grouped=grouped,
         weight_bits=4 if packed else 8, computed_weights=True, wide=True,
         heavy=x_dtype == torch.float32 or K % 16 > 0,
     )  # fmt: skip
@@ -398,7 +412,6 @@ def _plan(
     # the interpreter multiplies bfloat16 wrongly
     exact = x_dtype == torch.bfloat16 and INTERPRETED
     dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x_dtype, tl.float32)
-    step = row_step(x, stride)
     return plan_linear(
         x, stride, N, x_dtype, tile,
         (M, N, K, steps, K if step is None else step, w[1], *scale_strides(w_scale)),
@@ -419,14 +432,16 @@ def _launch_weight_only_linear(
     x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, w_zero_point: Tensor | None,
     bits: int, K: int, group_size: int | None,
 ) -> Tensor:  # fmt: skip
+    w = w.contiguous()
     plan = _plan(
         x.shape, x.stride(), x.dtype, x.device, w.shape, w_scale.shape, shape_of(w_zero_point),
         shape_of(bias), bits, K, group_size,
+        x.storage_offset() * x.itemsize % 16 if aligned(w) else None,
     )  # fmt: skip
     zero_point = None if w_zero_point is None else w_zero_point.contiguous()
     return launch_linear(
-        _weight_only_linear_kernel, plan, x, (w.contiguous(), w_scale.contiguous(), zero_point),
-        bias,
+        gemv_floats_kernel if plan.few else _weight_only_linear_kernel, plan, x,
+        (w, w_scale.contiguous(), zero_point), bias,
     )  # fmt: skip
 
 

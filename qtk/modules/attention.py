@@ -57,7 +57,7 @@ class QuantAttention(Float32Buffers):
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None,
-        mask: Tensor | None = None, causal: bool = False,
+        mask: Tensor | None = None, causal: bool = False, **sequences: Any,
     ) -> Tensor:  # fmt: skip
         """Attention; gradients are those of the float attention at the same q, k and v.
 
@@ -67,6 +67,7 @@ class QuantAttention(Float32Buffers):
             mask: bool, or float with 0 where a key may be seen and a large negative number
                 elsewhere; broadcast against [B, H, Tq, Tk].
             causal: hide the keys after each query.
+            sequences: `sequences` and `longest` of `quantized_attention`, without gradients.
 
         Returns:
             [B, Tq, H * D] in q's dtype.
@@ -76,18 +77,18 @@ class QuantAttention(Float32Buffers):
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             out: Tensor = _StraightThrough.apply(q, k, v, self, scale, mask, causal)
             return out
-        return self.attend(q, k, v, scale, mask, causal)
+        return self.attend(q, k, v, scale, mask, causal, **sequences)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None,
-        causal: bool,
+        causal: bool, **sequences: Any,
     ) -> Tensor:  # fmt: skip
         backend, dtype = backend_of(q, self.backend), q.dtype
         (q, k, v), scales = self.codes(q, k, v)
         return quantized_attention(
             q, k, v, **scales, v_scale=None if self.v_scale is None else self.v_scale[None],
             **self.softmax(), scale=scale, mask=mask, causal=causal, out_dtype=dtype,
-            backend=backend,
+            backend=backend, **sequences,
         )  # fmt: skip
 
     def weights(
@@ -174,6 +175,42 @@ def attend(
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, blocked)
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return context.transpose(1, 2).reshape(B, T, heads * D)
+
+
+def reads_sequences(backend: str, products: QuantAttention | None, dtype: torch.dtype) -> bool:
+    """Whether attention reads one sentence after another, in a block on this backend.
+
+    A CPU computes on padded sentences with PyTorch's own attention, and so does a GPU in float32.
+    """
+    if products is not None:
+        return backend != "cpu"
+    return backend == "triton" and dtype.itemsize == 2
+
+
+def attend_sequences(
+    qkv: Tensor, anatomy: Attention, sequences: Tensor, longest: int, causal: bool,
+    products: QuantAttention | None = None,
+) -> Tensor:  # fmt: skip
+    """`attend` on sentences one after another, without padding.
+
+    With quantized products the bits are those of padded sentences. Floats are multiplied by the
+    kernel for them, which sums in another order than PyTorch's attention.
+
+    Args:
+        qkv: [1, N, 3 * H].
+        sequences, longest: as `quantized_attention` takes them.
+
+    Returns:
+        [1, N, H].
+    """
+    _, N, width = qkv.shape
+    heads, D = anatomy.heads, width // (3 * anatomy.heads)
+    q, k, v = qkv.view(1, N, 3, heads, D).permute(2, 0, 3, 1, 4)  # each [1, heads, N, D]
+    if products is not None:
+        return products(q, k, v, causal=causal, sequences=sequences, longest=longest)
+    return quantized_attention(
+        q, k, v, causal=causal, sequences=sequences, longest=longest, out_dtype=qkv.dtype
+    )
 
 
 class _StraightThrough(torch.autograd.Function):

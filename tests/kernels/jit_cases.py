@@ -6,6 +6,7 @@ cases of the GPU checks, others for each card, draw the rest.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, cycle, product
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtk_kernels import _tma
+from qtk_kernels import fp8_linear as fp8_module
+from qtk_kernels import int8_linear as int8_module
+from qtk_kernels._plan import forget
 from qtk_kernels.codes import Codes
 from qtk_kernels.fp8_linear import E4M3, fp8_linear
 from qtk_kernels.hadamard_quantize import hadamard_quantize
@@ -190,6 +195,43 @@ def fp8_linears() -> Iterator[Case]:
         )  # fmt: skip
 
 
+@contextmanager
+def hopper() -> Iterator[None]:
+    """Products of many tokens are planned as on a Hopper."""
+
+    def tile(kernel: str, M: int, N: int, K: int, **_: Any) -> dict[str, Any] | None:
+        return _tma.rule(M, N, K, kernel == "fp8_linear")
+
+    before = int8_module.tma_tile, fp8_module.tma_tile
+    int8_module.tma_tile = fp8_module.tma_tile = tile
+    forget()
+    try:
+        yield
+    finally:
+        int8_module.tma_tile, fp8_module.tma_tile = before
+        forget()
+
+
+def bulk() -> Iterator[Case]:
+    """Tiles that are copied in bulk, of both sizes."""
+    for (N, K), out, token, fp8 in product(
+        ((4096, 4096), (768, 3072)), OUTPUTS, (True, False), (False, True)
+    ):
+        if fp8 and "out_codes" in out:
+            continue
+
+        def run(N: int = N, K: int = K, o: Any = out, t: bool = token, f: bool = fp8) -> None:
+            x_scale = empty(4096, 1) if t else None
+            op, dtype = (fp8_linear, E4M3) if f else (int8_linear, torch.int8)
+            with hopper():
+                op(
+                    u8(4096, K).view(dtype), u8(N, K).view(dtype), empty(N, 1), empty(N),
+                    x_scale=x_scale, **o, **TRITON,
+                )  # fmt: skip
+
+        yield Case(f"bulk {'fp8' if fp8 else 'int8'} {N}x{K} token {token} {out}", run, out == {})
+
+
 SOFTMAX: tuple[dict[str, Any], ...] = (
     {"softmax": "code", "steps": 4},
     {"softmax": "float"},
@@ -216,6 +258,24 @@ def attention(fp8: bool) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def sequences(fp8: bool) -> Iterator[Case]:
+    """Sentences one after another, of one tile, of two passes, and of a walk."""
+    operands = ("fp8",) if fp8 else ("float16", "bfloat16", "int8")
+    kinds = [SOFTMAX[i] for i in (0, 2)] if fp8 else SOFTMAX[:4]
+    for D, T, operand, kind, causal in pairwise(
+        HEADS[:4], (1, 197, 512, 700), operands, kinds, (False, True)
+    ):
+        yield Case(
+            f"sequences {operand} D={D} T={T} {kind} causal {causal}",
+            lambda D=D, T=T, o=operand, k=kind, c=causal: _attend(
+                D, T, o, {**k, "causal": c}, "sequences"
+            ),
+            T in (197, 700) and D == 64,
+            _stack(causal, D),
+            causal or (D > 64 and "float" in operand),
+        )  # fmt: skip
+
+
 def _stack(much: bool, D: int = 0) -> float:
     """Heads of 65 to 128 channels are held as 128."""
     return float("inf") if D > 128 else 640 * much if D > 64 else 128 * much
@@ -236,7 +296,11 @@ def _attend(D: int, T: int, operand: str, kind: dict[str, Any], mask: str) -> Te
             options["v_scale"] = empty(B, H, D)
     if kind["softmax"] == "matthew":
         options["step"] = empty(H)
-    if mask != "none":
+    if mask == "sequences":
+        options |= {"sequences": torch.ones(B, 3, dtype=torch.int32), "longest": T}
+        options |= {name: x[:1] for name, x in options.items() if name.endswith("_scale")}
+        q, k, v = (x[:1] for x in (q, k, v))
+    elif mask != "none":
         shape = (B, 1, 1, T) if mask == "keys" else (B, H, T, T)
         options["mask"] = torch.ones(shape, dtype=torch.bool)
     return quantized_attention(q, k, v, **options, **TRITON)
@@ -247,6 +311,9 @@ OPS: dict[str, Callable[[], Iterator[Case]]] = {
     "integer_linears": integer_linears,
     "float_linears": float_linears,
     "fp8_linears": fp8_linears,
+    "bulk": bulk,  # of Hopper alone
     "attention": lambda: attention(False),
     "fp8_attention": lambda: attention(True),
+    "sequences": lambda: sequences(False),
+    "fp8_sequences": lambda: sequences(True),
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from qtk.models import Block
-from qtk.modules.attention import attend
+from qtk.modules.attention import attend, attend_sequences, reads_sequences
 from qtk.modules.fused import kernels, onednn
 from qtk.modules.fused.packing import packing_of
 from qtk.modules.fused.parts import Parts, Seams, make_parts
@@ -40,12 +40,21 @@ def dataflow(parts: Parts, seams: Seams, layer: int) -> Forward:
     """The block's forward: [B, T, H] -> [B, T, H], in x's dtype; a mask and a cache may be None."""
     qkv, out, down = parts.qkv, parts.out, parts.down
     attention, products = parts.anatomy.attention, parts.attention
+    backend = parts.read_x.backend
 
     def forward(x: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-        dtype, packing = x.dtype, packing_of(x, mask)
+        dtype = x.dtype
+        in_sequences = cache is None and reads_sequences(backend, products, dtype)
+        packing = packing_of(x, mask, in_sequences)
         x = packing.pack(x)
-        heads = packing.unpack(qkv(*seams.enter(x), dtype))
-        context = packing.pack(attend(heads, attention, layer, mask, cache, products))
+        heads = qkv(*seams.enter(x), dtype)
+        if packing.sequences is not None:
+            context = attend_sequences(
+                heads, attention, packing.sequences, packing.tokens, packing.causal, products
+            )
+        else:
+            heads = packing.unpack(heads)
+            context = packing.pack(attend(heads, attention, layer, mask, cache, products))
         codes, x = seams.norm_read(out(*seams.read_context(context), dtype), x)
         return packing.unpack(seams.leave(down(*seams.up_read(codes, dtype), dtype), x))
 

@@ -1,9 +1,10 @@
 """Padding is left out: a block computes on the tokens of a batch that anybody attends to.
 
 All parts of a block but attention treat each token alone, so they run on the N tokens that count,
-[1, N, H], whatever their sentences; attention sees them in their places, with zeros between. The
-numbers of those tokens are the same to the bit, because no row of a product depends on another; the
-rest leave the block as zeros. FlashAttention's unpadding does the same to float models.
+[1, N, H], whatever their sentences. Attention sees them in their places, with zeros between, or, on
+a GPU, one sentence after another. The numbers of those tokens are the same to the bit, because no
+row of a product depends on another; the rest leave the block as zeros. FlashAttention's unpadding
+does the same to float models.
 """
 
 from dataclasses import dataclass
@@ -21,11 +22,16 @@ class Packing:
 
     Attributes:
         rows: [N] int64, places among the B * T tokens, ascending; None leaves all where they are.
+        sequences: [B, 3] int32, of each sentence its first row and the places of its tokens, first
+            and past the last; None where the mask says more than that, or nobody asked.
+        causal: tokens do not see later ones.
     """
 
     batch: int
     tokens: int
     rows: Tensor | None = None
+    sequences: Tensor | None = None
+    causal: bool = False
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, H] -> [1, N, H]."""
@@ -39,10 +45,11 @@ class Packing:
         return whole.index_copy_(0, self.rows, x[0]).view(self.batch, self.tokens, -1)
 
 
-_found: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by mask: a model gives all blocks the same
+# by mask: a model gives all blocks the same
+_found: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def packing_of(x: Tensor, mask: Tensor | None) -> Packing:
+def packing_of(x: Tensor, mask: Tensor | None, sequences: bool = False) -> Packing:
     """How a batch is packed, or not.
 
     Args:
@@ -51,6 +58,7 @@ def packing_of(x: Tensor, mask: Tensor | None) -> Packing:
             hides from every query are padding. A batch is left alone where all its tokens count
             or nearly so, where keys of earlier calls are in the mask, and in traced code, whose
             shapes must not depend on numbers.
+        sequences: attention can read one sentence after another.
     """
     batch, tokens = x.shape[:2]
     whole = Packing(batch, tokens)
@@ -61,17 +69,43 @@ def packing_of(x: Tensor, mask: Tensor | None) -> Packing:
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return whole
     if mask.is_inference():  # nobody counts how often it was written to
-        return Packing(batch, tokens, _seen(mask))
-    version, packing = _found.get(mask, (-1, whole))
-    if version != mask._version or packing.tokens != tokens:
-        packing = Packing(batch, tokens, _seen(mask))
-        _found[mask] = mask._version, packing
+        return _packed(mask, tokens, sequences)
+    known, packing = _found.get(mask, (None, whole))
+    if known != (mask._version, tokens, sequences):
+        packing = _packed(mask, tokens, sequences)
+        _found[mask] = (mask._version, tokens, sequences), packing
     return packing
 
 
-def _seen(mask: Tensor) -> Tensor | None:
-    """Places of the tokens that some query sees; None where it is not worth it."""
+def _packed(mask: Tensor, tokens: int, sequences: bool) -> Packing:
+    """By the tokens that some query sees; all of them where it is not worth it."""
+    batch = mask.shape[0]
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    rows = visible.any(dim=(1, 2)).flatten().nonzero()[:, 0]
-    worth = 0 < rows.numel() <= WORTH * mask.shape[0] * mask.shape[-1]
-    return rows if worth else None
+    seen = visible.any(dim=(1, 2))  # [B, T]
+    rows = seen.flatten().nonzero()[:, 0]
+    if not 0 < rows.numel() <= WORTH * batch * tokens:
+        return Packing(batch, tokens)
+    if not sequences:
+        return Packing(batch, tokens, rows)
+    return Packing(batch, tokens, rows, *_sequences(mask, visible, seen))
+
+
+def _sequences(mask: Tensor, visible: Tensor, seen: Tensor) -> tuple[Tensor | None, bool]:
+    """The sentences of a mask that hides padding and, where it does, later tokens; else None."""
+    place = torch.arange(seen.shape[1], device=seen.device)
+    count = seen.sum(1)
+    first = seen.int().argmax(1)
+    end = first + count
+    keys = (place >= first[:, None]) & (place < end[:, None])  # [B, T]
+    of_keys = keys[:, None, None]  # [B, 1, 1, T]
+    padding = ~seen[:, None, :, None]  # queries that nobody asks about
+    below = of_keys & (place[:, None] >= place)
+    alike = [((visible == wanted) | padding).all() for wanted in (of_keys, below)]
+    biased = mask.dtype != torch.bool and (mask.masked_fill(~visible, 0) != 0).any()
+    plain, causal, no_holes, added = torch.stack(
+        [*alike, (keys == seen).all(), torch.as_tensor(biased, device=mask.device)]
+    ).tolist()
+    if added or not no_holes or not (plain or causal):
+        return None, False
+    starts = torch.stack([count.cumsum(0) - count, first, end], 1)
+    return starts.int(), bool(causal and not plain)
