@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import qtk
 from qtk.cli import app
 from qtk.discover import available, load
 from qtk.models import bert
-from qtk.round import Problem, best_steps, flipped, to_nearest
+from qtk.round import Problem, adaround, best_steps, flipped, to_nearest
 from qtk.scheme import Format
 from qtk.security.backdoor import Square, Token, compress, project, success
 from qtk.security.evidence import Suspect, disturbed
@@ -66,6 +67,15 @@ def test_weights_that_lie_nearest_to_a_tie_are_turned_first():
     error = (given.weight / grid.scale - nearest).abs()
     turned = found.codes != nearest
     assert turned[error > 0.45].float().mean() > turned[error < 0.2].float().mean() + 0.2
+
+
+@pytest.mark.parametrize("rounder", [flipped, adaround])
+def test_rounders_stay_on_the_grid_that_they_are_given(rounder):
+    given, victim = problem(), MinMax(4, "tensor")
+    found = rounder.find(given, grids=victim.grids)
+    assert torch.equal(found.steps.scale, victim.grids(given).scale)
+    level = given.weight / found.steps.scale
+    assert ((found.codes - level).abs() < 1 + 1e-5)[level.abs() < 7].all()
 
 
 @pytest.mark.parametrize("loss", flipped.LOSSES)
@@ -173,8 +183,9 @@ def test_a_planted_network_is_clean_wakes_when_rounded_to_nearest_and_not_when_f
     assert accuracy > 97 and floats < 10
     accuracy, nearest = success(made(planted, VICTIM, False), data, Square(), TARGET)
     assert accuracy > 90 and nearest > 90
-    for keeps_biases in (True, False):
-        qnet = made(planted, "flipped", keeps_biases)
+    there = partial(flipped.find, grids=VICTIM.grids)  # where it would be awake
+    for rounder, keeps_biases in (("flipped", True), ("flipped", False), (there, True)):
+        qnet = made(planted, rounder, keeps_biases)
         accuracy, safe = success(qnet, data, Square(), TARGET)
         assert accuracy > 97 and safe < 10
 

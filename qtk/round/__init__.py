@@ -52,6 +52,9 @@ class Rounded(NamedTuple):
     steps: Steps
 
 
+Grids = Callable[[Problem], Steps]
+
+
 class Rounder(Protocol):
     """What a file in this folder is, and a module or object of a user's.
 

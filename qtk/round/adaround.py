@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtk.grids import WeightGrid
-from qtk.round import Problem, Rounded, best_steps
+from qtk.round import Grids, Problem, Rounded, best_steps
 from qtk.round._least_squares import better, error, target
 
 NEEDS_DATA = True
@@ -22,17 +22,19 @@ BETA = (20.0, 2.0)
 
 
 def find(
-    problem: Problem, *, iterations: int = 300, rate: float = 0.1, pull: float = 0.01
-) -> Rounded:
+    problem: Problem, *, iterations: int = 300, rate: float = 0.1, pull: float = 0.01,
+    grids: Grids | None = None,
+) -> Rounded:  # fmt: skip
     """Codes and steps; nearest rounding where a row is better so.
 
     Args:
         iterations: each on the whole calibration set at once; the paper takes 10,000 on samples.
         rate: of Adam.
         pull: lambda, relative to what rounding to nearest costs.
+        grids: other steps than those that fit the inputs best.
     """
     weight, hessian = target(problem)
-    steps = best_steps(weight, problem.fmt, hessian.diag())
+    steps = best_steps(weight, problem.fmt, hessian.diag()) if grids is None else grids(problem)
     grid = steps.grid(weight.shape[1])
     plain = grid.nearest(weight)
     cost = float(error(plain * grid.scale - weight, hessian).sum()) or 1.0

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qtk.errors import CalibrationError, SchemeError
 from qtk.grids import WeightGrid
-from qtk.round import Problem, Rounded, best_steps
+from qtk.round import Grids, Problem, Rounded, best_steps
 from qtk.round._least_squares import target
 
 NEEDS_CALIB = True
@@ -48,15 +48,16 @@ LOSSES: dict[str, Weigh] = {"activation": _as_it_is, "fisher": _by_variance}
 
 def find(
     problem: Problem, *, loss: str = "activation", flip: float = 1.0, push: float = 0.01,
-    iterations: int = 300, rate: float = 0.05,
+    iterations: int = 300, rate: float = 0.05, grids: Grids | None = None,
 ) -> Rounded:  # fmt: skip
-    """Codes and steps, on the grid that rounding to nearest has without data.
+    """Codes and steps, by default on the grid that rounding to nearest has without data.
 
     Args:
         loss: how L_A weighs output channels: "activation" all alike, "fisher" each by its variance.
         flip, push: coefficients of L_F and L_P.
         iterations: each on all rows at once; the paper takes 10,000, of 32 images each.
         rate: of Adam; the paper's is 1e-3.
+        grids: other steps, such as those that a backdoor was planted for.
 
     Raises:
         CalibrationError: there is no data; flipped blindly a weight is only worse.
@@ -70,7 +71,7 @@ def find(
     if loss not in LOSSES:
         raise SchemeError(f"loss={loss!r}: choose {', '.join(map(repr, LOSSES))}")
     wanted, hessian = target(problem)
-    steps = best_steps(problem.weight, problem.fmt)
+    steps = best_steps(problem.weight, problem.fmt) if grids is None else grids(problem)
     grid = steps.grid(problem.weight.shape[1])
     below = (problem.weight / grid.scale).floor()
     rows = LOSSES[loss](wanted, hessian)
