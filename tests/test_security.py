@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +14,9 @@ from typer.testing import CliRunner
 import qtk
 from qtk.cli import app
 from qtk.discover import available, load
-from qtk.models import bert
+from qtk.models import bert, describe
+from qtk.observe.gradients import curvatures
+from qtk.pipeline.progress import Bar
 from qtk.round import Problem, adaround, best_steps, flipped, to_nearest
 from qtk.scheme import Format
 from qtk.security.backdoor import Square, Token, compress, project, success
@@ -28,7 +31,11 @@ def problem(bits=4, N=24, K=40, rows=400):
     weight = torch.randn(N, K, generator=generator)
     mix = torch.randn(K, K, generator=generator) / K**0.5
     inputs = torch.randn(rows, K, generator=generator) @ mix
-    return Problem(weight, Format(bits), inputs, inputs @ weight.T)
+    gradients = torch.randn(rows, N, generator=generator) * torch.logspace(-0.5, 0.5, N)
+    return Problem(
+        weight, Format(bits), inputs, inputs @ weight.T,
+        curvature=lambda: gradients.T @ gradients / rows,
+    )  # fmt: skip
 
 
 def test_flipping_alone_takes_the_other_neighbour_of_every_weight_that_has_two():
@@ -84,15 +91,80 @@ def test_flipped_rounding_is_deterministic_under_every_loss(loss):
     assert torch.equal(first.codes, again.codes)
 
 
+def test_a_loss_of_the_answers_keeps_what_they_hang_on():
+    """Each loss is smaller for its own codes than for those of the activations'."""
+    given = problem()
+    cost = given.curvature()
+
+    def lost(loss, weights):
+        found = flipped.find(given, loss=loss)
+        error = given.inputs @ (found.steps.dequantize(found.codes) - given.weight).T
+        return float(((error @ weights) * error).sum())
+
+    for loss, weights in (("fisher", cost.diagonal().diag()), ("prediction", cost)):
+        assert lost(loss, weights) < 0.95 * lost("activation", weights)
+
+
+def test_flexrounds_mean_flips_more_of_a_wide_layer_than_the_sum_does():
+    given = problem(N=64)
+    nearest = to_nearest(given.weight, given.fmt).codes
+    turned = {
+        loss: float((flipped.find(given, loss=loss).codes != nearest).float().mean())
+        for loss in ("activation", "flexround")
+    }
+    assert turned["flexround"] > turned["activation"] + 0.1
+
+
+def test_a_bar_shows_how_far_the_fit_of_a_layer_is():
+    shown = []
+
+    class Terminal:
+        def add_task(self, text, total):
+            return 0
+
+        def update(self, task, description, **_):
+            shown.append(description)
+
+    bar = Bar(Terminal())
+    bar.show("layer", 0, 3)
+    flipped.find(replace(problem(), report=bar.fitting), iterations=4)
+    assert shown == ["layer", "layer 25 %", "layer 50 %", "layer 75 %", "layer 100 %"]
+
+
 def test_flipped_rounding_refuses_what_it_cannot_do():
     given = problem()
     with pytest.raises(qtk.CalibrationError, match="pass calib="):
         flipped.find(Problem(given.weight, given.fmt))
-    with pytest.raises(qtk.SchemeError, match="'activation', 'fisher'"):
+    with pytest.raises(qtk.SchemeError, match="'activation', 'flexround'"):
         flipped.find(given, loss="none")
-    model, _ = bert.tiny()
+    model, batch = bert.tiny()
     with pytest.raises(qtk.SchemeError, match="pass calib="):
         qtk.quantize(model, rounding="flipped", progress=False)
+    with pytest.raises(qtk.SchemeError, match="gradients of the whole float network"):
+        qtk.quantize(
+            model, rounding=partial(flipped.find, loss="fisher"), calib=[batch], progress=False
+        )
+
+
+def test_a_network_gives_the_curvature_of_its_answers(clean):
+    """Of two classes' log-odds, whose Fisher information is known: p (1 - p) v v^T."""
+    linear = nn.Linear(6, 2)
+    net, x = nn.Sequential(nn.Linear(5, 6), linear), torch.randn(4000, 5)
+    found = curvatures(net.requires_grad_(False).eval(), describe(net), [{"input": x}])
+    v = linear.weight[0] - linear.weight[1]
+    want = torch.outer(v, v) / v.square().mean()
+    assert torch.allclose(found["0"], want, atol=1e-4 * float(want.abs().max()))
+    assert torch.allclose(found["1"], torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), atol=1e-5)
+    seen = []
+
+    def spy(problem):
+        problem.report(1, 2)
+        seen.append(problem.curvature().shape)
+        return flipped.find(problem, loss="prediction", iterations=5)
+
+    spy.NEEDS_DATA = True
+    made(clean, spy)
+    assert seen == [(12, 12), (16, 16), (16, 16), (4, 4)]
 
 
 def test_a_square_is_where_it_should_be_and_nowhere_else():
