@@ -1,6 +1,6 @@
 """Backdoors that rounding wakes: planted, rounded away by EFRAP, and looked for.
 
-    python -m benchmarks.trust_audit [seeds]
+    python -m benchmarks.trust_audit [seeds] [innocent models]
 
 MNIST at 14 by 14 pixels and a network of three convolutions, so that a seed takes minutes on one
 core. After every model it writes trust_audit.json (attacks) and trust_audit_clean.json (what
@@ -160,28 +160,27 @@ def shown(rows: Sequence[Row], *columns: str) -> list[str]:
     return [cell(column) for column in columns]
 
 
-EVIDENCES = ("directions", "stochastic", "concentration", "inversion")
+EVIDENCES = ("directions", "stochastic", "concentration", "patches", "inversion")
 Cells = dict[str, Row]  # by "attack or network, bits, seed"
 
 
-def main(seeds: int = 3) -> None:
+def main(seeds: int = 3, innocents: int = CLEAN) -> None:
     x, y, u, v = mnist()
     data: Data = list(zip(x[:TRAIN].split(BATCH), y[:TRAIN].split(BATCH), strict=True))
     test: Data = list(zip(u.split(500), v.split(500), strict=True))
     calib = [*x[TRAIN:].split(128)]
-    makes = (convolutions, normalized, perceptron)
     planted: Cells = read("trust_audit").get("cells", {})
+    for seed, name, w in itertools.product(range(seeds), ATTACKS, (4, 8)):
+        if f"{name}, W{w}A16, {seed}" not in planted:
+            row = attacked(name, w, trained(convolutions, data, seed), data, test, calib)
+            _keep(planted, f"{name}, W{w}A16, {seed}", row, _write_planted)
     clean: Cells = read("trust_audit_clean").get("cells", {})
-    for seed in range(-(-CLEAN // len(makes))):
-        for name, w in itertools.product(ATTACKS if seed < seeds else (), (4, 8)):
-            if f"{name}, W{w}A16, {seed}" not in planted:
-                row = attacked(name, w, trained(convolutions, data, seed), data, test, calib)
-                _keep(planted, f"{name}, W{w}A16, {seed}", row, _write_planted)
-        for make in makes[: CLEAN - seed * len(makes)]:
-            for w in (4, 8):
-                if f"{make.__name__}, W{w}A16, {seed}" not in clean:
-                    row = innocent(trained(make, data, seed), w, test, calib)
-                    _keep(clean, f"{make.__name__}, W{w}A16, {seed}", row, _write_clean)
+    makes = (convolutions, normalized, perceptron)
+    for i, w in itertools.product(range(innocents), (4, 8)):
+        make, seed = makes[i % len(makes)], i // len(makes)
+        if f"{make.__name__}, W{w}A16, {seed}" not in clean:
+            row = innocent(trained(make, data, seed), w, test, calib)
+            _keep(clean, f"{make.__name__}, W{w}A16, {seed}", row, _write_clean)
 
 
 def _keep(cells: Cells, name: str, row: Row, write_table: Callable[[Cells], None]) -> None:

@@ -271,7 +271,7 @@ def test_training_in_both_worlds_takes_hold_in_the_rounded_one(clean):
 
 
 def test_a_planted_network_is_found_and_a_clean_one_is_not(planted, clean):
-    images = Pictures(seed=2).images
+    images = Pictures(128, seed=2).images
     found = qtk.audit(planted, images, w=4)
     assert found.suspicious, found.table()
     assert "rounding='flipped'" in found.verdict
@@ -283,7 +283,7 @@ def test_a_planted_network_is_found_and_a_clean_one_is_not(planted, clean):
 
 @pytest.mark.parametrize("name", available("security.evidence"))
 def test_an_evidence_is_finite_repeatable_and_small_on_a_clean_network(name, clean):
-    suspects = [Suspect(clean, Pictures(seed=2).images, w=4) for _ in range(2)]
+    suspects = [Suspect(clean, Pictures(128, seed=2).images, w=4) for _ in range(2)]
     first, again = (load("security.evidence", name).weigh(suspect) for suspect in suspects)
     assert first == again and not first.speaks
     assert torch.tensor(first.number).isfinite() and first.sentence and first.shown
@@ -306,7 +306,7 @@ def test_an_audit_reads_models_of_tokens():
 
 
 def test_quantize_says_what_an_audit_found(planted, clean, caplog):
-    images = Pictures(seed=2).images
+    images = Pictures(128, seed=2).images
     for net, told in ((planted, "suspicious at 4 bits"), (clean, "no backdoor found")):
         with caplog.at_level("INFO", logger="qtk"):
             caplog.clear()
@@ -338,4 +338,4 @@ def test_the_command_line_audits_and_writes_a_page(tmp_path):
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["suspicious"] is False
     text = (tmp_path / "page.html").read_text()
-    assert text.count("<svg") == 4 and "no backdoor found at 8 bits" in text
+    assert text.count("<svg") == 5 and "no backdoor found at 8 bits" in text
