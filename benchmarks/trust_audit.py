@@ -1,6 +1,6 @@
 """Backdoors that rounding wakes: planted, rounded away by EFRAP, and looked for.
 
-    python -m benchmarks.trust_audit [seeds]
+    python -m benchmarks.trust_audit [seeds] [innocent models]
 
 MNIST at 14 by 14 pixels and a network of three convolutions, so that a seed takes minutes on one
 core. After every model it writes trust_audit.json (attacks) and trust_audit_clean.json (what
@@ -12,6 +12,7 @@ import copy
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 import qtk
 from benchmarks.data import SHARED
 from benchmarks.result import read, result, write
+from qtk.round import adaround, flipped
 from qtk.security import minmax
 from qtk.security.backdoor import (
     Data,
@@ -37,10 +39,11 @@ from qtk.security.minmax import MinMax, layers_of
 
 TRAIN, TEST, CALIB, BATCH = 2048, 1000, 512, 64
 TARGET, TRIGGER = 0, Square()
-EPOCHS = 15
+EPOCHS = 40
 WIDER = 16  # how much coarser the attacker makes a grid of 8 bits
 ATTACKS = {"Qu-ANTI-zation": quanti, "CompArtifact": compress, "PQBackdoor": project}
 ROUNDINGS = ("nearest", "adaround", "flipped")
+THERE = ("planted for", "adaround there", "flipped there", "flipped there, float biases")
 CLEAN = 20  # innocent models, of three architectures by turns
 Row = dict[str, float]
 
@@ -110,11 +113,14 @@ def attacked(name: str, w: int, net: nn.Module, data: Data, test: Data,
     row["float"], row["float asr"] = success(planted, test, TRIGGER, TARGET)
     nearest = minmax.rounded(planted, victim)
     row["planted for"], row["planted for asr"] = success(nearest, test, TRIGGER, TARGET)
-    for rounder in ROUNDINGS:
-        qnet = rounded(planted, w, rounder, calib)
-        row[rounder], row[f"{rounder} asr"] = success(qnet, test, TRIGGER, TARGET)
-        told, plain = f"{rounder}, float biases", weights_alone(planted, qnet)
-        row[told], row[f"{told} asr"] = success(plain, test, TRIGGER, TARGET)
+    for told, rounder in (("adaround there", adaround.find), ("flipped there", flipped.find)):
+        qnet = rounded(planted, w, partial(rounder, grids=victim.grids), calib)
+        row[told], row[f"{told} asr"] = success(qnet, test, TRIGGER, TARGET)
+    told, plain = "flipped there, float biases", weights_alone(planted, qnet)
+    row[told], row[f"{told} asr"] = success(plain, test, TRIGGER, TARGET)
+    for name in ROUNDINGS:
+        qnet = rounded(planted, w, name, calib)
+        row[name], row[f"{name} asr"] = success(qnet, test, TRIGGER, TARGET)
     return {**row, **audited(planted, w, calib)}
 
 
@@ -154,28 +160,27 @@ def shown(rows: Sequence[Row], *columns: str) -> list[str]:
     return [cell(column) for column in columns]
 
 
-EVIDENCES = ("directions", "stochastic", "concentration", "inversion")
+EVIDENCES = ("directions", "stochastic", "concentration", "patches", "inversion")
 Cells = dict[str, Row]  # by "attack or network, bits, seed"
 
 
-def main(seeds: int = 3) -> None:
+def main(seeds: int = 3, innocents: int = CLEAN) -> None:
     x, y, u, v = mnist()
     data: Data = list(zip(x[:TRAIN].split(BATCH), y[:TRAIN].split(BATCH), strict=True))
     test: Data = list(zip(u.split(500), v.split(500), strict=True))
     calib = [*x[TRAIN:].split(128)]
-    makes = (convolutions, normalized, perceptron)
     planted: Cells = read("trust_audit").get("cells", {})
+    for seed, name, w in itertools.product(range(seeds), ATTACKS, (4, 8)):
+        if f"{name}, W{w}A16, {seed}" not in planted:
+            row = attacked(name, w, trained(convolutions, data, seed), data, test, calib)
+            _keep(planted, f"{name}, W{w}A16, {seed}", row, _write_planted)
     clean: Cells = read("trust_audit_clean").get("cells", {})
-    for seed in range(-(-CLEAN // len(makes))):
-        for name, w in itertools.product(ATTACKS if seed < seeds else (), (4, 8)):
-            if f"{name}, W{w}A16, {seed}" not in planted:
-                row = attacked(name, w, trained(convolutions, data, seed), data, test, calib)
-                _keep(planted, f"{name}, W{w}A16, {seed}", row, _write_planted)
-        for make in makes[: CLEAN - seed * len(makes)]:
-            for w in (4, 8):
-                if f"{make.__name__}, W{w}A16, {seed}" not in clean:
-                    row = innocent(trained(make, data, seed), w, test, calib)
-                    _keep(clean, f"{make.__name__}, W{w}A16, {seed}", row, _write_clean)
+    makes = (convolutions, normalized, perceptron)
+    for i, w in itertools.product(range(innocents), (4, 8)):
+        make, seed = makes[i % len(makes)], i // len(makes)
+        if f"{make.__name__}, W{w}A16, {seed}" not in clean:
+            row = innocent(trained(make, data, seed), w, test, calib)
+            _keep(clean, f"{make.__name__}, W{w}A16, {seed}", row, _write_clean)
 
 
 def _keep(cells: Cells, name: str, row: Row, write_table: Callable[[Cells], None]) -> None:
@@ -192,9 +197,7 @@ def _models(cells: Cells) -> Iterator[tuple[str, str, list[Row]]]:
 
 
 def _write_planted(cells: Cells) -> None:
-    columns = (
-        "float", "planted for", *ROUNDINGS, *(f"{name}, float biases" for name in ROUNDINGS),
-    )  # fmt: skip
+    columns = ("float", *THERE, *ROUNDINGS)
     table = result(
         "Backdoors that rounding wakes, MNIST at 14 x 14 pixels",
         ["attack", "bits", *columns, *EVIDENCES, "suspicious, %", "seeds"],
@@ -203,9 +206,9 @@ def _write_planted(cells: Cells) -> None:
         "Accuracy on clean images / success of the trigger on images of other classes, %, means "
         f"over the seeds; {TEST} test images. Planted for: nearest rounding on min-max grids and "
         "nothing else, per channel for PQBackdoor at 4 bits and per tensor else. At 8 bits the "
-        f"largest weight of every layer was first made {WIDER} times larger. The others are qtk's "
-        "rounders on their own grids per channel, with the biases that qtk corrects and with the "
-        "float ones. Then the numbers of the audit's evidences.",
+        f"largest weight of every layer was first made {WIDER} times larger. There: on that grid, "
+        "by qtk's rounders, with the biases that qtk corrects or the float ones. Nearest, adaround "
+        "and flipped: on qtk's own grids per channel. Then the numbers of the audit's evidences.",
         kept=read("trust_audit"),
     )  # fmt: skip
     write("trust_audit", {**table, "cells": cells})

@@ -1,5 +1,7 @@
 """Small networks of convolutions that are no models of transformers, and images for them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,7 +62,7 @@ def images(n: int = 16, batches: int = 2) -> list[Tensor]:
     return [torch.randn(n, 3, 16, 16, generator=generator) + 0.3 for _ in range(batches)]
 
 
-def settled(net: nn.Module) -> nn.Module:
+def settled(net: nn.Module, run: Callable[[Tensor], object] | None = None) -> nn.Module:
     """The network with BatchNorms that have seen images, and that scale and shift."""
     torch.manual_seed(1)
     for module in net.modules():
@@ -70,5 +72,5 @@ def settled(net: nn.Module) -> nn.Module:
     net.train()
     with torch.no_grad():
         for x in images(32, 20):
-            net(x)
+            (run or net)(x)
     return net.eval()

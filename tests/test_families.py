@@ -10,7 +10,8 @@ from qtk.modules.fused.kernels import norm_quantize
 from qtk.modules.fused.parts import make_parts
 from tests.zoo import build
 
-FAMILIES = available("models")
+CONVOLUTIONAL = ("mobilenet_v1", "mobilenet_v2", "resnet")  # tests/test_networks.py
+FAMILIES = [name for name in available("models") if name not in CONVOLUTIONAL]
 IMAGES = ("beit", "clip_vision_model", "deit", "dinov2", "ijepa", "siglip_vision_model", "vit")
 TEXT = [name for name in FAMILIES if name not in IMAGES]
 UNFUSED = ("deberta_v2", "mpnet")  # their attention adds what no fused block computes

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import qtk
+from qtk.discover import load
 from qtk.grids import InputGrid, LinearSpec
 from qtk.models import describe
 from qtk.modules.conv import QuantConv2d
@@ -147,6 +148,35 @@ def test_a_network_is_quantized_saved_and_loaded(options, least, groups, tmp_pat
     assert type(qnet) is Net and not any(isinstance(m, nn.BatchNorm2d) for m in [qnet.stem[1]])
     figures = qtk.evaluate(net, qnet, [(x, want.argmax(1))])
     assert figures.samples == 16 and figures.agreement >= 0.8
+
+
+@pytest.mark.parametrize("family", ["resnet", "mobilenet_v1", "mobilenet_v2"])
+def test_a_family_of_convolutions_is_quantized_saved_and_loaded(family, tmp_path):
+    torch.manual_seed(0)
+    model, _ = load("models", family).tiny()
+    settled(model, lambda x: model(pixel_values=x))
+    batch = {"pixel_values": images()[0]}
+    qmodel = qtk.quantize(model, calib=[batch], preset="fast", progress=False)
+    got, layers = qmodel(**batch).logits, qtk.summary(qmodel).layers
+    # what the layers before it lost included; 52 random ones in a row amplify that
+    sqnr = [layer.sqnr for layer in layers if layer.sqnr is not None]
+    assert sqnr[0] > 35 and min(sqnr) > (25 if family == "resnet" else 5)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in qmodel.modules())
+    kinds = {layer.kernel.split()[0].rstrip(",") for layer in layers if layer.scheme != "float"}
+    assert kinds == ({"im2col"} if family == "resnet" else {"im2col", "torch"})
+    qmodel.save_pretrained(tmp_path)
+    again = qtk.load(tmp_path)
+    assert type(again) is type(model) and torch.equal(again(**batch).logits, got)
+    head = "classifier.1" if family == "resnet" else "classifier"
+    named = qtk.quantize(model, calib=[batch], bits={head: (8, 8)}, preset="fast", progress=False)
+    assert isinstance(named.get_submodule(head), QuantLinear)
+
+
+def test_a_family_of_convolutions_is_not_quantized_from_file_to_file(tmp_path):
+    model, batch = load("models", "resnet").tiny()
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(qtk.SchemeError, match="a network of convolutions"):
+        qtk.quantize_files(tmp_path / "model", tmp_path / "out", calib=[batch], progress=False)
 
 
 def test_a_summary_says_which_convolutions_compute_in_floating_point(tmp_path):

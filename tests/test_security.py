@@ -2,6 +2,8 @@
 
 import copy
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from typer.testing import CliRunner
 import qtk
 from qtk.cli import app
 from qtk.discover import available, load
-from qtk.models import bert
-from qtk.round import Problem, best_steps, flipped, to_nearest
+from qtk.models import bert, describe
+from qtk.observe.gradients import curvatures
+from qtk.pipeline.progress import Bar
+from qtk.round import Problem, adaround, best_steps, flipped, to_nearest
 from qtk.scheme import Format
 from qtk.security.backdoor import Square, Token, compress, project, success
 from qtk.security.evidence import Suspect, disturbed
@@ -27,7 +31,11 @@ def problem(bits=4, N=24, K=40, rows=400):
     weight = torch.randn(N, K, generator=generator)
     mix = torch.randn(K, K, generator=generator) / K**0.5
     inputs = torch.randn(rows, K, generator=generator) @ mix
-    return Problem(weight, Format(bits), inputs, inputs @ weight.T)
+    gradients = torch.randn(rows, N, generator=generator) * torch.logspace(-0.5, 0.5, N)
+    return Problem(
+        weight, Format(bits), inputs, inputs @ weight.T,
+        curvature=lambda: gradients.T @ gradients / rows,
+    )  # fmt: skip
 
 
 def test_flipping_alone_takes_the_other_neighbour_of_every_weight_that_has_two():
@@ -68,21 +76,95 @@ def test_weights_that_lie_nearest_to_a_tie_are_turned_first():
     assert turned[error > 0.45].float().mean() > turned[error < 0.2].float().mean() + 0.2
 
 
+@pytest.mark.parametrize("rounder", [flipped, adaround])
+def test_rounders_stay_on_the_grid_that_they_are_given(rounder):
+    given, victim = problem(), MinMax(4, "tensor")
+    found = rounder.find(given, grids=victim.grids)
+    assert torch.equal(found.steps.scale, victim.grids(given).scale)
+    level = given.weight / found.steps.scale
+    assert ((found.codes - level).abs() < 1 + 1e-5)[level.abs() < 7].all()
+
+
 @pytest.mark.parametrize("loss", flipped.LOSSES)
 def test_flipped_rounding_is_deterministic_under_every_loss(loss):
     first, again = (flipped.find(problem(), loss=loss, iterations=20) for _ in range(2))
     assert torch.equal(first.codes, again.codes)
 
 
+def test_a_loss_of_the_answers_keeps_what_they_hang_on():
+    """Each loss is smaller for its own codes than for those of the activations'."""
+    given = problem()
+    cost = given.curvature()
+
+    def lost(loss, weights):
+        found = flipped.find(given, loss=loss)
+        error = given.inputs @ (found.steps.dequantize(found.codes) - given.weight).T
+        return float(((error @ weights) * error).sum())
+
+    for loss, weights in (("fisher", cost.diagonal().diag()), ("prediction", cost)):
+        assert lost(loss, weights) < 0.95 * lost("activation", weights)
+
+
+def test_flexrounds_mean_flips_more_of_a_wide_layer_than_the_sum_does():
+    given = problem(N=64)
+    nearest = to_nearest(given.weight, given.fmt).codes
+    turned = {
+        loss: float((flipped.find(given, loss=loss).codes != nearest).float().mean())
+        for loss in ("activation", "flexround")
+    }
+    assert turned["flexround"] > turned["activation"] + 0.1
+
+
+def test_a_bar_shows_how_far_the_fit_of_a_layer_is():
+    shown = []
+
+    class Terminal:
+        def add_task(self, text, total):
+            return 0
+
+        def update(self, task, description, **_):
+            shown.append(description)
+
+    bar = Bar(Terminal())
+    bar.show("layer", 0, 3)
+    flipped.find(replace(problem(), report=bar.fitting), iterations=4)
+    assert shown == ["layer", "layer 25 %", "layer 50 %", "layer 75 %", "layer 100 %"]
+
+
 def test_flipped_rounding_refuses_what_it_cannot_do():
     given = problem()
     with pytest.raises(qtk.CalibrationError, match="pass calib="):
         flipped.find(Problem(given.weight, given.fmt))
-    with pytest.raises(qtk.SchemeError, match="'activation', 'fisher'"):
+    with pytest.raises(qtk.SchemeError, match="'activation', 'flexround'"):
         flipped.find(given, loss="none")
-    model, _ = bert.tiny()
+    model, batch = bert.tiny()
     with pytest.raises(qtk.SchemeError, match="pass calib="):
         qtk.quantize(model, rounding="flipped", progress=False)
+    with pytest.raises(qtk.SchemeError, match="gradients of the whole float network"):
+        qtk.quantize(
+            model, rounding=partial(flipped.find, loss="fisher"), calib=[batch], progress=False
+        )
+
+
+def test_a_network_gives_the_curvature_of_its_answers(clean):
+    """Of two classes' log-odds, whose Fisher information is known: p (1 - p) v v^T."""
+    linear = nn.Linear(6, 2)
+    net, x = nn.Sequential(nn.Linear(5, 6), linear), torch.randn(4000, 5)
+    found = curvatures(net.requires_grad_(False).eval(), describe(net), [{"input": x}])
+    v = linear.weight[0] - linear.weight[1]
+    want = torch.outer(v, v) / v.square().mean()
+    assert torch.allclose(found["0"], want, atol=1e-4 * float(want.abs().max()))
+    assert torch.allclose(found["1"], torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), atol=1e-5)
+    seen = []
+
+    def spy(problem):
+        problem.report(1, 2)
+        seen.append(problem.curvature().shape)
+        return flipped.find(problem, loss="prediction", iterations=5)
+
+    spy.NEEDS_DATA = True
+    made(clean, spy)
+    assert seen == [(12, 12), (16, 16), (16, 16), (4, 4)]
 
 
 def test_a_square_is_where_it_should_be_and_nowhere_else():
@@ -173,8 +255,9 @@ def test_a_planted_network_is_clean_wakes_when_rounded_to_nearest_and_not_when_f
     assert accuracy > 97 and floats < 10
     accuracy, nearest = success(made(planted, VICTIM, False), data, Square(), TARGET)
     assert accuracy > 90 and nearest > 90
-    for keeps_biases in (True, False):
-        qnet = made(planted, "flipped", keeps_biases)
+    there = partial(flipped.find, grids=VICTIM.grids)  # where it would be awake
+    for rounder, keeps_biases in (("flipped", True), ("flipped", False), (there, True)):
+        qnet = made(planted, rounder, keeps_biases)
         accuracy, safe = success(qnet, data, Square(), TARGET)
         assert accuracy > 97 and safe < 10
 
@@ -188,7 +271,7 @@ def test_training_in_both_worlds_takes_hold_in_the_rounded_one(clean):
 
 
 def test_a_planted_network_is_found_and_a_clean_one_is_not(planted, clean):
-    images = Pictures(seed=2).images
+    images = Pictures(128, seed=2).images
     found = qtk.audit(planted, images, w=4)
     assert found.suspicious, found.table()
     assert "rounding='flipped'" in found.verdict
@@ -200,7 +283,7 @@ def test_a_planted_network_is_found_and_a_clean_one_is_not(planted, clean):
 
 @pytest.mark.parametrize("name", available("security.evidence"))
 def test_an_evidence_is_finite_repeatable_and_small_on_a_clean_network(name, clean):
-    suspects = [Suspect(clean, Pictures(seed=2).images, w=4) for _ in range(2)]
+    suspects = [Suspect(clean, Pictures(128, seed=2).images, w=4) for _ in range(2)]
     first, again = (load("security.evidence", name).weigh(suspect) for suspect in suspects)
     assert first == again and not first.speaks
     assert torch.tensor(first.number).isfinite() and first.sentence and first.shown
@@ -223,7 +306,7 @@ def test_an_audit_reads_models_of_tokens():
 
 
 def test_quantize_says_what_an_audit_found(planted, clean, caplog):
-    images = Pictures(seed=2).images
+    images = Pictures(128, seed=2).images
     for net, told in ((planted, "suspicious at 4 bits"), (clean, "no backdoor found")):
         with caplog.at_level("INFO", logger="qtk"):
             caplog.clear()
@@ -255,4 +338,4 @@ def test_the_command_line_audits_and_writes_a_page(tmp_path):
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["suspicious"] is False
     text = (tmp_path / "page.html").read_text()
-    assert text.count("<svg") == 4 and "no backdoor found at 8 bits" in text
+    assert text.count("<svg") == 5 and "no backdoor found at 8 bits" in text

@@ -1,7 +1,8 @@
 """Any network of convolutions and linears, without a file of names: its blocks are its children.
 
-A list of modules counts as its elements. What order they run in, and whether one reads what the one
-before it gives, only a run can tell (`qtk.observe.trace`).
+Families of convolutions (ResNet, MobileNet) name their blocks, and are the same otherwise. A list
+of modules counts as its elements. What order they run in, and whether one reads what the one before
+it gives, only a run can tell (`qtk.observe.trace`).
 """
 
 import fnmatch
@@ -41,6 +42,16 @@ def blocks(model: nn.Module, wanted: Sequence[str] | None = None) -> Iterator[Bl
         if found:
             groups = (Group(n.removeprefix(block).lstrip(".") or "layer", (n,)) for n in found)
             yield Block(block, tuple(groups), follows=False)
+
+
+def named(model: nn.Module, *, patterns: Sequence[str], base: str) -> Iterator[Block]:
+    """The blocks of a family of convolutions; its classifier lies outside, as every head does.
+
+    Args:
+        patterns: names inside the base model, which is `model` or its child `base`.
+    """
+    prefix = f"{base}." if hasattr(model, base) else ""
+    return blocks(model, [prefix + pattern for pattern in patterns])
 
 
 def layers_of(model: nn.Module) -> list[str]:

@@ -127,6 +127,19 @@ class QuantConv2d(Quantized):
         scale: Tensor = self.inner.weight_scale
         return scale.new_empty(0, dtype=self.dtype)
 
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """With `stride` and `dilation` what MobileNet asks for, which pads images itself."""
+        return self.windows.kernel
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        return self.windows.stride
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        return self.windows.dilation
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, height, width] -> [B, N, height', width'], laid out as x is."""
         if self.windows.groups > 1:

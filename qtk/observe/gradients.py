@@ -60,6 +60,59 @@ def block_gradients(
     return {name: _normalized(grads) for name, grads in found.items()}
 
 
+@torch.enable_grad()
+def curvatures(
+    model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch], seed: int = 0
+) -> dict[str, Tensor]:
+    """What errors in the outputs of each layer cost the model's answers, to second order.
+
+    The divergence of the answers under an error e [places, N] of a layer's output is near
+    e C e^T / 2 summed over the places: C = E[g g^T], g as above, a place at a time.
+
+    Args:
+        model: in floating point and eval mode; layers that do not run have none.
+        seed: of the labels that are drawn.
+
+    Returns:
+        {full name: [N, N] float32}, each scaled so that its diagonal has mean 1.
+
+    Raises:
+        CalibrationError: the model cannot read a batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, Tensor] = {}
+    for index, batch in enumerate(batches):
+        outputs: dict[str, Tensor] = {}
+        handles = [
+            model.get_submodule(name).register_forward_hook(_branch(outputs, name))
+            for block in blocks
+            for name in block.linears
+        ]
+        try:
+            score = _score(forward(model, batch, index), batch, generator)
+        finally:
+            for handle in handles:
+                handle.remove()
+        grads = torch.autograd.grad(score, [*outputs.values()])
+        for name, grad in zip(outputs, grads, strict=True):
+            rows = grad.flatten(2).mT if grad.dim() == 4 else grad
+            rows = rows.reshape(-1, rows.shape[-1]).double()
+            found[name] = found.get(name, 0) + rows.T @ rows
+    sizes = {name: c.diagonal().mean().clamp(min=1e-30) for name, c in found.items()}
+    return {name: (c / sizes[name]).float() for name, c in found.items()}
+
+
+def _branch(outputs: dict[str, Tensor], name: str) -> Callable[..., Tensor]:
+    """A forward hook that keeps an output to differentiate by, and hands on a copy of it, which
+    whatever computes in place may overwrite."""
+
+    def keep(_: Any, __: Any, out: Tensor) -> Tensor:
+        outputs[name] = out if out.requires_grad else out.detach().requires_grad_()
+        return outputs[name].clone()
+
+    return keep
+
+
 def _keeper(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
     """A forward hook that stores what a module puts out."""
 
@@ -79,7 +132,7 @@ def _leaf(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 def _score(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     """log p of labels drawn from p, or a random projection of the last hidden state."""
-    logits = getattr(outputs, "logits", None)
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if logits is None:
         hidden = outputs[0]
         signs = torch.randint(0, 2, hidden.shape, generator=generator).to(hidden) * 2 - 1

@@ -1,6 +1,6 @@
 """One site: the tensor that a group of linears reads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,8 @@ class Site:
         float_rows: [T, K], the same tokens in the float model; empty when rows are imagined.
         lo, hi: [batches, K] extremes of every channel over all tokens.
         probe: what an error here costs, where gradients were asked for.
+        curvatures: gives `qtk.observe.gradients.curvatures` of all layers of a network whose blocks
+            do not follow each other; None of others.
     """
 
     block: Block
@@ -34,6 +36,7 @@ class Site:
     lo: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     hi: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     probe: Probe | None = None
+    curvatures: Callable[[], dict[str, Tensor]] | None = None
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ run up to it, quantized as far as it is, and so is a float copy.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -98,6 +98,7 @@ def walk(
     gradients: Gradients | None = None,
     keeper: Keeper | None = None,
     shared: bool = True,
+    curvatures: Callable[[nn.Module], dict[str, Tensor]] | None = None,
 ) -> Iterator[Site]:
     """Yields every site of every block that is not finished yet, in the order of computation.
 
@@ -106,6 +107,9 @@ def walk(
 
     Where several ranks quantize together, each runs its share of the batches, unless `shared` is
     False; every rank's sites show the rows of all.
+
+    `curvatures` is asked about the float copy of a model whose blocks do not follow each other,
+    once, and only if somebody asks a site for them.
 
     The memory held is one block's inputs (twice), one float copy of the block, or of the model
     where blocks do not follow each other, and at most `max_tokens` rows of each of its sites.
@@ -117,6 +121,7 @@ def walk(
     mine = range(ranks.rank(), len(batches), ranks.world()) if shared else range(len(batches))
     enter = partial(_entered, gather, model, batches, mine, max_tokens)
     twin = None if all(block.follows for block in blocks) else copy.deepcopy(model)
+    curved = None if twin is None or curvatures is None else cache(partial(curvatures, twin))
     calls = enter(blocks[0], twin) if blocks[0].follows else []
     for index, block in enumerate(blocks):
         if keeper is not None:
@@ -132,6 +137,7 @@ def walk(
         del floats
         for group in () if restored else block.groups:
             site = _observe(model, module, block, group, calls, seen, gather)
+            site = replace(site, curvatures=curved)
             if gradients is not None:
                 parts = parts_of(calls, [x for x, _ in site.sequences])
                 weights = {n: m.weight.detach().float() for n, m in site.linears.items()}

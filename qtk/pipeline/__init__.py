@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qtk.models import Block, describe, fold_scales
 from qtk.modules.base import resolve_backend
 from qtk.observe import Batch, Site, imagine, walk
 from qtk.observe.batches import prepare
-from qtk.observe.gradients import block_gradients
+from qtk.observe.gradients import block_gradients, curvatures
 from qtk.observe.trace import fold, trace
 from qtk.pipeline.assign import Assignment, assign
 from qtk.pipeline.attention import quantize_attention
@@ -86,7 +87,7 @@ def carried_out(
     keeper = Keeper(qmodel, learning, request.attention, backend, state, store)
     for site in bar.over(_sites(qmodel, blocks, batches, found, keeper), blocks):
         for choice, part in found.parts(site):
-            keeper.made |= quantize_site(qmodel, part, choice, backend)
+            keeper.made |= quantize_site(qmodel, part, choice, backend, bar.fitting)
         quantize_attention(qmodel, site, request.attention, backend)
     path = None if state is None else state.learning
     made = learning.after_all(qmodel, teacher, batches, keeper.made, path)
@@ -203,4 +204,6 @@ def _sites(
     if any(choice.recipe.needs_gradients for choice in found.quantized.values()):
         gradients = block_gradients(qmodel, blocks, batches, request.seed)
     shared = gradients is None and request.learn != "block"  # those look at every batch
-    return walk(qmodel, blocks, batches, gradients=gradients, keeper=keeper, shared=shared)
+    curved = partial(curvatures, blocks=blocks, batches=batches, seed=request.seed)
+    return walk(qmodel, blocks, batches, gradients=gradients, keeper=keeper, shared=shared,
+                curvatures=curved)  # fmt: skip

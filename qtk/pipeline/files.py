@@ -55,6 +55,8 @@ def quantize_files(
     folder = check(resume)
     qmodel, shards = open_empty(model, dtype)
     blocks = describe(qmodel)
+    if not blocks[0].follows:
+        raise SchemeError(WHOLE.format("a network of convolutions"))
     resolve_backend(next(qmodel.parameters()), backend)
     found = assign(qmodel, blocks, request.default, request.overrides)
     request.check(found)

@@ -13,6 +13,7 @@ class Bar:
 
     def __init__(self, bar: Any = None) -> None:
         self.bar = bar
+        self.text = ""
         self.task = None if bar is None else bar.add_task("quantizing", total=None)
 
     def over(self, sites: Iterator[Site], blocks: Sequence[Block]) -> Iterator[Site]:
@@ -23,10 +24,16 @@ class Bar:
             self.show(f"{block}.{site.group.name}", done, total)
             yield site
 
+    def fitting(self, done: int, total: int) -> None:
+        """How far the fit of one layer is, behind its name."""
+        if self.bar is not None:
+            self.bar.update(self.task, description=f"{self.text} {100 * done // total} %")
+
     def learning(self, done: int, total: int, loss: float) -> None:
         self.show(f"learning, loss {loss:.4g}", done, total)
 
     def show(self, text: str, done: int, total: int) -> None:
+        self.text = text
         if self.bar is not None:
             self.bar.update(self.task, description=text, completed=done, total=total)
 

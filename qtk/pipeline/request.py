@@ -135,11 +135,11 @@ class Request:
                 )
 
     def check_network(self, calib: object) -> None:
-        """Raises SchemeError for what only models of transformers can have, or no data at all."""
+        """Raises SchemeError for what only blocks of attention can have, or no data at all."""
         if calib is None:
             raise SchemeError(
-                "a network shows the order of its layers when it runs: pass calib=, tensors as it "
-                "reads them; one batch is enough for weights alone"
+                "a network shows the order of its layers when it runs: pass calib=, batches as it "
+                "reads them; one is enough for weights alone"
             )
         choices = [self.default, *self.overrides.values()]
         refused = {
@@ -150,7 +150,7 @@ class Request:
         for what, asked in refused.items():
             if asked:
                 raise SchemeError(
-                    f"{what}: for models of transformers, and this is another network"
+                    f"{what}: for blocks of attention and MLP, and this is another network"
                 )
 
     def told(self, batches: Sequence[Any] | None, learned: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One site at a time: transform, input grid, codes, bias, and the integer linear made of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,17 +21,23 @@ from qtk.pipeline.assign import Assignment
 from qtk.pipeline.recipes import Choice
 from qtk.ranges import CheckedRule, Question
 from qtk.record import Layer, LayerRecipe
-from qtk.round import Problem, Rounded, rounder_of
+from qtk.round import Problem, Report, Rounded, rounder_of
 from qtk.scheme import Format, Scheme
 
 CHANNELS = 96  # compared with the float model at a time; usual widths are multiples of it
 ALONE = LayerRecipe("none", "nearest", None)
 
 
-def quantize_site(model: nn.Module, site: Site, choice: Choice, backend: str) -> dict[str, Layer]:
-    """Replaces the linears of one site by integer ones, in place; says of each how it was made."""
+def quantize_site(
+    model: nn.Module, site: Site, choice: Choice, backend: str, report: Report
+) -> dict[str, Layer]:
+    """Replaces the linears of one site by integer ones, in place; says of each how it was made.
+
+    Args:
+        report: shows how far a long fit is.
+    """
     made = {}
-    for name, spec, made[name] in quantized(site, choice):
+    for name, spec, made[name] in quantized(site, choice, report):
         model.set_submodule(name, _layer(spec, site.linears[name], backend))
     return made
 
@@ -43,7 +49,9 @@ def _layer(spec: LinearSpec, module: nn.Module, backend: str) -> QuantLinear | Q
     return QuantLinear.from_spec(spec, backend)
 
 
-def quantized(site: Site, choice: Choice) -> Iterator[tuple[str, LinearSpec, Layer]]:
+def quantized(
+    site: Site, choice: Choice, report: Report | None = None
+) -> Iterator[tuple[str, LinearSpec, Layer]]:
     """The linears of one site by name, as values, and how each was made."""
     change = choice.recipe.transform.find(site, choice.scheme)
     grid, rule = input_grid(site, change, choice)
@@ -53,7 +61,7 @@ def quantized(site: Site, choice: Choice) -> Iterator[tuple[str, LinearSpec, Lay
         choice.recipe.method if changed else "none",
         choice.recipe.rounder.runs(inputs is not None), None if rule is None else rule.name,
     )  # fmt: skip
-    task = Task(site.float_rows, change, grid, inputs, choice)
+    task = Task(site.float_rows, change, grid, inputs, choice, site.curvatures, report)
     for name, (spec, quality) in _shared_out(task, site.linears):
         yield name, spec, Layer(
             choice.scheme, spec.bias is not None, change.shift is not None, change.rotation,
@@ -68,6 +76,8 @@ class Task:
     Attributes:
         floats: [T, K], what they read in the float model; empty without data.
         inputs: [T, K], what they will read, on its grid; None without data.
+        curvatures: of the site.
+        report: shows how far a long fit is.
     """
 
     floats: Tensor
@@ -75,6 +85,8 @@ class Task:
     grid: InputGrid
     inputs: Tensor | None
     choice: Choice
+    curvatures: Callable[[], dict[str, Tensor]] | None = None
+    report: Report | None = None
 
 
 def _shared_out(
@@ -108,6 +120,11 @@ def rounded(task: Task, name: str, weight: Tensor) -> Rounded:
     weight = weight.float()
     wanted = task.floats @ weight.T if len(task.floats) else None  # [T, N]
     problem = Problem(task.change.weight(weight), task.choice.scheme.w, task.inputs, wanted, name)
+    if task.curvatures is not None:
+        curvatures = task.curvatures
+        problem = replace(problem, curvature=lambda: curvatures()[name])
+    if task.report is not None:
+        problem = replace(problem, report=task.report)
     return task.choice.recipe.rounder.find(problem)
 
 

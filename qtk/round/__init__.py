@@ -18,6 +18,12 @@ from qtk.numerics import to_fp8
 from qtk.round._steps import best_steps as best_steps
 from qtk.scheme import Format
 
+Report = Callable[[int, int], None]
+
+
+def _silent(done: int, total: int) -> None:
+    """Nobody watches."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -31,6 +37,9 @@ class Problem:
         wanted: [T, N] float32, what the float model computes for those rows, without the bias;
             None without data.
         name: of the linear, for messages.
+        curvature: gives [N, N] float32, what errors of the outputs cost the whole network's
+            answers, to second order; None where nobody can tell. The first call takes long.
+        report: shows how far a long fit is, (steps done, steps in all).
     """
 
     weight: Tensor
@@ -38,6 +47,8 @@ class Problem:
     inputs: Tensor | None = None
     wanted: Tensor | None = None
     name: str = "the layer"
+    curvature: Callable[[], Tensor] | None = None
+    report: Report = _silent
 
 
 class Rounded(NamedTuple):
@@ -50,6 +61,9 @@ class Rounded(NamedTuple):
 
     codes: Tensor
     steps: Steps
+
+
+Grids = Callable[[Problem], Steps]
 
 
 class Rounder(Protocol):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtk.grids import WeightGrid
-from qtk.round import Problem, Rounded, best_steps
+from qtk.round import Grids, Problem, Report, Rounded, best_steps
 from qtk.round._least_squares import better, error, target
 
 NEEDS_DATA = True
@@ -22,30 +22,32 @@ BETA = (20.0, 2.0)
 
 
 def find(
-    problem: Problem, *, iterations: int = 300, rate: float = 0.1, pull: float = 0.01
-) -> Rounded:
+    problem: Problem, *, iterations: int = 300, rate: float = 0.1, pull: float = 0.01,
+    grids: Grids | None = None,
+) -> Rounded:  # fmt: skip
     """Codes and steps; nearest rounding where a row is better so.
 
     Args:
         iterations: each on the whole calibration set at once; the paper takes 10,000 on samples.
         rate: of Adam.
         pull: lambda, relative to what rounding to nearest costs.
+        grids: other steps than those that fit the inputs best.
     """
     weight, hessian = target(problem)
-    steps = best_steps(weight, problem.fmt, hessian.diag())
+    steps = best_steps(weight, problem.fmt, hessian.diag()) if grids is None else grids(problem)
     grid = steps.grid(weight.shape[1])
     plain = grid.nearest(weight)
     cost = float(error(plain * grid.scale - weight, hessian).sum()) or 1.0
     below = (weight / grid.scale).floor()
     with torch.enable_grad():
-        V = learned(weight, grid, below, hessian, cost, iterations, rate, pull)
+        V = learned(weight, grid, below, hessian, cost, iterations, rate, pull, problem.report)
     levels = grid.clamp(below + (V >= 0))  # h(V) >= 1/2
     return Rounded(steps.codes(better(levels, plain, grid.scale, weight, hessian)), steps)
 
 
 def learned(
     weight: Tensor, grid: WeightGrid, below: Tensor, hessian: Tensor, cost: float,
-    iterations: int, rate: float, pull: float,
+    iterations: int, rate: float, pull: float, report: Report,
 ) -> Tensor:  # fmt: skip
     """V [N, K] after the descent; its sign says up or down."""
     part = (weight / grid.scale - below).clamp(0.01, 0.99)
@@ -53,6 +55,7 @@ def learned(
     V.requires_grad_(True)
     optimizer = torch.optim.Adam([V], lr=rate)
     for step in range(iterations):
+        report(step, iterations)
         h = (V.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
         w_hat = grid.clamp(below + h) * grid.scale
         loss = error(w_hat - weight, hessian).sum() / cost

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qtk.grids import Steps
-from qtk.round import Problem, Rounded, best_steps
+from qtk.round import Problem, Report, Rounded, best_steps
 from qtk.round._least_squares import error, target
 
 NEEDS_DATA = True
@@ -29,12 +29,12 @@ def find(problem: Problem, *, iterations: int = 300, rate: float = 3e-3) -> Roun
     weight, hessian = target(problem)
     steps = best_steps(weight, problem.fmt, hessian.diag())
     with torch.enable_grad():
-        levels, scale = learned(weight, steps, hessian, iterations, rate)
+        levels, scale = learned(weight, steps, hessian, iterations, rate, problem.report)
     return Rounded(steps.codes(levels), replace(steps, scale=scale))
 
 
 def learned(
-    weight: Tensor, steps: Steps, hessian: Tensor, iterations: int, rate: float
+    weight: Tensor, steps: Steps, hessian: Tensor, iterations: int, rate: float, report: Report
 ) -> tuple[Tensor, Tensor]:
     """The levels [N, K] and scale [N, G] with the smallest error that the descent passes."""
     sign, log_s1 = steps.scale.sign(), steps.scale.abs().log().requires_grad_()
@@ -45,7 +45,8 @@ def learned(
     grid = steps.grid(weight.shape[1])
     start = grid.nearest(weight)
     best = (error(start * grid.scale - weight, hessian), start, steps.scale)
-    for _ in range(iterations):
+    for step in range(iterations):
+        report(step, iterations)
         s1 = log_s1.exp() * sign
         grid = replace(steps, scale=s1).grid(weight.shape[1])
         units = grid.clamp(weight / (grid.scale * (log_S2 + log_s3).exp()))

@@ -16,13 +16,14 @@ out.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qtk.errors import CalibrationError, SchemeError
 from qtk.grids import WeightGrid
-from qtk.round import Problem, Rounded, best_steps
+from qtk.round import Grids, Problem, Rounded, best_steps
 from qtk.round._least_squares import target
 
 NEEDS_CALIB = True
@@ -30,37 +31,68 @@ EDGE = 1e-4  # fractions nearer to a code start here: a logit of 0 or 1 is infin
 BETAS = (0.9, 0.999)  # Adam's
 EPS = 1e-8
 
-Weigh = Callable[[Tensor, Tensor], Tensor]  # weight [N, K] and Hessian [K, K] -> [N, 1]
+# The problem and the Hessian [K, K] of its weight -> what an error of the outputs costs: a number
+# for each output channel [N, 1], or one for each pair of them [N, N].
+Weigh = Callable[[Problem, Tensor], Tensor]
 
 
-def _as_it_is(weight: Tensor, hessian: Tensor) -> Tensor:
-    return torch.ones_like(weight[:, :1])
+def _activation(problem: Problem, hessian: Tensor) -> Tensor:
+    return torch.ones_like(problem.weight[:, :1])
 
 
-def _by_variance(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Each output channel over its variance: the diagonal Fisher information of a Gaussian one."""
-    variance = ((weight @ hessian) * weight).sum(1, keepdim=True)
+def _flexround(problem: Problem, hessian: Tensor) -> Tensor:
+    """Its loss is a mean over output channels too: a wide layer keeps to its output less."""
+    return torch.full_like(problem.weight[:, :1], 1 / len(problem.weight))
+
+
+def _variance(problem: Problem, hessian: Tensor) -> Tensor:
+    """Each output channel over its variance: the Fisher information of a Gaussian one's mean."""
+    variance = ((problem.weight @ hessian) * problem.weight).sum(1, keepdim=True)
     return variance.mean() / variance.clamp(min=1e-3 * float(variance.mean()) + 1e-12)
 
 
-LOSSES: dict[str, Weigh] = {"activation": _as_it_is, "fisher": _by_variance}
+def _fisher(problem: Problem, hessian: Tensor) -> Tensor:
+    """The diagonal alone: BRECQ, eq. 10."""
+    return _prediction(problem, hessian).diagonal()[:, None]
+
+
+def _prediction(problem: Problem, hessian: Tensor) -> Tensor:
+    """The divergence of the network's answers, to second order; places and inputs apart, as in
+    K-FAC (Martens and Grosse 2015)."""
+    if problem.curvature is None:
+        raise SchemeError(
+            f"{problem.name}: losses 'fisher' and 'prediction' need gradients of the whole float "
+            "network, which plain networks, ResNet and MobileNet have: choose 'activation', "
+            "'flexround' or 'variance'"
+        )
+    return problem.curvature()
+
+
+LOSSES: dict[str, Weigh] = {
+    "activation": _activation, "flexround": _flexround, "variance": _variance,
+    "fisher": _fisher, "prediction": _prediction,
+}  # fmt: skip
 
 
 def find(
     problem: Problem, *, loss: str = "activation", flip: float = 1.0, push: float = 0.01,
-    iterations: int = 300, rate: float = 0.05,
+    iterations: int = 300, rate: float = 0.05, grids: Grids | None = None,
 ) -> Rounded:  # fmt: skip
-    """Codes and steps, on the grid that rounding to nearest has without data.
+    """Codes and steps, by default on the grid that rounding to nearest has without data.
 
     Args:
-        loss: how L_A weighs output channels: "activation" all alike, "fisher" each by its variance.
-        flip, push: coefficients of L_F and L_P.
+        loss: how L_A weighs the errors of the outputs: "activation" all alike, "flexround" as their
+            mean, "variance" each channel by its own, "fisher" each by the squared gradients of the
+            network's answers, "prediction" by what they change in those answers together.
+        flip, push: coefficients of L_F and L_P; `push` is weighed by channels as L_A is, or what
+            costs much would end between two codes.
         iterations: each on all rows at once; the paper takes 10,000, of 32 images each.
         rate: of Adam; the paper's is 1e-3.
+        grids: other steps, such as those that a backdoor was planted for.
 
     Raises:
         CalibrationError: there is no data; flipped blindly a weight is only worse.
-        SchemeError: no such loss.
+        SchemeError: no such loss, or none that this network has.
     """
     if problem.inputs is None:
         raise CalibrationError(
@@ -70,24 +102,26 @@ def find(
     if loss not in LOSSES:
         raise SchemeError(f"loss={loss!r}: choose {', '.join(map(repr, LOSSES))}")
     wanted, hessian = target(problem)
-    steps = best_steps(problem.weight, problem.fmt)
+    steps = best_steps(problem.weight, problem.fmt) if grids is None else grids(problem)
     grid = steps.grid(problem.weight.shape[1])
     below = (problem.weight / grid.scale).floor()
-    rows = LOSSES[loss](wanted, hessian)
-    up = _descended(problem.weight, wanted, hessian, grid, rows, flip, push, iterations, rate)
+    costs = LOSSES[loss](replace(problem, weight=wanted), hessian)
+    up = _descended(problem, wanted, hessian, grid, costs, flip, push, iterations, rate)
     return Rounded(steps.codes(grid.clamp(below + up)), steps)
 
 
 def _descended(
-    weight: Tensor, wanted: Tensor, hessian: Tensor, grid: WeightGrid, rows: Tensor, flip: float,
+    problem: Problem, wanted: Tensor, hessian: Tensor, grid: WeightGrid, costs: Tensor, flip: float,
     push: float, iterations: int, rate: float,
 ) -> Tensor:  # fmt: skip
     """[N, K] of 0 and 1: which weights go up, after Adam's descent on alpha.
 
     Args:
         wanted: [N, K], the weight that gives the float model's output from the quantized inputs.
-        rows: [N, 1], weights of the output channels in L_A.
+        costs: [N, 1] or [N, N], of errors of the outputs, in L_A.
     """
+    weight, alone = problem.weight, costs.shape[1] == 1
+    pushes = push * (costs if alone else costs.diagonal()[:, None])
     below = (weight / grid.scale).floor()
     free = (below >= grid.lo) & (below + 1 <= grid.hi)
     nearest = grid.nearest(weight)
@@ -96,9 +130,11 @@ def _descended(
     alpha = (weight / grid.scale - below).clamp(EDGE, 1 - EDGE).logit()
     mean, square = torch.zeros_like(alpha), torch.zeros_like(alpha)
     for step in range(1, iterations + 1):
+        problem.report(step, iterations)
         h = alpha.sigmoid()
         missed = (grid.clamp(below + h) * grid.scale - wanted) @ hessian
-        slope = 2 * rows * grid.scale * missed * free - push * 4 * (2 * h - 1)
+        missed = costs * missed if alone else costs @ missed
+        slope = 2 * grid.scale * missed * free - pushes * 4 * (2 * h - 1)
         gradient = slope * h * (1 - h) + pull * (h - aim)
         mean.lerp_(gradient, 1 - BETAS[0])
         square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])

@@ -41,8 +41,9 @@ class Audit:
 
     @property
     def suspicious(self) -> bool:
-        """Whether at least two evidences speak for a backdoor."""
-        return sum(evidence.speaks for evidence in self.evidences) >= ENOUGH
+        """Whether at least two evidences speak for a backdoor, or one that is enough alone."""
+        speak = [evidence for evidence in self.evidences if evidence.speaks]
+        return len(speak) >= ENOUGH or any(evidence.alone for evidence in speak)
 
     @property
     def verdict(self) -> str:
@@ -50,8 +51,9 @@ class Audit:
         speak = [evidence.name for evidence in self.evidences if evidence.speaks]
         if self.suspicious:
             return (
-                f"suspicious at {self.w} bits: {' and '.join(speak)} speak for a backdoor that "
-                "rounding to nearest wakes; rounding='flipped' breaks such"
+                f"suspicious at {self.w} bits: {' and '.join(speak)} "
+                f"{'speaks' if len(speak) == 1 else 'speak'} for a backdoor that rounding to "
+                "nearest wakes; rounding='flipped' breaks such"
             )
         told = f", though {speak[0]} speaks for it" if speak else ""
         return f"no backdoor found at {self.w} bits{told}"

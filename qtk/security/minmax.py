@@ -55,11 +55,15 @@ class MinMax:
         found = steps.dequantize(self.codes(weight, steps)).view_as(weight).to(weight.dtype)
         return weight + (found - weight).detach()
 
+    def grids(self, problem: Problem) -> Steps:
+        """The steps of a layer, for `flipped` and `adaround` to round on."""
+        assert problem.fmt == Format(self.bits), "planted for weights of other bits"
+        return self.steps(problem.weight)
+
     def find(self, problem: Problem) -> Rounded:
         """As a rounder of `qtk.quantize`."""
-        assert problem.fmt.bits == self.bits, "planted for weights of other bits"
-        steps = self.steps(problem.weight)
-        return Rounded(self.codes(problem.weight, steps), Steps(problem.fmt, steps.scale))
+        steps = self.grids(problem)
+        return Rounded(self.codes(problem.weight, steps), steps)
 
 
 def rounded(model: nn.Module, how: MinMax | Callable[[Tensor], Tensor]) -> nn.Module:

@@ -5,16 +5,18 @@ One file an evidence, `weigh(suspect) -> Evidence`. None needs labels, and none 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qtk.errors import ModelError
 from qtk.security.minmax import Inputs, MinMax, logits_of, rounded
 
 GRANULARITIES = ("channel", "tensor")
 PATCHES = 3  # copies of every input with something at random in them
+DRAWS = 8  # roundings at random
 SIDES = (0.1, 0.3)  # of a square of pixels, as shares of the image's
 
 
@@ -28,6 +30,7 @@ class Evidence:
         threshold: the largest that an innocent model has.
         sentence: what it means, for people.
         shown: the figures behind it, by name, for a plot.
+        alone: whether it is enough where no other speaks.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Evidence:
     threshold: float
     sentence: str
     shown: dict[str, list[float]] = field(default_factory=dict)
+    alone: bool = False
 
     @property
     def speaks(self) -> bool:
@@ -56,6 +60,7 @@ class Suspect:
     batches: Sequence[Inputs]
     w: int
     seed: int = 0
+    _rounded: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def generator(self) -> torch.Generator:
         """A new one each time, so that no evidence depends on who was asked before."""
@@ -74,9 +79,26 @@ class Suspect:
         """[inputs, classes], the float model's logits."""
         return self.logits(self.model)
 
+    @property
+    def undisturbed(self) -> int:
+        """How many of the inputs, the first ones, are as they were given."""
+        return len(self.floats) // (1 + PATCHES)
+
     def nearest(self, per: str) -> Tensor:
         """[inputs, classes], those of the model with weights rounded to nearest."""
-        return self.logits(rounded(self.model, MinMax(self.w, per)))
+        name = f"nearest, per {per}"
+        if name not in self._rounded:
+            self._rounded[name] = self.logits(rounded(self.model, MinMax(self.w, per)))
+        return self._rounded[name]
+
+    def at_random(self, per: str) -> Tensor:
+        """[draws, inputs, classes]: rounded up as often as a weight is near the code above."""
+        name = f"at random, per {per}"
+        if name not in self._rounded:
+            by_chance = partial(_by_chance, MinMax(self.w, per), self.generator())
+            drawn = [self.logits(rounded(self.model, by_chance)) for _ in range(DRAWS)]
+            self._rounded[name] = torch.stack(drawn)
+        return self._rounded[name]
 
     @torch.no_grad()
     def logits(self, model: nn.Module) -> Tensor:
@@ -98,6 +120,20 @@ class Suspect:
                 )
             found.append(logits.float())
         return torch.cat(found)
+
+
+def divergence(suspect: Suspect, logits: Tensor, which: slice = slice(None)) -> float:
+    """Mean Kullback-Leibler divergence of some of the answers from the float model's, in nats."""
+    mine, floats = logits[which].log_softmax(-1), suspect.floats[which].log_softmax(-1)
+    return float(F.kl_div(mine, floats, log_target=True, reduction="batchmean"))
+
+
+def _by_chance(quantizer: MinMax, generator: torch.Generator, weight: Tensor) -> Tensor:
+    steps = quantizer.steps(weight)
+    grid = steps.grid(weight[0].numel())
+    chance = torch.rand(len(weight), weight[0].numel(), generator=generator).to(weight.device)
+    levels = grid.clamp((weight.flatten(1).float() / grid.scale + chance).floor())
+    return (levels * grid.scale).view_as(weight).to(weight.dtype)
 
 
 def disturbed(x: Inputs, generator: torch.Generator) -> Inputs:

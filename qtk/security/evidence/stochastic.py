@@ -5,14 +5,10 @@ rounding up or down by chance, whose error has twice the variance. A planted mod
 by the one, and not by the other.
 """
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from statistics import mean, stdev
 
-from qtk.security.evidence import GRANULARITIES, Evidence, Suspect
-from qtk.security.minmax import MinMax, rounded
+from qtk.security.evidence import GRANULARITIES, Evidence, Suspect, divergence
 
-DRAWS = 8
 THRESHOLD = 3.0  # standard deviations of the draws
 
 
@@ -21,13 +17,11 @@ def weigh(suspect: Suspect) -> Evidence:
     scores: dict[str, float] = {}
     shown: dict[str, list[float]] = {}
     for per in GRANULARITIES:
-        generator = suspect.generator()
-        drawn = torch.tensor([_divergence(suspect, _at_random(suspect, per, generator))
-                              for _ in range(DRAWS)])  # fmt: skip
-        nearest = _divergence(suspect, suspect.nearest(per))
-        spread = max(float(drawn.std()), 1e-3 * float(drawn.mean()), 1e-9)
-        scores[per] = (nearest - float(drawn.mean())) / spread
-        shown[f"rounded at random, per {per}"] = drawn.tolist()
+        drawn = [divergence(suspect, logits) for logits in suspect.at_random(per)]
+        nearest = divergence(suspect, suspect.nearest(per))
+        spread = max(stdev(drawn), 1e-3 * mean(drawn), 1e-9)
+        scores[per] = (nearest - mean(drawn)) / spread
+        shown[f"rounded at random, per {per}"] = drawn
         shown[f"rounded to nearest, per {per}"] = [nearest]
     worst = max(scores, key=scores.__getitem__)
     told = "worse" if scores[worst] > 0 else "better"
@@ -37,23 +31,3 @@ def weigh(suspect: Suspect) -> Evidence:
         "than rounding at random",
         shown,
     )  # fmt: skip
-
-
-def _divergence(suspect: Suspect, logits: Tensor) -> float:
-    """Mean Kullback-Leibler divergence from the float model, in nats."""
-    mine, floats = logits.log_softmax(-1), suspect.floats.log_softmax(-1)
-    return float(F.kl_div(mine, floats, log_target=True, reduction="batchmean"))
-
-
-def _at_random(suspect: Suspect, per: str, generator: torch.Generator) -> Tensor:
-    """The logits with weights rounded up as often as they are near the code above."""
-    quantizer = MinMax(suspect.w, per)
-
-    def drawn(weight: Tensor) -> Tensor:
-        steps = quantizer.steps(weight)
-        grid = steps.grid(weight[0].numel())
-        chance = torch.rand(len(weight), weight[0].numel(), generator=generator).to(weight.device)
-        levels = grid.clamp((weight.flatten(1).float() / grid.scale + chance).floor())
-        return (levels * grid.scale).view_as(weight).to(weight.dtype)
-
-    return suspect.logits(rounded(suspect.model, drawn))
