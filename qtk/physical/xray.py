@@ -130,7 +130,7 @@ class XRay:
         return found
 
 
-def attack(
+def xray(
     model: nn.Module,
     qmodel: nn.Module,
     craft: Scenes,

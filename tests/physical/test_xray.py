@@ -178,7 +178,7 @@ def test_objects_that_are_shaped_darken_a_model_that_likes_light(tmp_path):
     craft, test = bright(24, 5), bright(40, 6)
     model = Brightness()
     before = xray.render(ball().vertices[None], ball().faces, 10, "iron")
-    found = xray.attack(model, model, craft, test, objects=2, steps=6, progress=False)
+    found = xray.xray(model, model, craft, test, objects=2, steps=6, progress=False)
     rows = {(row.name, row.crafted): row for row in found.rows}
     assert len(rows) == 8 and rows["clean", "-"].correct == 40
     for row in found.rows:
@@ -220,14 +220,14 @@ def test_what_cannot_be_attacked_says_why():
     with pytest.raises(CalibrationError, match="beyond the 26"):
         Mesh(mesh.vertices, mesh.faces + 1)
     with pytest.raises(SchemeError, match="no material 'gold'"):
-        xray.attack(model, model, scenes, scenes, material="gold")
+        xray.xray(model, model, scenes, scenes, material="gold")
     with pytest.raises(SchemeError, match="0 objects"):
-        xray.attack(model, model, scenes, scenes, objects=0)
+        xray.xray(model, model, scenes, scenes, objects=0)
     with pytest.raises(CalibrationError, match="patch of 65"):
-        xray.attack(model, model, scenes, scenes, patch=65)
+        xray.xray(model, model, scenes, scenes, patch=65)
     with pytest.raises(ModelError, match="no classifier head"):
-        xray.attack(nn.Flatten(2), model, scenes, scenes)
+        xray.xray(nn.Flatten(2), model, scenes, scenes)
     late = type(scenes)(scenes.images, scenes.labels + 5, scenes.boxes)
     with pytest.raises(CalibrationError, match="5 classes"):
-        xray.attack(model, model, scenes, late)
+        xray.xray(model, model, scenes, late)
     assert np.isfinite(scenes.images.numpy()).all()
