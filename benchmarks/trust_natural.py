@@ -24,15 +24,15 @@ from qtk.physical.assessment import Figure, assess, looked, map_correlation, spe
 SEEDS = (0, 1, 2)
 WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
 COLUMNS = ["figure", "float", "W8A8", "W4A8", "W4A4"]
-IMAGES, TEST = 12_000, 1_000  # each of the first has two patches to learn from
+IMAGES, TEST = 8_000, 1_000  # each of the first has two patches to learn from
 CRAFT, JUDGED = 200, 300
-STEPS, ROWS = 40, 32
+STEPS, ROWS = 25, 32
 NOTES = (
     "a proxy: CIFAR-10 with a patch, rated by a formula of colour, spectrum, area and variation "
-    "(qtk/physical/ratings.py). Assessor: ViT of 3 layers, width 64, patches of 4 pixels, 24,000 "
+    "(qtk/physical/ratings.py). Assessor: ViT of 3 layers, width 64, patches of 4 pixels, 16,000 "
     "rated images, 5 epochs; SROCC and RMSE with the formula on 1,000 others; preset fast, 256 "
     "calibration images, the quantized cells with the difference to float and its 95 % interval. "
-    "Patches: 8 pixels, learned on 200 test images of CIFAR-10 at 8 places, 40 steps of 32 images, "
+    "Patches: 8 pixels, learned on 200 test images of CIFAR-10 at 8 places, 25 steps of 32 images, "
     "shown on 300 others, against the small ViT (W4A4: default preset, 128 calibration images); "
     "fooled: % of the images that are right without a patch. Naturalness 1 to 5 by the formula, in "
     "brackets by the assessor that was in the loss and by another one, the judge"

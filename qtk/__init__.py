@@ -31,6 +31,7 @@ from qtk.physical.front import Naturalness
 from qtk.physical.patches import naturalness
 from qtk.physical.xray import XRay, xray
 from qtk.pipeline.files import quantize_files
+from qtk.report.results import trust_page
 from qtk.report.summary import Summary, summary
 from qtk.robust import Robustness, random_precision, random_precision_training, robustness
 from qtk.security.audit import Audit, audit
@@ -74,5 +75,6 @@ __all__ = [
     "search",
     "steal",
     "summary",
+    "trust_page",
     "xray",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class Assessment:
     samples: int
     seed: int
     gradients: str = "none"
+    title: ClassVar[str] = "Assessor of naturalness"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -64,10 +65,9 @@ class Assessment:
         """The same in Markdown."""
         return "\n".join([*markdown(HEAD, self._cells()), "", self._remark(), ""])
 
-    def section(self) -> str:
-        """The same as a section of a page (`qtk.report.page`)."""
-        parts = page.table(HEAD, self._cells()), page.paragraph(self._remark())
-        return page.section("Assessor of naturalness", *parts)
+    def html(self) -> str:
+        """The same for a page (`qtk.trust_page`)."""
+        return page.table(HEAD, self._cells()) + page.paragraph(self._remark())
 
     def _remark(self) -> str:
         return f"SROCC of the two with each other {self.agreement:.4f}, {self.samples} images"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -80,6 +80,7 @@ class Naturalness:
     seed: int
     seconds: float
     gradients: str = "straight-through"
+    title: ClassVar[str] = "Naturalness of patches"
 
     @property
     def pareto(self) -> dict[str, list[tuple[float, float]]]:
@@ -111,16 +112,13 @@ class Naturalness:
         parts = [*markdown(HEAD, self._points()), "", *markdown(FRONTS, self._fronts()), ""]
         return "\n".join([*parts, *(f"{remark}\n" for remark in self._remarks())])
 
-    def section(self) -> str:
-        """The same as a section of a page (`qtk.report.page`), with the contact sheet."""
+    def html(self) -> str:
+        """The same for a page (`qtk.trust_page`), with the contact sheet."""
         shown = picture.inline(self.contact_sheet(), "test images, a line a patch")
         lines = ", ".join(_name(point) for point in self.points)
-        return page.section(
-            "Naturalness of patches", page.table(HEAD, self._points()),
-            page.table(FRONTS, self._fronts()),
-            page.figure(shown, f"The first test images, a line a patch: {lines}."),
-            *map(page.paragraph, self._remarks()),
-        )  # fmt: skip
+        tables = page.table(HEAD, self._points()), page.table(FRONTS, self._fronts())
+        figure = page.figure(shown, f"The first test images, a line a patch: {lines}.")
+        return "\n".join([*tables, figure, *map(page.paragraph, self._remarks())])
 
     def contact_sheet(self, file: str | Path | None = None) -> Tensor:
         """[3, H', W'], the first test images, a line a point; written as PNG to `file`."""

@@ -217,7 +217,7 @@ def test_patches_look_more_natural_where_that_weighs_more(victims, tmp_path):
     json.dumps(found.to_dict(), allow_nan=False)
     found.contact_sheet(tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").read_bytes()[1:4] == b"PNG"
-    assert "data:image/png" in found.section() and "hypervolume" in found.table()
+    assert "data:image/png" in found.html() and "hypervolume" in found.table()
     assert "| mean colour |" in found.markdown()
 
 

@@ -189,10 +189,7 @@ def test_objects_that_are_shaped_darken_a_model_that_likes_light(tmp_path):
     assert shape.shape == (2, 26, 3) and shape.min() >= 0 and shape.max() <= 1
     assert not torch.equal(shape[0], ball().vertices) and before.shape == (1, 3, 10, 10)
     json.dumps(found.to_dict(), allow_nan=False)
-    found.write_html(tmp_path / "page.html")
-    assert (
-        "crafted on the float model" in found.table() and "| shaped | float |" in found.markdown()
-    )
+    assert "| shaped | float |" in found.markdown() and "placement" in found.table()
 
 
 def test_shaping_raises_the_loss_it_is_for():

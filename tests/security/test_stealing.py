@@ -78,7 +78,7 @@ def test_real_images_give_the_model_away_and_a_quantized_one_as_well(small_vit, 
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert {row["victim"] for row in data["rows"]} == {"float", "quantized"}
     assert "knockoff, in, soft" in found.table() and "| knockoff | in |" in found.markdown()
-    found.write_html(tmp_path / "page.html")
+    qtk.trust_page(found, tmp_path / "page.html")
     assert "Stealing" in (tmp_path / "page.html").read_text()
 
 
