@@ -144,10 +144,15 @@ class XRay:
 
     def _effects(self) -> list[list[str]]:
         return [
-            [e.name, e.crafted, e.reader, f"{100 * e.value:+.1f}",
-             f"{100 * e.low:+.1f} to {100 * e.high:+.1f}"]
+            [
+                e.name,
+                e.crafted,
+                e.reader,
+                _points(e.value),
+                f"{_points(e.low)} to {_points(e.high)}",
+            ]
             for e in self.effects
-        ]  # fmt: skip
+        ]
 
     def _remarks(self) -> list[str]:
         return [
@@ -197,6 +202,10 @@ def _effect(name: str, crafted: str, reader: str, values: np.ndarray) -> Effect:
     known = values[1:][~np.isnan(values[1:])]
     low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
     return Effect(name, crafted, reader, float(values[0]), float(low), float(high))
+
+
+def _points(value: float) -> str:
+    return "-" if np.isnan(value) else f"{100 * value:+.1f}"
 
 
 def _share(hits: int, samples: int) -> Sequence[str]:
