@@ -83,9 +83,8 @@ def draw(n: int, seed: int = 0) -> Scenes:
 
 
 def _shown(mask: NDArray[np.bool_], depth: float, material: str) -> Plane:
-    thickness = torch.from_numpy(np.where(mask, depth, 0.0))
-    found: Plane = colour(thickness, material).numpy()
-    return found
+    shade = colour(torch.tensor(depth, dtype=torch.float64), material).numpy()
+    return np.where(mask[..., None], shade, 1.0)
 
 
 def _local(rng: np.random.Generator, radius: float) -> tuple[Plane, Plane]:
