@@ -26,7 +26,7 @@ COLUMNS = ["figure", "float", *WIDTHS]
 TRAIN, TEST, CRAFT, JUDGED = 8_000, 1_000, 48, 200
 CALIBRATION = 256
 NOTES = (
-    "accuracy in %, of drawn bags with an iron item of four kinds or none; mean of the bags' seeds, "
+    "accuracy in %, of drawn bags with an iron item of four kinds or none; mean of seeds of bags, "
     "places and calibration, smallest and largest in brackets (W6A6 and W4A8: one seed). "
     "Classifier: ViT, patches of 8 pixels, 4 layers, width 96, one of it, 8,000 bags, 12 epochs. "
     "Two objects of 10 pixels, iron, learned on 48 bags in 24 steps, judged on 200 others a seed; "
