@@ -198,9 +198,7 @@ def _exposed(
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return class_logits(
-        model, model(images), "objects are crafted against a ViTForImageClassification"
-    )
+    return class_logits(model, model(images), "objects are crafted against a classifier of images")
 
 
 def _check(
