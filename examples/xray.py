@@ -1,41 +1,31 @@
 """Metal objects that hide a weapon from the float network: do they hide it from the quantized one?
 
-python xray.py page.html      half a minute, a small network that has seen few bags
+    python xray.py page.html      seconds, on a small network that has seen few bags
 
+of 100 bags 32 are right; 32 after rounding
+objects crafted on the float network cost it 24 points, the other one 28
+objects crafted on the quantized network cost it 26 points, the other one 28
 """
 
 import sys
 
-import torch
-from torch import nn
-
 import qtk
-from qtk.physical import scene
-
-
-def taught(bags: scene.Scenes, epochs: int = 10) -> nn.Module:
-    """Five classes: nothing, or one of four items."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for before, after in ((3, 16), (16, 32), (32, 64), (64, 64)):
-        layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, 5))
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(bags.labels)).split(32):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(bags.images[chosen]), bags.labels[chosen]).backward()
-            optimizer.step()
-    return model.eval()
+from qtk.physical import classifier, scene
 
 
 def main(page: str | None = None) -> qtk.XRay:
-    bags = scene.draw(500, seed=0)
-    model = taught(bags)
-    qmodel = qtk.quantize(model, w=4, a=8, calib=[bags.images[:128]], progress=False)
-    craft, test = scene.draw(32, seed=1), scene.draw(100, seed=2)
-    result = qtk.xray(model, qmodel, craft, test, progress=False)
-    print(result.table())
+    bags = scene.draw(300, seed=0)
+    model = classifier.train(classifier.cnn((16, 32, 32)), bags, epochs=12, progress=False)
+    qmodel = qtk.quantize(model, w=4, a=8, calib=[bags.images[:64]], preset="fast", progress=False)
+    craft, test = scene.draw(16, seed=1), scene.draw(50, seed=2)
+    result = qtk.xray(model, qmodel, craft, test, objects=1, patch=8, progress=False)
+    clean = result.rows[0]
+    right, rounded = (100 * n // clean.samples for n in (clean.correct, clean.correct_quantized))
+    print(f"of 100 bags {right} are right; {rounded} after rounding")
+    for crafted, other in (("float", "quantized"), ("quantized", "float")):
+        own, there = (100 * result.drop("shaped", crafted, name) for name in (crafted, other))
+        print(f"objects crafted on the {crafted} network cost it {own:.0f} points, "
+              f"the other one {there:.0f}")  # fmt: skip
     if page:
         qtk.trust_page(result, page)  # with pictures: scenes, thickness, attacked scenes
     return result

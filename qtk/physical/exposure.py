@@ -158,8 +158,8 @@ class XRay:
         return [
             f"accuracy in %, {self.rows[0].samples} scenes, objects of {self.material}, seed "
             f"{self.seed}; gradients straight-through, scored without",
-            "placement and shape: points of accuracy that they cost; kept: % of the whole cost of "
-            "shaped objects that remains on the other model",
+            "placement and shape: points of accuracy that they cost",
+            "kept: % of the whole cost of shaped objects that the other model has",
         ]
 
 
