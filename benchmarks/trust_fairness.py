@@ -44,7 +44,8 @@ NOTES = (
     "one group is left out); preset fast, 256 calibration rows; 'second seed': a model calibrated "
     "on other rows, which is the floor. instances: of 3,000 rows tried, or of all 73,728 "
     "(exhaustive), once for all values of the protected attribute. Classifier of rows: BERT of "
-    "2 layers, width 64; real tables are split by a hash of the row, 3 to 1"
+    "2 layers, width 64; real tables are split by a hash of the row, 3 to 1. reviews: MiniLM, its "
+    "head taught on 4,000 sentences; those of 3,000 others with a word to swap, seed 0 alone"
 )
 Found = dict[str, dict[str, list[float]]]  # figure -> width -> a value a seed
 
@@ -269,10 +270,10 @@ def text(seeds: Sequence[int]) -> None:
     """Film reviews in which he and she, John and Mary change places."""
     found: Found = {}
     sentences, labels = reviews()
-    taught = 4000
+    taught, asked = 4000, 3000
     for seed in seeds:
         model, tokenizer = review_classifier(sentences[:taught], labels[:taught], seed)
-        rest = sentences[taught:], labels[taught:]
+        rest = sentences[taught : taught + asked], labels[taught : taught + asked]
         for number, width in enumerate(("W8A8", "W4A8", "W4A4")):
             w, a = WIDTHS[width]
             both = [

@@ -27,7 +27,11 @@ from qtk.integrations.transformers import load
 from qtk.mixed_precision.latency import Latencies
 from qtk.mixed_precision.result import Search
 from qtk.mixed_precision.search import bench_ops, search
+from qtk.physical.front import Naturalness
+from qtk.physical.patches import naturalness
+from qtk.physical.xray import XRay, xray
 from qtk.pipeline.files import quantize_files
+from qtk.report.results import trust_page
 from qtk.report.summary import Summary, summary
 from qtk.robust import Robustness, random_precision, random_precision_training, robustness
 from qtk.security.audit import Audit, audit
@@ -47,12 +51,14 @@ __all__ = [
     "Fidelity",
     "Latencies",
     "ModelError",
+    "Naturalness",
     "QtkError",
     "Robustness",
     "SchemeError",
     "Search",
     "Summary",
     "Theft",
+    "XRay",
     "audit",
     "bench_ops",
     "compile",
@@ -60,6 +66,7 @@ __all__ = [
     "export",
     "fairness",
     "load",
+    "naturalness",
     "quantize",
     "quantize_files",
     "random_precision",
@@ -68,4 +75,6 @@ __all__ = [
     "search",
     "steal",
     "summary",
+    "trust_page",
+    "xray",
 ]

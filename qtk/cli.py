@@ -16,7 +16,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": make.quantize, "eval": measure.evaluate, "info": measure.info,
     "search": measure.search, "bench-ops": measure.bench_ops, "sweep": measure.sweep,
     "export": make.export, "robust": trust.robust, "audit": trust.audit, "fair": trust.fair,
-    "steal": trust.steal, "tune": make.tune, "demo": make.demo,
+    "steal": trust.steal, "xray": trust.xray, "tune": make.tune, "demo": make.demo,
 }  # fmt: skip
 
 

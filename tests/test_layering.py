@@ -90,6 +90,7 @@ ALLOWED = {
         "qtk.intervals",
         "qtk.pipeline",
         "qtk.report",
+        "qtk.robust",
         "qtk.table",
         "qtk.physical",
     },

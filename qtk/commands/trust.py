@@ -145,7 +145,7 @@ def fair(
             model, qmodel, sentences, read_swaps(swaps), None, tokenizer, **told
         )  # fmt: skip
     if html is not None:
-        result.write_html(html)
+        qtk.trust_page(result, html)
     show(result, as_json)
 
 
@@ -187,7 +187,45 @@ def steal(
         clone=clone, epochs=epochs, seeds=range(seeds), resume=resume, progress=not as_json,
     )  # fmt: skip
     if html is not None:
-        result.write_html(html)
+        qtk.trust_page(result, html)
+    show(result, as_json)
+
+
+def xray(
+    float_model: Float,
+    quantized: Quantized,
+    scenes: Annotated[
+        Path | None, typer.Option(help="File of Scenes.save, half to craft on; drawn if none.")
+    ] = None,
+    craft: Annotated[int, typer.Option(help="Scenes drawn to learn shapes on.")] = 200,
+    test: Annotated[int, typer.Option(help="Scenes drawn to judge them on.")] = 300,
+    objects: Annotated[int, typer.Option(help="In a scene.")] = 2,
+    patch: Annotated[int, typer.Option(help="Pixels of the square that holds one.")] = 10,
+    material: Annotated[str, typer.Option(help="iron, aluminium or plastic.")] = "iron",
+    steps: Annotated[int, typer.Option(help="Of learning shapes.")] = 24,
+    resume: Annotated[Path | None, typer.Option(help="Folder of shapes to go on from.")] = None,
+    html: Page = None,
+    pictures: Annotated[Path | None, typer.Option(help="PNG: scenes, thickness, attacked.")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Lay metal objects, shaped on FLOAT and on QUANTIZED, into X-ray scenes, and ask both."""
+    from qtk.physical.scene import Scenes, draw
+
+    if scenes is None:
+        parts = draw(craft, 2 * seed), draw(test, 2 * seed + 1)
+    else:
+        held = Scenes.load(scenes)
+        half = len(held.labels) // 2
+        parts = held.part(0, half), held.part(half, len(held.labels))
+    result = qtk.xray(
+        load(float_model, None, None), qtk.load(quantized), *parts, objects=objects, patch=patch,
+        material=material, steps=steps, resume=resume, seed=seed, progress=not as_json,
+    )  # fmt: skip
+    if html is not None:
+        qtk.trust_page(result, html)
+    if pictures is not None:
+        result.contact_sheet(pictures)
     show(result, as_json)
 
 
@@ -205,7 +243,5 @@ def audit(
     with errors.status("looking"):
         found = qtk.audit(load(model, None, device), calib, tokenizer or model, w=w, seed=seed)
     if report is not None:
-        from qtk.security.page import write_page
-
-        write_page(found, report, model)
+        qtk.trust_page({f"Audit of {Path(model).name}": found}, report)
     show(found, as_json)

@@ -2,8 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from qtk.report import page
 from qtk.table import finite, markdown, ruled
@@ -133,6 +132,7 @@ class Fairness:
     ties: tuple[int, int]
     seconds: float
     gradients: str = "none"
+    title: ClassVar[str] = "Fairness"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: a figure that is not finite becomes None."""
@@ -152,17 +152,13 @@ class Fairness:
             parts += [f"**{title}**", "", *markdown(head, rows), ""]
         return "\n".join([*parts, *(f"{remark}\n" for remark in self._remarks())])
 
-    def section(self) -> str:
-        """The same tables as a section of a page (`qtk.report.page`)."""
+    def html(self) -> str:
+        """The same tables for a page (`qtk.trust_page`)."""
         parts = []
         for title, head, rows in self._tables():
             parts += [page.paragraph(title), page.table(head, rows)]
-        return page.section("Fairness", *parts, *map(page.paragraph, self._remarks()))
-
-    def write_html(self, file: str | Path) -> None:
-        """Writes one page, whole or not at all."""
-        lead = f"{self.samples} samples, float and quantized, seed {self.seed}"
-        page.write(file, page.page("Fairness after rounding", lead, [self.section()]))
+        told = f"{self.samples} samples, seed {self.seed}"
+        return "\n".join([*parts, *map(page.paragraph, [*self._remarks(), told])])
 
     def _tables(self) -> list[tuple[str, list[str], Rows]]:
         found: list[tuple[str, list[str], Rows]] = []

@@ -3,18 +3,22 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qtk import integrity
+from qtk.errors import CalibrationError
 from qtk.physical.colour import colour
 
 SIZE = 64
 NAMES = ("none", "blade", "gun", "scissors", "wrench")
 MIX = {"plastic": 0.6, "aluminium": 0.3, "iron": 0.1}
 NOISE = 0.01
+PARTS = ("images", "labels", "boxes")
 Plane = NDArray[np.floating]
 
 
@@ -31,6 +35,27 @@ class Scenes:
     images: Tensor
     labels: Tensor
     boxes: Tensor
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels, boxes."""
+        return self.images, self.labels, self.boxes
+
+    def save(self, file: str | Path) -> None:
+        """To a .safetensors file, as the command line reads it."""
+        held = {name: t.contiguous() for name, t in zip(PARTS, self.parts(), strict=True)}
+        integrity.write(Path(file), held, {})
+
+    @classmethod
+    def load(cls, file: str | Path) -> "Scenes":
+        """What `save` wrote.
+
+        Raises:
+            CheckpointError: it cannot be read. CalibrationError: it holds something else.
+        """
+        held, _ = integrity.read(Path(file))
+        if set(held) != set(PARTS):
+            raise CalibrationError(f"{file} holds {', '.join(held)}, not {', '.join(PARTS)}")
+        return cls(*(held[name] for name in PARTS))
 
     def part(self, start: int, stop: int) -> "Scenes":
         return Scenes(self.images[start:stop], self.labels[start:stop], self.boxes[start:stop])
@@ -58,9 +83,8 @@ def draw(n: int, seed: int = 0) -> Scenes:
 
 
 def _shown(mask: NDArray[np.bool_], depth: float, material: str) -> Plane:
-    thickness = torch.from_numpy(np.where(mask, depth, 0.0))
-    found: Plane = colour(thickness, material).numpy()
-    return found
+    shade = colour(torch.tensor(depth, dtype=torch.float64), material).numpy()
+    return np.where(mask[..., None], shade, 1.0)
 
 
 def _local(rng: np.random.Generator, radius: float) -> tuple[Plane, Plane]:

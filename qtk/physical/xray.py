@@ -1,4 +1,4 @@
-"""X-Adv: metal objects that hide what a bag holds, and whether they still do so after rounding.
+"""qtk.xray: metal objects that hide what a bag holds (X-Adv), and whether rounding changes that.
 
 USENIX Security 2023, github.com/DIG-Beihang/X-adv; here against a classifier of
 bags. The objects' shapes are learned on scenes of their own, Adam on vertices for a loss of
@@ -11,126 +11,33 @@ shape's.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qtk import intervals
 from qtk.errors import CalibrationError, SchemeError
 from qtk.fidelity.compare import class_logits
+from qtk.integrity import checksum
 from qtk.physical import place
 from qtk.physical.colour import colour, material_of
+from qtk.physical.exposure import Exposed, XRay, exposure
+from qtk.physical.kept import Kept, fingerprint
 from qtk.physical.mesh import Mesh, ball
 from qtk.physical.scene import Scenes
 from qtk.physical.thickness import thickness
 from qtk.pipeline.progress import progress_bar
-from qtk.report import page
-from qtk.table import finite, markdown, ruled
 
 LR = 0.01
 BETA = 0.1
 BATCH = 32
-HEAD = ["scenes", "crafted on", "float", "95 %", "quantized", "95 %", "p", "item hidden"]
+SHOWN = 8  # scenes of a line of the contact sheet
 
 
-@dataclass(frozen=True)
-class Row:
-    """One kind of scene.
-
-    Attributes:
-        name: "clean", "balls, random places", "discs", "balls" or "shaped"; `crafted` on "float",
-            "quantized" or "-".
-        correct: of the float model, and `correct_quantized`; of `samples`.
-        p: of McNemar's exact test that as many scenes become wrong by rounding as right.
-        hidden: mean share of the item's box that objects cover.
-    """
-
-    name: str
-    crafted: str
-    samples: int
-    correct: int
-    correct_quantized: int
-    p: float
-    hidden: float
-
-
-@dataclass(frozen=True)
-class XRay:
-    """What objects do to both models.
-
-    Attributes:
-        shapes: vertices [objects, V, 3] by the model they were crafted on.
-    """
-
-    rows: tuple[Row, ...]
-    shapes: dict[str, Tensor]
-    faces: Tensor
-    material: str
-    seed: int
-    seconds: float
-    gradients: str = "straight-through"
-
-    def drop(self, name: str, crafted: str, model: str) -> float:
-        """How much accuracy scenes of one kind cost a model, "float" or "quantized"."""
-        rows = {(row.name, row.crafted): row for row in self.rows}
-        own, clean = rows[name, crafted], rows["clean", "-"]
-        field = "correct" if model == "float" else "correct_quantized"
-        return float((getattr(clean, field) - getattr(own, field)) / own.samples)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON, shapes as lists."""
-        rows = [asdict(row) for row in self.rows]
-        shapes = {name: shape.tolist() for name, shape in self.shapes.items()}
-        return finite({"rows": rows, "shapes": shapes, "material": self.material,
-                       "seed": self.seed, "seconds": self.seconds,
-                       "gradients": self.gradients})  # fmt: skip
-
-    def table(self) -> str:
-        """Plain text, a line a kind of scene."""
-        return "\n".join([*ruled(HEAD, self._cells()), "", *self._remarks()])
-
-    def markdown(self) -> str:
-        """The same in Markdown."""
-        remarks = (f"{remark}\n" for remark in self._remarks())
-        return "\n".join([*markdown(HEAD, self._cells()), "", *remarks])
-
-    def section(self) -> str:
-        """The same as a section of a page (`qtk.report.page`)."""
-        remarks = map(page.paragraph, self._remarks())
-        return page.section("Objects in X-ray images", page.table(HEAD, self._cells()), *remarks)
-
-    def write_html(self, file: str | Path) -> None:
-        """Writes one page, whole or not at all."""
-        lead = f"{self.rows[0].samples} scenes, objects of {self.material}, seed {self.seed}"
-        page.write(file, page.page("Objects in X-ray images", lead, [self.section()]))
-
-    def _cells(self) -> list[list[str]]:
-        return [
-            [row.name, row.crafted, *_share(row.correct, row.samples),
-             *_share(row.correct_quantized, row.samples), f"{row.p:.3g}",
-             f"{100 * row.hidden:.1f} %"]
-            for row in self.rows
-        ]  # fmt: skip
-
-    def _remarks(self) -> list[str]:
-        found = ["accuracy in %; gradients straight-through, scored without"]
-        for crafted, other in (("float", "quantized"), ("quantized", "float")):
-            own = self.drop("shaped", crafted, crafted)
-            there = self.drop("shaped", crafted, other)
-            kept = f"{100 * there / own:.0f} %" if own > 0 else "nothing there was"
-            found.append(
-                f"of what shapes crafted on the {crafted} model cost it, {kept} remains on the "
-                f"{other} one"
-            )
-        return found
-
-
-def attack(
+def xray(
     model: nn.Module,
     qmodel: nn.Module,
     craft: Scenes,
@@ -141,6 +48,7 @@ def attack(
     material: str = "iron",
     steps: int = 24,
     mesh: Mesh | None = None,
+    resume: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> XRay:
@@ -153,7 +61,8 @@ def attack(
         material: a name of `qtk.physical.colour.MATERIALS`.
         steps: of Adam, each on one batch of 32 scenes.
         mesh: what every object begins as; None is a ball of 26 vertices.
-        seed: of random places and of the order of scenes.
+        resume: a folder that keeps finished shapes and places, and is gone on from.
+        seed: of random places, of the order of scenes and of the bootstrap.
         progress: shows a bar.
 
     Raises:
@@ -166,27 +75,50 @@ def attack(
     _check(model, qmodel, craft, test, objects, patch, steps)
     mesh = mesh or ball()
     models = {"float": model.eval(), "quantized": qmodel.eval()}
-    balls = mesh.vertices[None].repeat(objects, 1, 1)
-    plain = render(balls, mesh.faces, patch, material)
+    plain = render(mesh.vertices[None].repeat(objects, 1, 1), mesh.faces, patch, material)
     disc = torch.where(plain < 1, 0.0, 1.0)  # opaque: what hiding alone does
-    rings = _rings(test, patch)
-    generator = torch.Generator().manual_seed(seed)
-    anywhere = place.random(rings, objects, generator)
-    rows = [_row("clean", "-", models, test, test.images, 0.0)]
+    anywhere = place.random(_rings(test, patch), objects, torch.Generator().manual_seed(seed))
+    settings = [objects, patch, material, steps, seed, checksum(mesh.vertices)]
+    kept = Kept(resume, settings, [checksum(each) for s in (craft, test) for each in s.parts()])
+    rows = [_exposed("clean", "-", models, test, test.images, 0.0)]
     rows.append(_pasted("balls, random places", "-", models, test, plain, anywhere))
-    shapes = {}
+    shapes, attacked = {}, []
     with progress_bar(progress) as bar:
         for done, (name, own) in enumerate(models.items()):
             bar.show(f"objects, {name}", done, len(models))
-            learned_at = place.greedy(craft.images, plain, _rings(craft, patch), _loss(own, craft))
-            shapes[name] = shape(
-                own, craft, learned_at, mesh, objects, patch, material, steps, seed
-            )
-            places = place.greedy(test.images, plain, rings, _loss(own, test))
+            make = partial(_crafted, own, craft, test, mesh, plain, material, steps, seed)
+            found = kept.get(fingerprint(own), make)
+            shapes[name], places = found["vertices"], found["places"]
             shaped = render(shapes[name], mesh.faces, patch, material)
             for title, patches in (("discs", disc), ("balls", plain), ("shaped", shaped)):
                 rows.append(_pasted(title, name, models, test, patches, places))
-    return XRay(tuple(rows), shapes, mesh.faces, material, seed, time.perf_counter() - start)
+            attacked += _pictures(test.part(0, SHOWN), shapes[name], mesh, shaped, places[:SHOWN])
+    return exposure(
+        rows, shapes, mesh.faces, torch.stack([test.images[:SHOWN], *attacked]), material, seed,
+        time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _crafted(
+    model: nn.Module, craft: Scenes, test: Scenes, mesh: Mesh, plain: Tensor, material: str,
+    steps: int, seed: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Shapes learned where balls hurt most in `craft`, and where they do so in `test`."""
+    patch = plain.shape[-1]
+    learned_at = place.greedy(craft.images, plain, _rings(craft, patch), _loss(model, craft))
+    vertices = shape(model, craft, learned_at, mesh, len(plain), patch, material, steps, seed)
+    places = place.greedy(test.images, plain, _rings(test, patch), _loss(model, test))
+    return {"vertices": vertices, "places": places}
+
+
+def _pictures(
+    scenes: Scenes, vertices: Tensor, mesh: Mesh, shaped: Tensor, places: Tensor
+) -> list[Tensor]:
+    """How thick the objects are, dark where they are, and the scenes with them."""
+    depths = [thickness(own, mesh.faces, shaped.shape[-1]) for own in vertices]
+    maps = torch.stack([(1 - depth).expand(3, -1, -1) for depth in depths])
+    blank = torch.ones_like(scenes.images)
+    return [_paste_all(blank, maps, places), _paste_all(scenes.images, shaped, places)]
 
 
 def render(vertices: Tensor, faces: Tensor, patch: int, material: str) -> Tensor:
@@ -244,33 +176,29 @@ def _loss(model: nn.Module, scenes: Scenes) -> place.Loss:
 def _pasted(
     name: str, crafted: str, models: dict[str, nn.Module], scenes: Scenes, patches: Tensor,
     places: Tensor,
-) -> Row:  # fmt: skip
+) -> Exposed:  # fmt: skip
     seen = (_paste_all(scenes.images, patches, places) * 255).round() / 255
     covered = [
         sum(float(place.hidden(box, own[None], patches.shape[-1])) for own in corners)
         for box, corners in zip(scenes.boxes, places, strict=True)
     ]
-    return _row(name, crafted, models, scenes, seen, sum(covered) / len(covered))
+    return _exposed(name, crafted, models, scenes, seen, sum(covered) / len(covered))
 
 
 @torch.no_grad()
-def _row(
+def _exposed(
     name: str, crafted: str, models: dict[str, nn.Module], scenes: Scenes, images: Tensor,
     hidden: float,
-) -> Row:  # fmt: skip
+) -> Exposed:  # fmt: skip
     right = [
         torch.cat([_logits(own, part).argmax(1) for part in images.split(256)]) == scenes.labels
         for own in models.values()
     ]
-    p = intervals.mcnemar(int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum()))
-    counts = [int(each.sum()) for each in right]
-    return Row(name, crafted, len(scenes.labels), counts[0], counts[1], p, hidden)
+    return Exposed(name, crafted, np.stack([each.numpy() for each in right]), hidden)
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return class_logits(
-        model, model(images), "objects are crafted against a ViTForImageClassification"
-    )
+    return class_logits(model, model(images), "objects are crafted against a classifier of images")
 
 
 def _check(
@@ -292,8 +220,3 @@ def _check(
             raise CalibrationError(
                 f"label {int(test.labels.max())}, but the model has {classes} classes"
             )
-
-
-def _share(hits: int, samples: int) -> Sequence[str]:
-    low, high = intervals.wilson(hits, samples)
-    return f"{100 * hits / samples:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"

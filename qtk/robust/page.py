@@ -9,7 +9,7 @@ from qtk import integrity, table
 from qtk.errors import SchemeError
 from qtk.report import page
 from qtk.robust.findings import Finding, findings
-from qtk.robust.result import HEAD, NOISES, SUMMARY, Robustness, cells, summed
+from qtk.robust.result import NOISES, Robustness
 from qtk.table import finite
 
 OVERVIEW = ["model", "clean", "worst case", "corruptions", "system noise", "checks"]
@@ -57,15 +57,7 @@ def html(studies: Mapping[str, Robustness]) -> str:
         ),
     ]
     for name, study in studies.items():
-        parts = [page.paragraph(text) for text in (f"{study.conclusion}.", *study.notes)]
-        if summary := study.summary():
-            rows = [summed(kind, facts) for kind, facts in summary.items()]
-            parts.append(page.table(SUMMARY, rows))
-        if study.checks:
-            parts.append(page.table(["check", "model", "result", "seen"], _checks(study)))
-        every = page.table(HEAD, [cells(row) for row in study.rows])
-        parts.append(page.folded(f"all {len(study.rows)} rows", every))
-        sections.append(page.section(name, *parts))
+        sections.append(page.section(name, study.html()))
     return page.page(TITLE, LEAD, sections)
 
 
@@ -75,13 +67,7 @@ def markdown(studies: Mapping[str, Robustness]) -> str:
     lines += table.markdown(["claim of RobustMQ", "here", "figures"],
                     [_told(finding) for finding in findings(studies)])  # fmt: skip
     for name, study in studies.items():
-        lines += ["", f"## {name}", "", f"{study.conclusion}."]
-        if summary := study.summary():
-            rows = [summed(kind, facts) for kind, facts in summary.items()]
-            lines += ["", *table.markdown(SUMMARY, rows)]
-        if study.checks:
-            lines += ["", *table.markdown(["check", "model", "result", "seen"], _checks(study))]
-        lines += ["", *study.notes]
+        lines += ["", f"## {name}", "", study.markdown()]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -113,11 +99,6 @@ def _verdict(study: Robustness) -> str:
     if not study.checks:
         return "-"
     return "passed" if study.is_conclusive else "no conclusion"
-
-
-def _checks(study: Robustness) -> list[list[str]]:
-    marks = {True: "passed", False: "failed", None: "not run"}
-    return [[check.name, check.model, marks[check.passed], check.told] for check in study.checks]
 
 
 def _told(finding: Finding) -> list[str]:

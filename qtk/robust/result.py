@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from qtk.intervals import wilson
+from qtk.report import page
 from qtk.robust.cells import RIGHT, UNSEEN, Bits
 from qtk.robust.pairs import paired
-from qtk.table import finite, listed, ruled
+from qtk.table import finite, listed, markdown, ruled
 
 UNROUNDED = "unrounded "  # before a level whose images are no multiples of 1/255
 NOISES = ("corruption", "system", "grid")
 SUMMARY = ("mean drop", "float", "quantized", "amplified by", "worst, float", "worst, quantized")
+CHECKS = ("check", "model", "result", "seen")
 HEAD = ("row", "float", "quantized", "difference", "95 %", "lost", "gained", "p")
 
 
@@ -103,6 +105,7 @@ class Robustness:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     bits: float | None = None
+    title: ClassVar[str] = "Robustness"
 
     @property
     def is_conclusive(self) -> bool:
@@ -184,6 +187,29 @@ class Robustness:
                       ("floor", _floor(self.floor)), ("seconds", f"{self.seconds:.0f}"),
                       ("conclusion", self.conclusion)]  # fmt: skip
         return "\n".join([*lines, "", *listed(facts_told), *self.notes])
+
+    def markdown(self) -> str:
+        """The same in Markdown, without the rows of single attacks."""
+        lines = [f"{self.conclusion}."]
+        if summary := self.summary():
+            lines += ["", *markdown(SUMMARY, [summed(*item) for item in summary.items()])]
+        if self.checks:
+            lines += ["", *markdown(CHECKS, self._checked())]
+        return "\n".join([*lines, "", *self.notes])
+
+    def html(self) -> str:
+        """The same for a page (`qtk.trust_page`), all rows folded away."""
+        parts = [page.paragraph(text) for text in (f"{self.conclusion}.", *self.notes)]
+        if summary := self.summary():
+            parts.append(page.table(SUMMARY, [summed(*item) for item in summary.items()]))
+        if self.checks:
+            parts.append(page.table(CHECKS, self._checked()))
+        every = page.table(HEAD, [cells(row) for row in self.rows])
+        return "\n".join([*parts, page.folded(f"all {len(self.rows)} rows", every)])
+
+    def _checked(self) -> list[list[str]]:
+        marks = {True: "passed", False: "failed", None: "not run"}
+        return [[each.name, each.model, marks[each.passed], each.told] for each in self.checks]
 
 
 def _drops(clean: Row, rows: Sequence[Row]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -12,9 +12,12 @@ from qtk.errors import SchemeError
 from qtk.integrations.transformers import load_float
 from qtk.models import is_network
 from qtk.observe.batches import prepare
+from qtk.report import page
+from qtk.report.plots import columns
 from qtk.security.evidence import Evidence, Suspect
-from qtk.table import finite, ruled
+from qtk.table import finite, markdown, ruled
 
+HEAD = ["evidence", "number", "threshold", "speaks"]
 ENOUGH = 2  # evidences that must speak
 BLIND = (
     "Not seen: backdoors for grids other than min-max ones of the same width, for rounded "
@@ -38,6 +41,7 @@ class Audit:
     w: int
     samples: int
     seed: int
+    title: ClassVar[str] = "Audit"
 
     @property
     def suspicious(self) -> bool:
@@ -69,13 +73,29 @@ class Audit:
 
     def table(self) -> str:
         """Plain text: a line an evidence, what each means, and the verdict."""
-        rows = [
+        lines = ruled(HEAD, self._cells())
+        told = [f"{e.name}: {e.sentence}" for e in self.evidences]
+        return "\n".join([*lines, "", *told, "", self.verdict, BLIND])
+
+    def markdown(self) -> str:
+        """The same in Markdown."""
+        told = [f"{e.name}: {e.sentence}\n" for e in self.evidences]
+        return "\n".join([*markdown(HEAD, self._cells()), "", *told, f"{self.verdict}\n", BLIND])
+
+    def html(self) -> str:
+        """The same for a page (`qtk.trust_page`), with the figures behind each evidence."""
+        drawn = [page.figure(columns(e.shown), f"{e.name}: {e.sentence}.") for e in self.evidences]
+        told = (
+            f"{self.samples} inputs, random patches or tokens included; seed {self.seed}. {BLIND}"
+        )
+        verdict = page.paragraph(f"{self.verdict}.")
+        return "\n".join([verdict, page.table(HEAD, self._cells()), *drawn, page.paragraph(told)])
+
+    def _cells(self) -> list[list[str]]:
+        return [
             [e.name, f"{e.number:.2f}", f"{e.threshold:.2f}", "yes" if e.speaks else "no"]
             for e in self.evidences
         ]
-        lines = ruled(["evidence", "number", "threshold", "speaks"], rows)
-        told = [f"{e.name}: {e.sentence}" for e in self.evidences]
-        return "\n".join([*lines, "", *told, "", self.verdict, BLIND])
 
 
 def audit(

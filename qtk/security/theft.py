@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
 from qtk.report import page
 from qtk.table import finite, markdown, ruled
@@ -52,6 +51,7 @@ class Theft:
     seeds: tuple[int, ...]
     seconds: float
     gradients: str = "none"
+    title: ClassVar[str] = "Stealing"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -66,15 +66,11 @@ class Theft:
         remarks = (f"{remark}\n" for remark in self._remarks())
         return "\n".join([*markdown(HEAD, self._cells()), "", *remarks])
 
-    def section(self) -> str:
-        """The same table as a section of a page (`qtk.report.page`)."""
-        remarks = map(page.paragraph, self._remarks())
-        return page.section("Stealing", page.table(HEAD, self._cells()), *remarks)
-
-    def write_html(self, file: str | Path) -> None:
-        """Writes one page, whole or not at all."""
-        lead = f"{self.samples} test images, {len(self.seeds)} seeds"
-        page.write(file, page.page("What thieves get", lead, [self.section()]))
+    def html(self) -> str:
+        """The same table for a page (`qtk.trust_page`)."""
+        told = f"{self.samples} test images, {len(self.seeds)} seeds"
+        remarks = map(page.paragraph, [*self._remarks(), told])
+        return "\n".join([page.table(HEAD, self._cells()), *remarks])
 
     def _cells(self) -> list[list[str]]:
         return [

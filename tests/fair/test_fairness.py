@@ -309,7 +309,7 @@ def test_a_result_is_shown_in_every_form(trained, tmp_path):
     names = {figure["name"] for figure in data["figures"]}
     assert names == {"accuracy", "IF_o", "SPD", "DI", "EOD", "AOD", "|AOD|"}
     assert "no floor" in found.table() and "| sex | SPD |" in found.markdown()
-    found.write_html(tmp_path / "page.html")
+    qtk.trust_page(found, tmp_path / "page.html")
     assert "disparate churn" in (tmp_path / "page.html").read_text()
 
 

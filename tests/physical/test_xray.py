@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+import qtk
+from qtk.cli import app
 from qtk.errors import CalibrationError, ModelError, SchemeError
 from qtk.physical import place, xray
 from qtk.physical.colour import MATERIALS, colour, transmission
@@ -178,7 +181,7 @@ def test_objects_that_are_shaped_darken_a_model_that_likes_light(tmp_path):
     craft, test = bright(24, 5), bright(40, 6)
     model = Brightness()
     before = xray.render(ball().vertices[None], ball().faces, 10, "iron")
-    found = xray.attack(model, model, craft, test, objects=2, steps=6, progress=False)
+    found = xray.xray(model, model, craft, test, objects=2, steps=6, progress=False)
     rows = {(row.name, row.crafted): row for row in found.rows}
     assert len(rows) == 8 and rows["clean", "-"].correct == 40
     for row in found.rows:
@@ -189,10 +192,50 @@ def test_objects_that_are_shaped_darken_a_model_that_likes_light(tmp_path):
     assert shape.shape == (2, 26, 3) and shape.min() >= 0 and shape.max() <= 1
     assert not torch.equal(shape[0], ball().vertices) and before.shape == (1, 3, 10, 10)
     json.dumps(found.to_dict(), allow_nan=False)
-    found.write_html(tmp_path / "page.html")
-    assert (
-        "crafted on the float model" in found.table() and "| shaped | float |" in found.markdown()
+    assert "| shaped | float |" in found.markdown() and "placement" in found.table()
+
+
+def test_what_was_found_is_kept_and_pictured(tmp_path):
+    craft, test, model = bright(24, 5), bright(12, 6), Brightness()
+    model.register_buffer("one", torch.ones(1))
+    given = {"steps": 3, "progress": False, "resume": tmp_path / "kept"}
+    first = xray.xray(model, model, craft, test, **given)
+    assert len(list((tmp_path / "kept").iterdir())) == 1  # both models are one
+    again = xray.xray(model, model, craft, test, **given)
+    assert again.rows == first.rows and again.table() == first.table()
+    clean, thick, attacked = first.pictures[:3]
+    assert torch.equal(clean, test.images[:8]) and torch.equal(thick, first.pictures[3])
+    assert ((attacked < clean - 1e-3).any(1) <= (thick < 1).any(1)).all()  # dark where it is thick
+    xray.xray(model, model, craft, test, seed=1, **given)
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_the_command_line_draws_scenes_or_reads_them(tmp_path):
+    from qtk.physical import classifier
+
+    model = classifier.train(classifier.vit(16, 32, 1), draw(16, 9), epochs=1, progress=False)
+    model.save_pretrained(tmp_path / "float")
+    calib = [{"pixel_values": draw(16, 9).images}]
+    qtk.quantize(model, w=4, a=8, calib=calib, preset="fast", progress=False).save_pretrained(
+        tmp_path / "quantized"
     )
+    draw(20, 4).save(tmp_path / "scenes.safetensors")
+    folders = [f"{tmp_path / name}" for name in ("float", "quantized")]
+    small = ["--objects", "1", "--steps", "1", "--json"]
+    page, sheet = tmp_path / "page.html", tmp_path / "sheet.png"
+    drawn = CliRunner().invoke(app, [
+        "xray", *folders, *small, "--craft", "4", "--test", "6", "--html", f"{page}",
+        "--pictures", f"{sheet}",
+    ])  # fmt: skip
+    assert drawn.exit_code == 0, drawn.output
+    assert {row["samples"] for row in json.loads(drawn.stdout)["rows"]} == {6}
+    assert "data:image/png" in page.read_text() and sheet.read_bytes()[1:4] == b"PNG"
+    held = CliRunner().invoke(
+        app, ["xray", *folders, *small, "--scenes", f"{tmp_path / 'scenes.safetensors'}"]
+    )
+    assert {row["samples"] for row in json.loads(held.stdout)["rows"]} == {10}
+    wrong = CliRunner().invoke(app, ["xray", *folders, "--scenes", f"{page}"])
+    assert wrong.exit_code == 1 and "cannot be read" in wrong.output
 
 
 def test_shaping_raises_the_loss_it_is_for():
@@ -220,14 +263,14 @@ def test_what_cannot_be_attacked_says_why():
     with pytest.raises(CalibrationError, match="beyond the 26"):
         Mesh(mesh.vertices, mesh.faces + 1)
     with pytest.raises(SchemeError, match="no material 'gold'"):
-        xray.attack(model, model, scenes, scenes, material="gold")
+        xray.xray(model, model, scenes, scenes, material="gold")
     with pytest.raises(SchemeError, match="0 objects"):
-        xray.attack(model, model, scenes, scenes, objects=0)
+        xray.xray(model, model, scenes, scenes, objects=0)
     with pytest.raises(CalibrationError, match="patch of 65"):
-        xray.attack(model, model, scenes, scenes, patch=65)
+        xray.xray(model, model, scenes, scenes, patch=65)
     with pytest.raises(ModelError, match="no classifier head"):
-        xray.attack(nn.Flatten(2), model, scenes, scenes)
+        xray.xray(nn.Flatten(2), model, scenes, scenes)
     late = type(scenes)(scenes.images, scenes.labels + 5, scenes.boxes)
     with pytest.raises(CalibrationError, match="5 classes"):
-        xray.attack(model, model, scenes, late)
+        xray.xray(model, model, scenes, late)
     assert np.isfinite(scenes.images.numpy()).all()

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -78,8 +79,55 @@ def test_real_images_give_the_model_away_and_a_quantized_one_as_well(small_vit, 
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert {row["victim"] for row in data["rows"]} == {"float", "quantized"}
     assert "knockoff, in, soft" in found.table() and "| knockoff | in |" in found.markdown()
-    found.write_html(tmp_path / "page.html")
+    qtk.trust_page(found, tmp_path / "page.html")
     assert "Stealing" in (tmp_path / "page.html").read_text()
+
+
+class Divergence(nn.Module):
+    """KL of answers, which a thief of the other library is taught with."""
+
+    def forward(self, logits, answers):
+        return nn.functional.kl_div(logits.log_softmax(1), answers, reduction="batchmean")
+
+
+def knockoff_of_art(victim, pool, test, budget, epochs, seed):
+    """The accuracy of a clone made by the adversarial-robustness-toolbox."""
+    from art.attacks.extraction import KnockoffNets
+    from art.estimators.classification import PyTorchClassifier
+
+    def wrapped(model, learns):
+        optimizer = torch.optim.SGD(model.parameters(), clones.LR, clones.MOMENTUM,
+                                    weight_decay=clones.DECAY) if learns else None  # fmt: skip
+        return PyTorchClassifier(model, Divergence(), (1, 16, 16), 4, optimizer, device_type="cpu")
+
+    class Answers(nn.Module):
+        def forward(self, images):
+            return victim.answers(images, "soft")
+
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    thief = wrapped(clones.build("cnn", 1, 4, 100 + seed), True)
+    attack = KnockoffNets(wrapped(Answers(), False), batch_size_fit=clones.BATCH, nb_epochs=epochs,
+                          nb_stolen=budget, sampling_strategy="random", use_probability=True,
+                          verbose=False)  # fmt: skip
+    stolen = attack.extract(pool.numpy(), None, thieved_classifier=thief)
+    return float((stolen.predict(test[0].numpy()).argmax(1) == test[1].numpy()).mean())
+
+
+def test_knockoff_steals_as_much_as_that_of_another_library(small_vit):
+    """As far apart as seeds are, at most; ours has a cosine, theirs a constant rate."""
+    pytest.importorskip("art")
+    test, pools = squares(400, 4), {"in": POOLS["in"], "other": POOLS["other"]}
+    found = qtk.steal(small_vit, small_vit, pools, test, answers=["soft"], budget=250, epochs=8,
+                      progress=False)  # fmt: skip
+    for row in found.rows[::2]:
+        theirs = [
+            knockoff_of_art(Victim(small_vit), pools[row.pool], test, 250, 8, seed)
+            for seed in (0, 1, 2)
+        ]
+        ours = row.clone_accuracies
+        spread = max(max(ours) - min(ours), max(theirs) - min(theirs))
+        assert abs(np.mean(ours) - np.mean(theirs)) <= spread + 0.02, (row.pool, ours, theirs)
 
 
 @pytest.mark.parametrize("name", available("security.thief"))
