@@ -75,7 +75,8 @@ def search(
             where the device has it.
         verify: quantizes what was chosen and measures it, beside the best single scheme within a
             budget of latency or bytes, which is the answer where it loses less; a number measures
-            as many points of the front besides. An accuracy budget without it rests on predictions alone.
+            as many points of the front besides. An accuracy budget without it rests on predictions
+            alone.
         batch_size: rows of the batch whose latency counts.
         latencies: a file of timings, read and extended, of any number of devices.
         resume: a folder that keeps the losses measured so far: an interrupted search goes on.
