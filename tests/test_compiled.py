@@ -25,6 +25,7 @@ from tests.zoo import build
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SIZE = (2, 8)
+CALLS: list[Any] = []  # sizes of the packages that were called
 CLOSE = 0.9999  # float32 adds up in another order, and a code at a tie may move by one
 
 
@@ -40,6 +41,7 @@ def compiled(qmodel: Any, sizes: Any, **options: Any) -> Any:
     for route in bundle_of(found).routes.values():
         assert len(route.timings) >= 1 and all(t.eager > 0 for t in route.timings)
         route.timings = []
+    CALLS.clear()  # of the timings
     return found
 
 
@@ -54,15 +56,15 @@ def pair() -> Any:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The sizes of the packages that are called."""
-    seen: list[Any] = []
     run = package.Package.__call__
 
     def note(self: Any, inputs: Any) -> Any:
-        seen.append(self.size)
+        CALLS.append(self.size)
         return run(self, inputs)
 
     monkeypatch.setattr(package.Package, "__call__", note)
-    return seen
+    CALLS.clear()
+    return CALLS
 
 
 @torch.no_grad()

@@ -29,11 +29,10 @@ def rotate(x: Tensor, inverse: bool = False) -> Tensor:
     blocks, f, p = split(K)
     if f * p == 1:
         return x
-    left, right = (orthogonal_on(n, x.device, x.dtype) for n in (f, p))
-    if inverse:
-        left, right = left.T, right.T
+    left = orthogonal_on(f, x.device, x.dtype, transposed=not inverse)
+    right = orthogonal_on(p, x.device, x.dtype, transposed=inverse)
     y = x.reshape(*x.shape[:-1], blocks, f, p) @ right  # [..., blocks, f, p]
-    return (left.T @ y).reshape(x.shape)
+    return (left @ y).reshape(x.shape)
 
 
 @cache
@@ -72,9 +71,13 @@ def signs(n: int) -> Tensor:
 
 
 @cache
-def orthogonal_on(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`orthogonal`, copied once to a device: a copy at every call would make the host wait."""
-    return orthogonal(n).to(device, dtype)
+def orthogonal_on(n: int, device: torch.device, dtype: torch.dtype, transposed: bool) -> Tensor:
+    """`orthogonal`, copied once to a device: a copy at every call would make the host wait.
+
+    Transposed, it is a tensor of its own: Inductor loses a constant that is read both ways.
+    """
+    H = orthogonal(n).to(device, dtype)
+    return H.T.contiguous() if transposed else H
 
 
 @cache
