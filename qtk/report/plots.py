@@ -182,6 +182,44 @@ def front(
         return _svg(figure)
 
 
+def matrix(
+    rows: Sequence[str], columns: Sequence[str], shares: Sequence[Sequence[float]],
+    down: str, across: str,
+) -> str:  # fmt: skip
+    """Shares as shaded squares with their per cent, darker where there is more.
+
+    Args:
+        shares: a row each, 0 to 1.
+        down, across: what rows and columns are.
+    """
+    size = (1.6 + 0.75 * len(columns), 0.9 + 0.42 * len(rows))
+    with _style():
+        figure, (axis,) = _subplots(1, 1, size)
+        for i, values in enumerate(shares):
+            for j, share in enumerate(values):
+                box = (j - 0.5, i - 0.5)
+                axis.add_patch(_square(box, share))
+                axis.annotate(f"{100 * share:.0f}", (j, i), ha="center", va="center")
+        axis.set_xlim(-0.5, len(columns) - 0.5)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_xticks(range(len(columns)), columns)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.xaxis.tick_top()
+        axis.xaxis.set_label_position("top")
+        axis.tick_params(length=0)
+        for side in ("left", "bottom"):
+            axis.spines[side].set_visible(False)
+        axis.set_xlabel(across)
+        axis.set_ylabel(down)
+        return _svg(figure)
+
+
+def _square(corner: tuple[float, float], share: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, 1, 1, color=COLORS[1], alpha=0.05 + 0.75 * share, lw=0)
+
+
 def _figures(value: float, unit: str) -> str:
     return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 

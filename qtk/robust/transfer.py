@@ -7,6 +7,7 @@ option, to see by how much.
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from qtk.errors import SchemeError
 from qtk.intervals import wilson
+from qtk.report import plots
 from qtk.robust.ball import cross_entropy, gradient, into_linf, uniform
 from qtk.robust.images import Images, Normalize, Pixels, frozen
 from qtk.robust.study import drawn, right
@@ -82,6 +84,18 @@ class Transfer:
             for i, name in enumerate(self.attacks)
         ]  # fmt: skip
         return "\n".join(ruled(head, rows))
+
+    def plot(self, path: str | Path | None = None) -> str:
+        """Who attacks from above to below, who answers from left to right, right in per cent: SVG,
+        written to `path`, if given."""
+        shares = [
+            [*fixed, mean] for fixed, (mean, _) in zip(self.accuracy, self.drawn, strict=True)
+        ]
+        answers = [*(f"{b} bits" for b in self.bits), "drawn"]
+        svg = plots.matrix(self.attacks, answers, shares, "attacked at", "answered at")
+        if path is not None:
+            Path(path).write_text(svg, encoding="utf-8")
+        return svg
 
 
 def precision_transfer(

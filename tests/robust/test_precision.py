@@ -1,6 +1,7 @@
 """Random precision: codes of fewer bits, switching, the transfer matrix, and training for it."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ class Steep(nn.Module):
         return type("Out", (), {"logits": logits})
 
 
-def test_a_matrix_is_what_is_known_of_a_model_whose_precisions_have_nothing_in_common():
+def test_a_matrix_is_what_is_known_of_a_model_whose_precisions_have_nothing_in_common(tmp_path):
     """Attacked at one, it is wrong there and right at the other; at both, wrong at both."""
     pixels, labels = torch.full((200, 3, 2, 2), 0.51), torch.zeros(200).long()
     found = precision_transfer(Steep(), pixels, labels, normalize=NORMALIZE, budget=0.05, steps=10)
@@ -161,6 +162,12 @@ def test_a_matrix_is_what_is_known_of_a_model_whose_precisions_have_nothing_in_c
     assert drawn["4"] == pytest.approx(by["4"][1] / 2, abs=4 * (0.25 / 2000) ** 0.5)
     assert found.best_fixed in (4, 8) and "attacked at" in found.table()
     assert found.to_dict()["samples"] == 200
+    svg = found.plot(tmp_path / "matrix.svg")
+    assert (tmp_path / "matrix.svg").read_text() == svg
+    texts = re.findall(r">([^<>]+)</text>", svg)
+    assert (
+        texts.count("100") >= 3 and texts.count("0") >= 4
+    )  # clean; and "all"
     with pytest.raises(qtk.SchemeError, match="above zero"):
         precision_transfer(Steep(), pixels, labels, normalize=NORMALIZE, steps=0)
 
