@@ -165,9 +165,7 @@ def test_a_matrix_is_what_is_known_of_a_model_whose_precisions_have_nothing_in_c
     svg = found.plot(tmp_path / "matrix.svg")
     assert (tmp_path / "matrix.svg").read_text() == svg
     texts = re.findall(r">([^<>]+)</text>", svg)
-    assert (
-        texts.count("100") >= 3 and texts.count("0") >= 4
-    )  # clean; and "all"
+    assert texts.count("100") >= 3 and texts.count("0") >= 4  # clean; and "all"
     with pytest.raises(qtk.SchemeError, match="above zero"):
         precision_transfer(Steep(), pixels, labels, normalize=NORMALIZE, steps=0)
 
