@@ -26,11 +26,14 @@ FEWEST = 512  # tokens
 BLOCK_K = 128
 
 
-def tma_tile(kernel: str, M: int, N: int, K: int, *, device: torch.device) -> dict[str, Any] | None:
+def tma_tile(
+    kernel: str, M: int, N: int, K: int, *, device: torch.device, plain: bool
+) -> dict[str, Any] | None:
     """The parameters of a launch; None where the present kernel serves.
 
     Args:
         kernel: the op's name in the tables of measured tiles, whose word counts.
+        plain: the epilogue neither activates nor rounds, and writes 16 bits.
     """
     if device.type != "cuda" or is_forced() or M < FEWEST or K % 16 or K < 2 * BLOCK_K:
         return None
@@ -38,15 +41,17 @@ def tma_tile(kernel: str, M: int, N: int, K: int, *, device: torch.device) -> di
         return None
     if measured(kernel, M, N, K, device, grouped=False) is not None:
         return None
-    return rule(M, N, K, kernel == "fp8_linear")
+    return rule(M, N, plain and kernel == "int8_linear")
 
 
-def rule(M: int, N: int, K: int, fp8: bool) -> dict[str, Any] | None:
+def rule(M: int, N: int, wide: bool) -> dict[str, Any] | None:
     """Tiles of 128 by 256, or by 128 where those are too few; None where both are.
 
-    e4m3 sums go to float32 sums of their own, which fill the registers of the smaller tile.
+    Args:
+        wide: 256 fit: sums of e4m3 blocks go to others in float32, and activations spill;
+            float32 results pass through 128 KB of shared memory.
     """
-    wide = not fp8 and cdiv(M, 128) * cdiv(N, 256) >= SMS
+    wide = wide and cdiv(M, 128) * cdiv(N, 256) >= SMS
     if cdiv(M, 128) * cdiv(N, 128) < SMS:
         return None
     return {

@@ -182,9 +182,7 @@ def heads_quantize(
         raise ValueError(f"q, k and v must be [B, H, T, D], got {q.ndim}, {k.ndim}, {v.ndim} axes")
     transposed = transposed and k.shape[2] % 16 == 0
     if backend_of(q, backend) == "triton" and q.numel() and k.numel():
-        found = _launch_heads_quantize(q, k, v, v_multiplier, bits, transposed)
-        if transposed:
-            found[2] = found[2].transpose(2, 3)
-        return Heads(*found)
+        q_q, k_q, v_q, *scales = _launch_heads_quantize(q, k, v, v_multiplier, bits, transposed)
+        return Heads(q_q, k_q, v_q.transpose(2, 3) if transposed else v_q, *scales)
     _check(q.shape, k.shape, v.shape, v_multiplier.shape)
     return heads_quantize_ref(q, k, v, v_multiplier, bits)
