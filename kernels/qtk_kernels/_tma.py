@@ -91,14 +91,14 @@ def _scratch(size: int, _alignment: int, _stream: Any) -> Tensor:
 @entry
 def tma_linear_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr,
-    M, N, K, steps, out_step, out_zero_point, stride_xsm,
+    M, N, row_bytes, steps, out_step, out_zero_point, stride_xsm,
     FP8: tl.constexpr, ACTIVATION: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     # made here, not by the host: the compiler halves the blocks of x for two groups of warps
-    x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
-    w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+    x_desc = tl.make_tensor_descriptor(x_ptr, [M, row_bytes], [row_bytes, 1], [BLOCK_M, BLOCK_K])
+    w_desc = tl.make_tensor_descriptor(w_ptr, [N, row_bytes], [row_bytes, 1], [BLOCK_N, BLOCK_K])
     first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32 if FP8 else tl.int32)
     for step in tl.range(0, steps, warp_specialize=True):
