@@ -21,7 +21,9 @@ COMPILED = (  # one variant a kernel, of the hundreds in aot.csv
     "layer_norm_quantize w8 token K=768", "gelu_quantize w8 token K=4096",
     "hadamard_quantize w8 token K=768 block=768 (24x32)", "int8_linear M=8192 g=0",
     "int4_linear W4A8 M=8192 g=0", "int4_linear W4A4 M=256 g=128",
-    "weight_only_linear W4A16 M=1 g=128 split=8", "fp8_linear M=8192 g=0",
+    "weight_only_linear W4A16 M=1 g=128 split=8", "gemv weight_only_linear W4A16 M=1 g=128",
+    "fp8_linear M=8192 g=0", "int8_linear bulk M=8192 g=0", "fp8_linear bulk M=8192 g=0",
+    "heads_quantize w8 K=64",
 )  # fmt: skip
 KEYS = {"title", "hardware", "versions", "columns", "rows", "notes"}
 

@@ -47,7 +47,7 @@ from benchmarks.compiler.disassembly import (
     tensor_core,
 )
 from benchmarks.compiler.flash_attention import flash_attention_kernel
-from benchmarks.compiler.variants import Variant, gemm_variants, row_variants
+from benchmarks.compiler.variants import Variant, gemm_variants, only_on, row_variants
 from benchmarks.result import COMMIT, RESULTS
 from qtk_kernels._gemv import gemv_floats_kernel
 from qtk_kernels.layer_norm_quantize import _layer_norm_quantize_kernel
@@ -139,7 +139,9 @@ def report(variant: Variant, arch: int) -> Row:
     ops, loop = operations(code), operations(innermost(code))
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
-    threads = 32 * variant.params["num_warps"]
+    # beside warps that multiply there may be four that copy
+    warps, mine = compiled.metadata.num_warps, variant.params["num_warps"]
+    threads = 32 * (warps - 4 if warps > mine else mine)
     loads = [op for op in ops if op.startswith(("LDG", "LDGSTS"))]
     wide = sum(".128" in op for op in loads)
     unpacking = sum(op.startswith(UNPACKING) for op in loop)
@@ -155,7 +157,7 @@ def report(variant: Variant, arch: int) -> Row:
         mufu=sum(op.startswith("MUFU") for op in ops),
         instructions=len(ops),
         serialized="wgmma" in log and "serializ" in log,
-        occupancy=occupancy(registers, compiled.metadata.shared, threads, arch),
+        occupancy=occupancy(registers, compiled.metadata.shared, 32 * warps, arch),
         wide_loads=wide,
         narrow_loads=len(loads) - wide,
         loop=len(loop),
@@ -191,6 +193,8 @@ def elements(variant: Variant) -> float:
         return weights(variant) * p["BLOCK_M"] / 1024
     if "SPLIT_K" in p:
         return p["BLOCK_N"]
+    if "LEAST" in p:  # of q, k and v
+        return 3 * p["ROWS"] * p["BLOCK_D"]
     if "WORDS" in p:  # eight weights each
         return p["ROWS"] * p["BLOCK_N"] * p["WORDS"] / 128
     lanes = p["BLOCK_K"] if "BLOCK_K" in p else p["PART"] * p["PARTS"]
@@ -238,7 +242,8 @@ def main() -> None:
     # sm_80 has no float8_e4m3fn
     jobs = [
         (i, arch) for arch in archs for i in wanted
-        if arch != 80 or "*fp8e4nv" not in _variants()[i].types.values()
+        if (arch != 80 or "*fp8e4nv" not in _variants()[i].types.values())
+        and arch in (only_on(_variants()[i].name) or ARCHS)
     ]  # fmt: skip
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for row in pool.map(_report, jobs):

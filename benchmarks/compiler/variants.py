@@ -9,8 +9,10 @@ import triton.language as tl
 from qtk_kernels import (
     _gemv,
     _split_k,
+    _tma,
     fp8_linear,
     hadamard_quantize,
+    heads_quantize,
     int4_linear,
     int8_linear,
     layer_norm_quantize,
@@ -18,7 +20,7 @@ from qtk_kernels import (
 )
 from qtk_kernels import weight_only_linear as weight_only
 from qtk_kernels._launch import gemm_launch
-from qtk_kernels.codes import Codes, channels_of
+from qtk_kernels.codes import EPS, Codes, channels_of
 from qtk_kernels.hadamard import split
 
 
@@ -74,6 +76,18 @@ def row_variants() -> list[Variant]:
                 f"hadamard_quantize {label} K={K} block={block} ({f}x{p})",
                 hadamard_quantize._hadamard_quantize_kernel, types, fused,
             ))  # fmt: skip
+    for transposed in (False, True):
+        where = {"stride_wt": 1} if transposed else {"stride_wd": 1}
+        pointers = {f"{name}_ptr": "*bf16" for name in "qkv"}
+        pointers |= {f"{name}_codes_ptr": "*i8" for name in "qkv"}
+        floats = ("v_multiplier", "q_scale", "k_scale")
+        out.append(Variant(
+            f"heads_quantize w8 K=64{', v transposed' * transposed}",
+            heads_quantize.heads_quantize_kernel,
+            {**pointers, **{f"{name}_ptr": "*fp32" for name in floats}},
+            {"QMIN": -128, "QMAX": 127, "LEAST": EPS, "ROWS": 32, "BLOCK_D": 64, "D": 64,
+             **where, "num_warps": 4},
+        ))  # fmt: skip
     codes = Codes(8)
     for K in (768, 1024, 4096):
         launch = codes.launch(4096, K)
@@ -94,6 +108,7 @@ def gemm_variants() -> list[Variant]:
             out += [_int8(M, group), _weight_only(M, group, False), _weight_only(M, group, True)]
             out += [_int4(M, group, packed) for packed in (False, True)]
         out.append(_fp8(M))
+    out += [_bulk(fp8) for fp8 in (False, True)]
     out += [_gemv_of(M, group, op) for M in (1, 2) for group in (0, 128) for op in GEMV]
     out.append(_int8(128, 0, N=768, K=3072))  # BERT-base, one text
     out += [_int8(8192, 100), _int4(16, 100, False), _weight_only(16, 100, True)]
@@ -171,6 +186,26 @@ def _weight_only(M: int, group: int, packed: bool) -> Variant:
          "bias_ptr": "*bf16", **_outputs(tile, False)},
         {"GROUP": group, "PACKED": packed, "EVEN": packed or group % 64 == 0,
          "HAS_ZERO_POINT": False, "DTYPE": tl.bfloat16, "WIDTH": 64, **tile},
+    )  # fmt: skip
+
+
+HOPPER = 90
+
+
+def only_on(name: str) -> tuple[int, ...] | None:
+    """The architectures that a variant is for, None for all."""
+    return (HOPPER,) if " bulk " in name else None
+
+
+def _bulk(fp8: bool) -> Variant:
+    op = "fp8_linear" if fp8 else "int8_linear"
+    tile = _tma.rule(8192, 4096, not fp8)
+    assert tile is not None
+    x = "*fp8e4nv" if fp8 else "*i8"
+    return Variant(
+        f"{op} bulk M=8192 g=0", _tma.tma_linear_kernel,
+        {"x_ptr": x, "w_ptr": x, **SCALES, "out_ptr": "*bf16"},
+        {"FP8": fp8, "ACTIVATION": "", "QMIN": 0, "QMAX": 0, **tile},
     )  # fmt: skip
 
 

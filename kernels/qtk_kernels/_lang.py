@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-# counts of tokens and zero points: the JIT would make constants of those that are 1, which have no
-# methods, and a binary for each kind of them
-RUN_TIME = ("M", "Tq", "steps", "x_zero_point", "out_zero_point")
+# counts of tokens, bytes of a row and zero points: the JIT would make constants of those that are
+# 1, which have no methods, and a binary for each kind of them
+RUN_TIME = ("M", "Tq", "steps", "row_bytes", "x_zero_point", "out_zero_point")
 
 try:
     triton: Any = import_module("triton")

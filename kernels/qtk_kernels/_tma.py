@@ -26,11 +26,14 @@ FEWEST = 512  # tokens
 BLOCK_K = 128
 
 
-def tma_tile(kernel: str, M: int, N: int, K: int, *, device: torch.device) -> dict[str, Any] | None:
+def tma_tile(
+    kernel: str, M: int, N: int, K: int, *, device: torch.device, plain: bool
+) -> dict[str, Any] | None:
     """The parameters of a launch; None where the present kernel serves.
 
     Args:
         kernel: the op's name in the tables of measured tiles, whose word counts.
+        plain: the epilogue neither activates nor rounds, and writes 16 bits.
     """
     if device.type != "cuda" or is_forced() or M < FEWEST or K % 16 or K < 2 * BLOCK_K:
         return None
@@ -38,15 +41,17 @@ def tma_tile(kernel: str, M: int, N: int, K: int, *, device: torch.device) -> di
         return None
     if measured(kernel, M, N, K, device, grouped=False) is not None:
         return None
-    return rule(M, N, K, kernel == "fp8_linear")
+    return rule(M, N, plain and kernel == "int8_linear")
 
 
-def rule(M: int, N: int, K: int, fp8: bool) -> dict[str, Any] | None:
+def rule(M: int, N: int, wide: bool) -> dict[str, Any] | None:
     """Tiles of 128 by 256, or by 128 where those are too few; None where both are.
 
-    e4m3 sums go to float32 sums of their own, which fill the registers of the smaller tile.
+    Args:
+        wide: 256 fit: sums of e4m3 blocks go to others in float32, and activations spill;
+            float32 results pass through 128 KB of shared memory.
     """
-    wide = not fp8 and cdiv(M, 128) * cdiv(N, 256) >= SMS
+    wide = wide and cdiv(M, 128) * cdiv(N, 256) >= SMS
     if cdiv(M, 128) * cdiv(N, 128) < SMS:
         return None
     return {
@@ -86,14 +91,14 @@ def _scratch(size: int, _alignment: int, _stream: Any) -> Tensor:
 @entry
 def tma_linear_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr,
-    M, N, K, steps, out_step, out_zero_point, stride_xsm,
+    M, N, row_bytes, steps, out_step, out_zero_point, stride_xsm,
     FP8: tl.constexpr, ACTIVATION: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     # made here, not by the host: the compiler halves the blocks of x for two groups of warps
-    x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
-    w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+    x_desc = tl.make_tensor_descriptor(x_ptr, [M, row_bytes], [row_bytes, 1], [BLOCK_M, BLOCK_K])
+    w_desc = tl.make_tensor_descriptor(w_ptr, [N, row_bytes], [row_bytes, 1], [BLOCK_N, BLOCK_K])
     first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32 if FP8 else tl.int32)
     for step in tl.range(0, steps, warp_specialize=True):

@@ -138,7 +138,7 @@ def _plan(
     epilogue: dict[str, Any] = {"ACTIVATION": activation or ""}
     floats = {**epilogue, "QMIN": 0, "QMAX": 0}
     if bulk and step == K:
-        tile = tma_tile("fp8_linear", M, N, K, device=device)
+        tile = tma_tile("fp8_linear", M, N, K, device=device, plain=activation is None)
         if tile is not None:
             return plan_tma(
                 x, N, out_dtype, tile, scale_strides(x_scale)[0], (1.0, 0), floats, fp8=True

@@ -250,7 +250,8 @@ def _plan(
     check_sums(size, x_zero_point)
     step = row_step(x, stride)
     if bulk and step == K and not grouped and x_zero_point == 0:
-        tile = tma_tile("int8_linear", M, N, K, device=device)
+        plain = out.activation is None and out.codes is None and out.dtype.itemsize == 2
+        tile = tma_tile("int8_linear", M, N, K, device=device, plain=plain)
         if tile is not None:
             return plan_tma(
                 x, N, out.dtype, tile, scale_strides(x_scale)[0], (out.step, out.zero_point),

@@ -21,10 +21,9 @@ from transformers import AttentionInterface
 from qtk.models import Attention
 from qtk.modules.base import Float32Buffers
 from qtk.scheme import AttentionScheme
-from qtk_kernels.codes import Codes
 from qtk_kernels.dispatch import backend_of
+from qtk_kernels.heads_quantize import heads_quantize
 from qtk_kernels.quantized_attention import attention_weights, quantized_attention
-from qtk_kernels.shift_scale_quantize import shift_scale_quantize
 
 CHILD = "qtk_attention"  # its name inside the attention module of a model
 KINDS = {"log-sqrt2": "log2"}  # kinds that the kernel calls otherwise
@@ -84,7 +83,7 @@ class QuantAttention(Float32Buffers):
         causal: bool, **sequences: Any,
     ) -> Tensor:  # fmt: skip
         backend, dtype = backend_of(q, self.backend), q.dtype
-        (q, k, v), scales = self.codes(q, k, v)
+        (q, k, v), scales = self.codes(q, k, v, bool(sequences))
         return quantized_attention(
             q, k, v, **scales, v_scale=None if self.v_scale is None else self.v_scale[None],
             **self.softmax(), scale=scale, mask=mask, causal=causal, out_dtype=dtype,
@@ -113,23 +112,23 @@ class QuantAttention(Float32Buffers):
         }  # fmt: skip
 
     def codes(
-        self, q: Tensor, k: Tensor, v: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, packed: bool = False
     ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-        """q, k and v as codes, with the scales of q and k; floats stay as they are."""
+        """q, k and v as codes, with the scales of q and k; floats stay as they are.
+
+        Args:
+            packed: they are the tokens of several sentences, one after another.
+        """
         bits = self.scheme.bits
         if bits is None or self.v_scale is None:
             return (q, k, v), {}
-        per_token = Codes(bits, "token")
-        q_codes, q_scale = shift_scale_quantize(q, None, None, per_token, backend=self.backend)
-        k_codes, k_scale = shift_scale_quantize(k, None, None, per_token, backend=self.backend)
-        assert q_scale is not None and k_scale is not None
-        B, _, T, _ = v.shape
-        rows = v.transpose(1, 2).reshape(B, T, -1)
-        v_codes, _ = shift_scale_quantize(
-            rows, (1 / self.v_scale).flatten(), None, Codes(bits), backend=self.backend
+        # a product of bytes wants the tokens of v side by side; one sentence after another, they
+        # begin anywhere
+        bytes_ = self.scheme.softmax in ("uniform", "matthew") and not packed
+        found = heads_quantize(
+            q, k, v, 1 / self.v_scale, bits, transposed=bytes_, backend=self.backend
         )
-        v_codes = v_codes.view(B, T, self.heads, self.head_size).transpose(1, 2)
-        return (q_codes, k_codes, v_codes), {"q_scale": q_scale[..., 0], "k_scale": k_scale[..., 0]}
+        return found[:3], {"q_scale": found.q_scale, "k_scale": found.k_scale}
 
     @property
     def kernel(self) -> str:

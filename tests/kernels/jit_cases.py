@@ -21,6 +21,7 @@ from qtk_kernels._plan import forget
 from qtk_kernels.codes import Codes
 from qtk_kernels.fp8_linear import E4M3, fp8_linear
 from qtk_kernels.hadamard_quantize import hadamard_quantize
+from qtk_kernels.heads_quantize import heads_quantize
 from qtk_kernels.int4_linear import int4_linear
 from qtk_kernels.int8_linear import int8_linear
 from qtk_kernels.layer_norm_quantize import layer_norm_quantize
@@ -199,8 +200,10 @@ def fp8_linears() -> Iterator[Case]:
 def hopper() -> Iterator[None]:
     """Products of many tokens are planned as on a Hopper."""
 
-    def tile(kernel: str, M: int, N: int, K: int, **_: Any) -> dict[str, Any] | None:
-        return _tma.rule(M, N, K, kernel == "fp8_linear")
+    def tile(
+        kernel: str, M: int, N: int, K: int, *, plain: bool, **_: Any
+    ) -> dict[str, Any] | None:
+        return _tma.rule(M, N, plain and kernel == "int8_linear")
 
     before = int8_module.tma_tile, fp8_module.tma_tile
     int8_module.tma_tile = fp8_module.tma_tile = tile
@@ -276,6 +279,23 @@ def sequences(fp8: bool) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def heads() -> Iterator[Case]:
+    """q, k and v of one product, and copies of few queries and many keys."""
+    for (Tq, Tk), D, dtype, transposed in pairwise(
+        ((1, 1), (197, 197), (512, 512), (1, 700)), HEADS, FLOATS, (False, True)
+    ):
+
+        def run(
+            Tq: int = Tq, Tk: int = Tk, D: int = D, d: Any = dtype, t: bool = transposed
+        ) -> Any:
+            q, k, v = empty(2, Tk, 3, 3, D, dtype=d).permute(2, 0, 3, 1, 4)
+            if Tq != Tk:
+                q, k, v = q[:, :, :Tq], k.contiguous(), v.contiguous()
+            return heads_quantize(q, k, v, empty(3, D), 8, transposed=t, **TRITON)
+
+        yield Case(f"heads Tq={Tq} Tk={Tk} D={D} {dtype} {transposed}", run, Tq == 197)
+
+
 def _stack(much: bool, D: int = 0) -> float:
     """Heads of 65 to 128 channels are held as 128."""
     return float("inf") if D > 128 else 640 * much if D > 64 else 128 * much
@@ -311,6 +331,7 @@ OPS: dict[str, Callable[[], Iterator[Case]]] = {
     "integer_linears": integer_linears,
     "float_linears": float_linears,
     "fp8_linears": fp8_linears,
+    "heads": heads,
     "bulk": bulk,  # of Hopper alone
     "attention": lambda: attention(False),
     "fp8_attention": lambda: attention(True),

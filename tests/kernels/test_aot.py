@@ -33,6 +33,9 @@ NAMES = [
     "int4_linear W4A4 M=256 g=128",
     "weight_only_linear W4A16 M=1 g=128 split=8",
     "weight_only_linear W4A16 M=8192 g=128",
+    "gemv weight_only_linear W4A16 M=1 g=128",
+    "int8_linear bulk M=8192 g=0",
+    "fp8_linear bulk M=8192 g=0",
 ]
 TENSOR_CORE = {  # on sm_90: wgmma, but mma.sync where a left operand is unpacked in registers
     "fp8_linear M=1 g=0 split=8": "wgmma.mma_async.m64n16k32.f32.e4m3.e4m3",
@@ -43,6 +46,8 @@ TENSOR_CORE = {  # on sm_90: wgmma, but mma.sync where a left operand is unpacke
     "int4_linear W4A4 M=256 g=128": "mma.m16n8k32.satfinite.s32.s8.s8.s32",
     "weight_only_linear W4A16 M=1 g=128 split=8": "mma.m16n8k16.f32.bf16.bf16.f32",
     "weight_only_linear W4A16 M=8192 g=128": "wgmma.mma_async.m64n64k16.f32.bf16.bf16",
+    "int8_linear bulk M=8192 g=0": "wgmma.mma_async.m64n128k32.s32.s8.s8",
+    "fp8_linear bulk M=8192 g=0": "wgmma.mma_async.m64n128k32.f32.e4m3.e4m3",
 }
 PROGRAM = """
 import json, sys
@@ -55,7 +60,9 @@ rows = [asdict(report.report(named[n], 90)) for n in names]
 for row in rows:
     ptx = report.compile_for(named[row["variant"]], 90).asm["ptx"]
     row["in_registers"] = register_operands(ptx)
-large = [n for n in names if "8192" in n and "fp8" not in n]
+    row["bulk"] = ptx.count("cp.async.bulk.tensor")
+    row["registers_moved"] = ptx.count("setmaxnreg")
+large = [n for n in names if "8192" in n and "fp8" not in n and "bulk" not in n]
 rows += [asdict(report.report(named[n], 80)) for n in large]
 print(json.dumps(rows))
 """
@@ -80,13 +87,31 @@ def test_nothing_spills(compiled):
 
 
 def test_shared_memory_fits_every_device(compiled):
-    assert all(row["shared"] <= 99 * 1024 for row in compiled)
+    """What bulk copies fill is Hopper's, 227 KB."""
+    found = {row["variant"]: row["shared"] for row in compiled}
+    limits = {name: 227 * 1024 if "bulk" in name else 99 * 1024 for name in found}
+    assert [name for name in found if found[name] > limits[name]] == []
 
 
 def test_tensor_cores_are_used(compiled):
     found = {r["variant"]: r["tensor_core"] for r in compiled if r["arch"] == 90}
     assert {name: found[name] for name in TENSOR_CORE} == TENSOR_CORE
     assert all(r["tensor_core"].startswith("mma.m16n8k") for r in compiled if r["arch"] == 80)
+
+
+def test_tiles_are_copied_in_bulk_by_warps_of_their_own(compiled):
+    """Three copies (two halves of x, and w), and registers moved from who copies."""
+    rows = [row for row in compiled if "bulk" in row["variant"]]
+    assert len(rows) == 2 and all(row["bulk"] >= 2 for row in rows)
+    assert all(row["registers_moved"] > 0 for row in rows)
+    others = [row for row in compiled if "bulk" not in row["variant"]]
+    assert not any(row.get("bulk") for row in others)
+
+
+def test_weights_of_one_token_go_straight_to_registers(compiled):
+    row = next(r for r in compiled if r["variant"].startswith("gemv"))
+    assert row["tensor_core"] == "" and row["wide_loads"] == 8  # rows, 16 bytes each
+    assert row["instructions"] <= 5 * 256  # for 256 weights a thread
 
 
 def test_no_left_operand_of_wgmma_is_computed_in_registers(compiled):

@@ -10,6 +10,7 @@ from qtk_kernels import (
     dispatch,
     fp8_linear,
     hadamard_quantize,
+    heads_quantize,
     int4_linear,
     int8_linear,
     layer_norm_quantize,
@@ -25,6 +26,9 @@ KERNELS = [
     (_split_k, "_add_parts_kernel"),
     (fp8_linear, "_fp8_linear_kernel"),
     (hadamard_quantize, "_hadamard_quantize_kernel"),
+    (heads_quantize, "heads_quantize_kernel"),
+    (int4_linear, "gemv_integers_kernel"),
+    (weight_only_linear, "gemv_floats_kernel"),
     (int4_linear, "_int4_linear_kernel"),
     (int8_linear, "_int8_linear_kernel"),
     (layer_norm_quantize, "_layer_norm_quantize_kernel"),
@@ -76,6 +80,18 @@ def calls():
         "W4A16": linear(
             weight_only_linear.weight_only_linear, (K, half), (packed, u8), 2, False, bits=4,
             **grouped,
+        ),
+        "one token of W4A8": lambda make, backend: int4_linear.int4_linear(
+            make(1, K, i8), make(N, packed, u8), make(N, 1, f32), make(N, f32),
+            x_scale=make(1, 1, f32), in_features=K, backend=backend,
+        ),
+        "two tokens of W4A16": lambda make, backend: weight_only_linear.weight_only_linear(
+            make(2, K, half), make(N, packed, u8), make(N, 2, f32), make(N, f32), bits=4,
+            backend=backend, **grouped,
+        ),
+        "heads": lambda make, backend: heads_quantize.heads_quantize(
+            *(make(2, 3, 16, 20, half) for _ in range(3)), make(3, 20, f32), 8, transposed=True,
+            backend=backend,
         ),
         "attention": lambda make, backend: quantized_attention.quantized_attention(
             *(make(2, 3, M, 32, i8) for _ in range(2)), make(2, 3, M, 32, half),
