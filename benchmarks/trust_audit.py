@@ -259,14 +259,15 @@ def main(seeds: int = 3, innocents: int = CLEAN) -> None:
     test: Data = list(zip(u.split(500), v.split(500), strict=True))
     calib = [*x[TRAIN:].split(128)]
     planted: Cells = read("trust_audit").get("cells", {})
-    for seed, name, w in itertools.product(range(seeds), ATTACKS, (4, 8)):
-        if f"{name}, W{w}A16, {seed}" not in planted:
-            row = attacked(name, w, trained(convolutions, data, seed), data, test, calib)
-            _keep(planted, f"{name}, W{w}A16, {seed}", row, _write_planted)
-    for seed, kind in itertools.product(range(seeds), TRANSFORMERS):
-        if f"PQBackdoor in {kind}, W4A16, {seed}" not in planted:
-            row = attacked_transformer(kind, 4, seed)
-            _keep(planted, f"PQBackdoor in {kind}, W4A16, {seed}", row, _write_planted)
+    for seed in range(seeds):
+        for name, w in itertools.product(ATTACKS, (4, 8)):
+            if f"{name}, W{w}A16, {seed}" not in planted:
+                row = attacked(name, w, trained(convolutions, data, seed), data, test, calib)
+                _keep(planted, f"{name}, W{w}A16, {seed}", row, _write_planted)
+        for kind in TRANSFORMERS:
+            if f"PQBackdoor in {kind}, W4A16, {seed}" not in planted:
+                row = attacked_transformer(kind, 4, seed)
+                _keep(planted, f"PQBackdoor in {kind}, W4A16, {seed}", row, _write_planted)
     clean: Cells = read("trust_audit_clean").get("cells", {})
     makes = (convolutions, normalized, perceptron)
     for i, w in itertools.product(range(innocents), (4, 8)):
