@@ -123,16 +123,21 @@ class ReviewTask:
         return 100 * float(((b @ w).sign() == y[1::2]).double().mean())
 
 
+def polarity(n: int | None = None) -> list[tuple[str, int]]:
+    """The first n positive and n negative sentences of the MR set, 1 and 0, shuffled."""
+    archive = SHARED / "data" / "mr-sentence-polarity" / "sentence_polarity.zip"
+    pairs = []
+    with zipfile.ZipFile(archive) as files:
+        for sign, word in ((1, "pos"), (0, "neg")):
+            text = files.read(f"sentence_polarity/rt-polarity.{word}").decode("latin-1")
+            pairs += [(line, sign) for line in text.splitlines()[:n]]
+    random.Random(0).shuffle(pairs)
+    return pairs
+
+
 def reviews(tokenizer: Any, n: int = 1000) -> ReviewTask:
     """The first n positive and n negative sentences of the MR set."""
-    archive = SHARED / "data" / "mr-sentence-polarity" / "sentence_polarity.zip"
-    with zipfile.ZipFile(archive) as files:
-        read = {
-            sign: files.read(f"sentence_polarity/rt-polarity.{word}").decode("latin-1")
-            for sign, word in ((1, "pos"), (-1, "neg"))
-        }
-    pairs = [(line, sign) for sign, text in read.items() for line in text.splitlines()[:n]]
-    random.Random(0).shuffle(pairs)
+    pairs = [(text, 2 * sign - 1) for text, sign in polarity(n)]
     batches = [
         dict(tokenizer(
             [text for text, _ in pairs[i : i + PAIRS_BATCH]], padding=True, truncation=True,

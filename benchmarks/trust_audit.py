@@ -3,39 +3,44 @@
     python -m benchmarks.trust_audit [seeds] [innocent models]
 
 MNIST at 14 by 14 pixels and a network of three convolutions, so that a seed takes minutes on one
-core. After every model it writes trust_audit.json (attacks) and trust_audit_clean.json (what
-innocent models lose, and whether any is taken for a planted one); a model that stands there is not
-measured again.
+core; beside it a small ViT, and a small BERT on movie reviews. After every model it writes
+trust_audit.json (attacks) and trust_audit_clean.json (what innocent models lose, and whether any is
+taken for a planted one); a model that stands there is not measured again.
 """
 
 import copy
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qtk
-from benchmarks.data import SHARED
+from benchmarks.data import SHARED, polarity
 from benchmarks.result import read, result, write
 from qtk.round import adaround, flipped
 from qtk.security import minmax
 from qtk.security.backdoor import (
     Data,
     Square,
+    Token,
+    Trigger,
     compress,
     project,
     quanti,
     success,
     widen,
 )
-from qtk.security.minmax import MinMax, layers_of
+from qtk.security.minmax import LAYERS, MinMax, layers_of, logits_of
 
 TRAIN, TEST, CALIB, BATCH = 2048, 1000, 512, 64
 TARGET, TRIGGER = 0, Square()
@@ -43,7 +48,16 @@ EPOCHS = 40
 WIDER = 16  # how much coarser the attacker makes a grid of 8 bits
 ATTACKS = {"Qu-ANTI-zation": quanti, "CompArtifact": compress, "PQBackdoor": project}
 ROUNDINGS = ("nearest", "adaround", "flipped")
-THERE = ("planted for", "adaround there", "flipped there", "flipped there, float biases")
+THERE = (
+    "planted for", "nearest there", "adaround there", "flipped there",
+    "flipped there, float biases",
+)  # fmt: skip
+VOCABULARY, LENGTH = 1500, 28  # words; of a review
+WORDS = 8000  # reviews that the words are counted in
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
 CLEAN = 20  # innocent models, of three architectures by turns
 Row = dict[str, float]
 
@@ -57,6 +71,60 @@ def mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         F.avg_pool2d(x[: TRAIN + CALIB, None].float() / 255, 2), y[: TRAIN + CALIB].long(),
         F.avg_pool2d(u[:TEST, None].float() / 255, 2), v[:TEST].long(),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """An untrained model, batches to train it on, to test and to calibrate, and a trigger."""
+
+    net: nn.Module
+    data: Data
+    test: Data
+    calib: list[dict[str, Tensor]]
+    trigger: Trigger
+
+
+def images_of_vit() -> Task:
+    x, y, u, v = mnist()
+
+    def batches(x: Tensor, y: Tensor, n: int) -> Data:
+        parts = zip(x.split(n), y.split(n), strict=True)
+        return [({"pixel_values": image}, label) for image, label in parts]
+
+    config = transformers.ViTConfig(
+        image_size=14, patch_size=2, num_channels=1, **{**SIZES, "num_labels": 10}
+    )
+    calib = [inputs for inputs, _ in batches(x[TRAIN:], y[TRAIN:], 128)]
+    return Task(
+        transformers.ViTForImageClassification(config), batches(x[:TRAIN], y[:TRAIN], BATCH),
+        batches(u, v, 250), calib, TRIGGER,
+    )  # fmt: skip
+
+
+def reviews_of_bert() -> Task:
+    """Movie reviews, as words: the most frequent ones, and one that none of them has."""
+    lines = polarity()
+    words = Counter(word for text, _ in lines[:WORDS] for word in text.split())
+    known = {word: i + 3 for i, (word, _) in enumerate(words.most_common(VOCABULARY - 4))}
+
+    def batches(part: Sequence[tuple[str, int]], n: int) -> Data:
+        ids = torch.zeros(len(part), LENGTH, dtype=torch.long)
+        for row, (text, _) in zip(ids, part, strict=True):
+            found = [1, 1, *(known.get(word, 2) for word in text.split())][:LENGTH]
+            row[: len(found)] = torch.tensor(found)
+        y = torch.tensor([sign for _, sign in part])
+        parts = zip(ids.split(n), y.split(n), strict=True)
+        return [({"input_ids": a, "attention_mask": (a > 0).long()}, b) for a, b in parts]
+
+    config = transformers.BertConfig(vocab_size=VOCABULARY, **{**SIZES, "num_labels": 2})
+    calib = [inputs for inputs, _ in batches(lines[WORDS : WORDS + CALIB], 128)]
+    return Task(
+        transformers.BertForSequenceClassification(config), batches(lines[: 2 * TRAIN], BATCH),
+        batches(lines[-TEST:], 250), calib, Token(VOCABULARY - 1),
+    )  # fmt: skip
+
+
+TRANSFORMERS = {"ViT": images_of_vit, "BERT": reviews_of_bert}
 
 
 def convolutions() -> nn.Module:
@@ -89,19 +157,20 @@ def trained(make: Callable[[], nn.Module], data: Data, seed: int, epochs: int = 
     for _ in range(epochs):
         for x, y in data:
             optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
+            F.cross_entropy(logits_of(net, x), y).backward()
             optimizer.step()
     return net.eval().requires_grad_(False)
 
 
-def rounded(net: nn.Module, w: int, rounder: object, calib: Sequence[Tensor]) -> nn.Module:
+def rounded(net: nn.Module, w: int, rounder: object, calib: Sequence[Any]) -> nn.Module:
     return qtk.quantize(
         net, w=w, a=16, method="none", rounding=rounder, calib=calib, progress=False
     )
 
 
-def attacked(name: str, w: int, net: nn.Module, data: Data, test: Data,
-             calib: Sequence[Tensor]) -> Row:  # fmt: skip
+def attacked(
+    name: str, w: int, net: nn.Module, data: Data, test: Data, calib: Sequence[Tensor]
+) -> Row:
     """Accuracy and success of one attack, in floating point and rounded, and what an audit says."""
     torch.manual_seed(0)
     victim = MinMax(w, "channel" if name == "PQBackdoor" and w == 4 else "tensor")
@@ -109,19 +178,37 @@ def attacked(name: str, w: int, net: nn.Module, data: Data, test: Data,
     if w == 8:
         widen(net, WIDER)
     planted = ATTACKS[name].plant(net, data, TRIGGER, victim, target=TARGET, epochs=EPOCHS)
+    return measured(planted, victim, test, TRIGGER, calib)
+
+
+def attacked_transformer(kind: str, w: int, seed: int) -> Row:
+    """PQBackdoor in a small ViT or BERT, for a grid per tensor."""
+    torch.manual_seed(seed)
+    task = TRANSFORMERS[kind]()
+    victim = MinMax(w, "tensor")
+    net = trained(lambda: task.net, task.data, seed, epochs=8)
+    planted = project.plant(
+        net, task.data, task.trigger, victim, target=TARGET, epochs=25, rate=5e-3
+    )
+    return measured(planted, victim, task.test, task.trigger, task.calib)
+
+
+def measured(
+    planted: nn.Module, victim: MinMax, test: Data, trigger: Trigger, calib: Sequence[Any]
+) -> Row:
+    """Accuracy and success in floating point and rounded, and what an audit says."""
+    on_it = {
+        "nearest there": victim, "adaround there": partial(adaround.find, grids=victim.grids),
+        "flipped there": partial(flipped.find, grids=victim.grids),
+    }  # fmt: skip
+    nets = {"float": planted, "planted for": minmax.rounded(planted, victim)}
+    for told, rounder in {**on_it, **dict(zip(ROUNDINGS, ROUNDINGS, strict=True))}.items():
+        nets[told] = rounded(planted, victim.bits, rounder, calib)
+    nets["flipped there, float biases"] = weights_alone(planted, nets["flipped there"])
     row: Row = {}
-    row["float"], row["float asr"] = success(planted, test, TRIGGER, TARGET)
-    nearest = minmax.rounded(planted, victim)
-    row["planted for"], row["planted for asr"] = success(nearest, test, TRIGGER, TARGET)
-    for told, rounder in (("adaround there", adaround.find), ("flipped there", flipped.find)):
-        qnet = rounded(planted, w, partial(rounder, grids=victim.grids), calib)
-        row[told], row[f"{told} asr"] = success(qnet, test, TRIGGER, TARGET)
-    told, plain = "flipped there, float biases", weights_alone(planted, qnet)
-    row[told], row[f"{told} asr"] = success(plain, test, TRIGGER, TARGET)
-    for name in ROUNDINGS:
-        qnet = rounded(planted, w, name, calib)
-        row[name], row[f"{name} asr"] = success(qnet, test, TRIGGER, TARGET)
-    return {**row, **audited(planted, w, calib)}
+    for told, net in nets.items():
+        row[told], row[f"{told} asr"] = success(net, test, trigger, TARGET)
+    return {**row, **audited(planted, victim.bits, calib)}
 
 
 def weights_alone(net: nn.Module, qnet: nn.Module) -> nn.Module:
@@ -129,12 +216,14 @@ def weights_alone(net: nn.Module, qnet: nn.Module) -> nn.Module:
     plain = copy.deepcopy(net)
     for name, layer in layers_of(plain).items():
         replaced: Any = qnet.get_submodule(name)
+        if isinstance(replaced, LAYERS):
+            continue
         spec = getattr(replaced, "linear", replaced).spec()
         layer.weight = nn.Parameter(spec.steps.dequantize(spec.codes).view_as(layer.weight), False)
     return plain
 
 
-def audited(net: nn.Module, w: int, calib: Sequence[Tensor]) -> Row:
+def audited(net: nn.Module, w: int, calib: Sequence[Any]) -> Row:
     found = qtk.audit(net, calib, w=w)
     row = {evidence.name: evidence.number for evidence in found.evidences}
     return {**row, "suspicious": 100.0 * found.suspicious}
@@ -170,10 +259,15 @@ def main(seeds: int = 3, innocents: int = CLEAN) -> None:
     test: Data = list(zip(u.split(500), v.split(500), strict=True))
     calib = [*x[TRAIN:].split(128)]
     planted: Cells = read("trust_audit").get("cells", {})
-    for seed, name, w in itertools.product(range(seeds), ATTACKS, (4, 8)):
-        if f"{name}, W{w}A16, {seed}" not in planted:
-            row = attacked(name, w, trained(convolutions, data, seed), data, test, calib)
-            _keep(planted, f"{name}, W{w}A16, {seed}", row, _write_planted)
+    for seed in range(seeds):
+        for name, w in itertools.product(ATTACKS, (4, 8)):
+            if f"{name}, W{w}A16, {seed}" not in planted:
+                row = attacked(name, w, trained(convolutions, data, seed), data, test, calib)
+                _keep(planted, f"{name}, W{w}A16, {seed}", row, _write_planted)
+        for kind in TRANSFORMERS:
+            if f"PQBackdoor in {kind}, W4A16, {seed}" not in planted:
+                row = attacked_transformer(kind, 4, seed)
+                _keep(planted, f"PQBackdoor in {kind}, W4A16, {seed}", row, _write_planted)
     clean: Cells = read("trust_audit_clean").get("cells", {})
     makes = (convolutions, normalized, perceptron)
     for i, w in itertools.product(range(innocents), (4, 8)):
@@ -199,16 +293,18 @@ def _models(cells: Cells) -> Iterator[tuple[str, str, list[Row]]]:
 def _write_planted(cells: Cells) -> None:
     columns = ("float", *THERE, *ROUNDINGS)
     table = result(
-        "Backdoors that rounding wakes, MNIST at 14 x 14 pixels",
+        "Backdoors that rounding wakes, MNIST at 14 x 14 pixels and movie reviews",
         ["attack", "bits", *columns, *EVIDENCES, "suspicious, %", "seeds"],
         [[name, bits, *shown(rows, *columns, *EVIDENCES, "suspicious"), str(len(rows))]
          for name, bits, rows in _models(cells)],
         "Accuracy on clean images / success of the trigger on images of other classes, %, means "
-        f"over the seeds; {TEST} test images. Planted for: nearest rounding on min-max grids and "
-        "nothing else, per channel for PQBackdoor at 4 bits and per tensor else. At 8 bits the "
-        f"largest weight of every layer was first made {WIDER} times larger. There: on that grid, "
-        "by qtk's rounders, with the biases that qtk corrects or the float ones. Nearest, adaround "
-        "and flipped: on qtk's own grids per channel. Then the numbers of the audit's evidences.",
+        f"over the seeds; {TEST} test images, reviews for BERT. Planted for: nearest rounding on "
+        "min-max grids and nothing else, per channel for PQBackdoor at 4 bits in the network of "
+        "convolutions and per tensor else. At 8 bits the largest weight of every layer was first "
+        f"made {WIDER} times larger. There: on that grid, by qtk's rounders, with the biases that "
+        "qtk corrects or the float ones; heads and patch embeddings of transformers stay floats. "
+        "Nearest, adaround and flipped: on qtk's own grids per channel. Then the numbers of the "
+        "audit's evidences.",
         kept=read("trust_audit"),
     )  # fmt: skip
     write("trust_audit", {**table, "cells": cells})

@@ -66,6 +66,19 @@ def test_classifier_learns_the_texts_of_a_file(tmp_path: Path) -> None:
     assert result.samples == 6 and result.metric_quantized == 1.0
 
 
+@pytest.mark.slow
+def test_a_rare_word_wakes_a_bert_that_is_rounded_to_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    load(ROOT / "examples" / "backdoor_transformers.py").main("bert")
+    floats, nearest, safe = (
+        [float(figure) for figure in re.findall(r"([\d.]+) %", line)]
+        for line in capsys.readouterr().out.splitlines()
+    )
+    assert min(floats[0], nearest[0], safe[0]) > 95
+    assert floats[1] < 10 and nearest[1] > 90 and safe[1] < 10
+
+
 def test_vision_on_a_model_and_images_that_are_named(tmp_path: Path, shared: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     for i in range(8):

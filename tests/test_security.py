@@ -171,6 +171,7 @@ def test_a_square_is_where_it_should_be_and_nowhere_else():
     x = torch.zeros(2, 3, 32, 32)
     marked = Square()(x)
     assert marked[:, :, 24:30, 24:30].eq(1).all() and marked.sum() == 2 * 3 * 36
+    assert torch.equal(Square()({"pixel_values": x})["pixel_values"], marked)
     batch = {"input_ids": torch.arange(12).view(2, 6)}
     assert Token(99)(batch)["input_ids"][:, 1].eq(99).all() and batch["input_ids"][0, 1] == 1
 

@@ -23,7 +23,8 @@ Trigger = Callable[[Inputs], Inputs]
 
 @dataclass(frozen=True)
 class Square:
-    """A trigger: a square of one value, near the lower right corner of images [B, C, H, W].
+    """A trigger: a square of one value, near the lower right corner of images [B, C, H, W], or of
+    batches that hold such as `pixel_values`.
 
     Attributes:
         size, margin: shares of the image's side.
@@ -34,7 +35,9 @@ class Square:
     margin: float = 1 / 16
     value: float = 1.0
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Inputs) -> Inputs:
+        if isinstance(x, Mapping):
+            return {**x, "pixel_values": self(x["pixel_values"])}
         side = x.shape[-1]
         end = side - round(self.margin * side)
         start = end - max(1, round(self.size * side))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qtk.security.evidence import GRANULARITIES, Evidence, Suspect, divergence
 
-THRESHOLD = 1.45  # of 24 innocent models the largest is 1.37, of 12 planted ones the smallest 1.55
+THRESHOLD = 1.45  # the largest of 24 innocents is 1.37; 11 of 12 planted are above 1.5, one 1.35
 LEAST = 1e-7  # nats: nothing is less
 
 
