@@ -28,7 +28,7 @@ from qtk.physical import ratings
 from qtk.physical.assessment import scored
 from qtk.physical.front import CONTROLS, Front, Naturalness, Point, hypervolume
 from qtk.physical.kept import Kept, fingerprint
-from qtk.physical.naturalness import score
+from qtk.physical.scores import score
 from qtk.pipeline.progress import progress_bar
 from qtk.robust.attack import patch as square
 from qtk.robust.images import Images, Normalize, Pixels, frozen, read
