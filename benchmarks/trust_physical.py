@@ -26,7 +26,7 @@ CALIBRATION = 256
 NOTES = (
     "accuracy in %, of drawn bags with an iron item of four kinds or none; mean of seeds of bags, "
     "places and calibration, smallest and largest in brackets. Classifier: 4 convolutions with "
-    "BatchNorm, one of it, 5,000 bags, 12 epochs (a ViT of 4 layers of 96 has 65 % after 12 of 8,000). "
+    "BatchNorm, one of it, 5,000 bags, 12 epochs (a ViT of 4 layers: 65 % after 12 of 8,000). "
     "Two objects of 10 pixels, iron, learned on 32 bags in 24 steps, judged on 200 others a seed; "
     "placement: points of accuracy that looking for places costs beyond random ones; shape: that "
     "shaping costs beyond balls at the same places; kept: % of the cost of shaped objects that the "
