@@ -90,7 +90,7 @@ def naturalness(
     with frozen(model, qmodel, assessor, judge), progress_bar(progress) as bar:
         readers = {k: Pixels(m, given[0].mean, given[0].std) for k, m in models.items()}
         judges = {"assessor": assessor, "judge": judge}
-        kept = Kept(resume, [*map(fingerprint, judges.values())], side, steps, rows, seed)
+        kept = Kept(resume, fingerprint(assessor), side, steps, rows, seed)
         places = _placed(given[1], readers, side, seed)
         learn = partial(_learned, given[0], assessor, side, steps, rows, seed)
         patches = _controls(given[0].pixels, side, seed)
