@@ -12,7 +12,7 @@ exposure   the result; xray, qtk.xray
 Patches that look natural (PAN, DPA):
 
 ratings      images with patches, rated by a formula
-naturalness  a network that rates; assessment, what rounding does to it
+naturalness  a network that rates; scores, what it says; assessment, what rounding does to it
 front        the result; patches, qtk.naturalness
 
 kept         what took long, in a folder

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qtk.errors import CalibrationError
 from qtk.intervals import DRAWS
-from qtk.physical.naturalness import attention, score
+from qtk.physical.scores import attention, score
 from qtk.report import page
 from qtk.table import finite, markdown, ruled
 

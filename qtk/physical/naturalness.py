@@ -21,15 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
-from qtk.errors import CalibrationError, ModelError, SchemeError
-from qtk.fidelity.compare import class_logits
-from qtk.physical.ratings import LEVELS, normalized
+from qtk.errors import CalibrationError, SchemeError
+from qtk.physical.ratings import LEVELS
+from qtk.physical.scores import rollout
 from qtk.pipeline.progress import progress_bar
 
 RATING, ATTENTIVE = 0.6, 8.0  # weights of the priors; DPA's 3, of a mean over 5 ratings
 TAU = 0.2  # to begin with
 BATCH = 32
-WANTS = "naturalness is read off a classifier of the ratings 1 to 5"
 
 
 class Prototypes(nn.Module):
@@ -66,38 +65,6 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Assessor(ViTConfig(**sizes))
-
-
-def score(model: nn.Module, images: Tensor) -> Tensor:
-    """[B, 3, H, W] in [0, 1] -> [B] in [1, 5]; differentiable.
-
-    Raises:
-        ModelError: the model has not five classes.
-    """
-    return expected(_logits(model(images * 2 - 1), model))
-
-
-def expected(logits: Tensor) -> Tensor:
-    """[B, 5] -> [B], the mean rating."""
-    return logits.softmax(1) @ torch.arange(1, LEVELS + 1).to(logits)
-
-
-def attention(model: nn.Module, images: Tensor) -> Tensor:
-    """Where it looks: [B, 3, H, W] in [0, 1] -> [B, H, W] in [0, 1]."""
-    out = model(images * 2 - 1, output_attentions=True)
-    return rollout(out.attentions, images.shape[-2:])
-
-
-def rollout(attentions: tuple[Tensor, ...], size: tuple[int, ...]) -> Tensor:
-    """Of each block [B, heads, T, T], the first token before the others -> [B, H, W] in [0, 1]."""
-    joint = torch.eye(attentions[0].shape[-1]).to(attentions[0])
-    for weights in attentions:
-        joint = (weights.mean(1) + torch.eye(joint.shape[-1]).to(joint)) / 2 @ joint
-    read = joint[:, 0, 1:]
-    side = math.isqrt(read.shape[1])
-    maps = read.view(-1, 1, side, read.shape[1] // side)
-    large = F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)[:, 0]
-    return normalized(large)
 
 
 def train(
@@ -149,13 +116,6 @@ def train(
                 schedule.step()
                 done += 1
     return model.eval()
-
-
-def _logits(out: Any, model: nn.Module) -> Tensor:
-    logits = class_logits(model, out, WANTS)
-    if logits.shape[1] != LEVELS:
-        raise ModelError(f"{type(model).__name__} has {logits.shape[1]} classes: {WANTS}")
-    return logits
 
 
 def _check(images: Tensor, ratings: Tensor, gaze: Tensor) -> None:

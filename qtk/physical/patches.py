@@ -28,7 +28,7 @@ from qtk.physical import ratings
 from qtk.physical.assessment import scored
 from qtk.physical.front import CONTROLS, Front, Naturalness, Point, hypervolume
 from qtk.physical.kept import Kept, fingerprint
-from qtk.physical.naturalness import score
+from qtk.physical.scores import score
 from qtk.pipeline.progress import progress_bar
 from qtk.robust.attack import patch as square
 from qtk.robust.images import Images, Normalize, Pixels, frozen, read
@@ -90,7 +90,7 @@ def naturalness(
     with frozen(model, qmodel, assessor, judge), progress_bar(progress) as bar:
         readers = {k: Pixels(m, given[0].mean, given[0].std) for k, m in models.items()}
         judges = {"assessor": assessor, "judge": judge}
-        kept = Kept(resume, [*map(fingerprint, judges.values())], side, steps, rows, seed)
+        kept = Kept(resume, fingerprint(assessor), side, steps, rows, seed)
         places = _placed(given[1], readers, side, seed)
         learn = partial(_learned, given[0], assessor, side, steps, rows, seed)
         patches = _controls(given[0].pixels, side, seed)

@@ -11,7 +11,7 @@ import torch
 import qtk
 from qtk.errors import CalibrationError, ModelError, SchemeError
 from qtk.physical import naturalness as dpa
-from qtk.physical import ratings
+from qtk.physical import ratings, scores
 from qtk.physical.assessment import assess, map_correlation, ranks, spearman
 from qtk.physical.front import CONTROLS, hypervolume
 from qtk.report import picture
@@ -83,7 +83,7 @@ def test_without_a_temperature_scores_stay_between_two_and_four():
         seen = {}
         for tau in (1.0, 0.05):
             head.log_tau.fill_(math.log(tau))
-            seen[tau] = float(dpa.expected(head(torch.eye(1, 6))))
+            seen[tau] = float(scores.expected(head(torch.eye(1, 6))))
     assert abs(seen[1.0] - 1.88) < 0.005 and seen[0.05] < 1.001
 
 
@@ -93,7 +93,7 @@ def test_rollout_is_the_product_of_the_blocks():
     a, b = ((each.mean(1)[0] + torch.eye(5)) / 2 for each in (first, second))
     want = (b @ a)[0, 1:].view(2, 2)  # the second block reads what the first one wrote
     want = (want - want.min()) / (want.max() - want.min())
-    assert torch.allclose(dpa.rollout((first, second), (2, 2))[0], want, atol=1e-6)
+    assert torch.allclose(scores.rollout((first, second), (2, 2))[0], want, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +114,12 @@ def test_the_attentive_prior_moves_the_map_to_the_patch(rated, assessor):
                       epochs=20, lr=2e-3, attentive=0, progress=False)  # fmt: skip
     test = ratings.draw(pictures(64, seed=5), 2)
     alike = [
-        float(map_correlation(dpa.attention(one, test.images).detach(), test.gaze).mean())
+        float(map_correlation(scores.attention(one, test.images).detach(), test.gaze).mean())
         for one in (assessor, blind)
     ]
     assert alike[0] > alike[1] + 0.1
     with torch.no_grad():
-        learned = dpa.score(assessor, rated.images)  # of so few, little is true of others
+        learned = scores.score(assessor, rated.images)  # of so few, little is true of others
     assert spearman(learned.numpy(), rated.truth.numpy()) > 0.3
 
 
@@ -136,8 +136,8 @@ def test_the_backbone_is_quantized_and_the_prototypes_are_not(rated, assessor):
     json.dumps(found.to_dict(), allow_nan=False)
     assert "SROCC" in found.table() and "| SROCC |" in found.markdown()
     with torch.no_grad():
-        scores = dpa.score(qmodel, rated.images)
-    assert (scores - dpa.score(assessor, rated.images).detach()).abs().mean() < 0.1
+        found = scores.score(qmodel, rated.images)
+    assert (found - scores.score(assessor, rated.images).detach()).abs().mean() < 0.1
 
 
 def test_ranks_share_ties_and_spearman_is_that_of_scipy():
@@ -234,7 +234,7 @@ def test_what_cannot_be_judged_says_why(victims, rated, assessor):
         wrong = data[0], (data[1] + 1) % model.config.num_labels
         qtk.naturalness(model, model, data, wrong, one, two, **told())
     with pytest.raises(ModelError, match="ratings 1 to 5"):
-        dpa.score(torch.nn.Flatten(), data[0])
+        scores.score(torch.nn.Flatten(), data[0])
     with pytest.raises(CalibrationError, match="do not fit"):
         dpa.train(rated.images, rated.ratings[:, :4], rated.gaze)
     with pytest.raises(CalibrationError, match="add up to 1"):
