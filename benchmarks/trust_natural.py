@@ -34,7 +34,7 @@ NOTES = (
     "calibration images, the quantized cells with the difference to float and its 95 % interval"
 )
 PATCHES = (
-    ". Patches: 8 pixels, learned on 200 test images of CIFAR-10 at 8 places, 25 steps of 32 images, "
+    ". Patches: 8 pixels, learned on 200 test images of CIFAR-10 at 8 places, 25 steps of 32, "
     "shown on 300 others, against the small ViT (W4A4: default preset, 128 calibration images); "
     "fooled: % of the images that are right without a patch. Naturalness 1 to 5 by the formula, in "
     "brackets by the assessor that was in the loss and by another one, the judge"
