@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import qtk
 from benchmarks import data
-from benchmarks.result import RESULTS, result, write
+from benchmarks.result import RESULTS, read, result, write
 from benchmarks.trust_robust import CALIBRATION, NORMALIZE, pixels
 from qtk.physical import naturalness as dpa
 from qtk.physical import ratings
@@ -31,8 +31,10 @@ NOTES = (
     "a proxy: CIFAR-10 with a patch, rated by a formula of colour, spectrum, area and variation "
     "(qtk/physical/ratings.py). Assessor: ViT of 3 layers, width 64, patches of 4 pixels, 16,000 "
     "rated images, 5 epochs; SROCC and RMSE with the formula on 1,000 others; preset fast, 256 "
-    "calibration images, the quantized cells with the difference to float and its 95 % interval. "
-    "Patches: 8 pixels, learned on 200 test images of CIFAR-10 at 8 places, 25 steps of 32 images, "
+    "calibration images, the quantized cells with the difference to float and its 95 % interval"
+)
+PATCHES = (
+    ". Patches: 8 pixels, learned on 200 test images of CIFAR-10 at 8 places, 25 steps of 32, "
     "shown on 300 others, against the small ViT (W4A4: default preset, 128 calibration images); "
     "fooled: % of the images that are right without a patch. Naturalness 1 to 5 by the formula, in "
     "brackets by the assessor that was in the loss and by another one, the judge"
@@ -45,8 +47,13 @@ def note(found: Table, figure: str, column: str, text: str) -> None:
 
 
 def keep(found: Table) -> None:
-    rows = [[figure, *(cells.get(c, "-") for c in COLUMNS[1:])] for figure, cells in found.items()]
-    write("trust_natural", result("Naturalness after rounding", COLUMNS, rows, NOTES))
+    kept = read("trust_natural")
+    rows = {row[0]: row for row in kept.get("rows", [])}
+    rows |= {figure: [figure, *(cells.get(c, "-") for c in COLUMNS[1:])]
+             for figure, cells in found.items()}  # fmt: skip
+    notes = NOTES + PATCHES * any(figure.startswith("patch") for figure in rows)
+    write("trust_natural", result("Naturalness after rounding", COLUMNS, list(rows.values()), notes,
+                                  kept=kept))  # fmt: skip
 
 
 def assessor(rated: ratings.Rated, seed: int, attentive: float, folder: Path) -> dpa.Assessor:
