@@ -87,7 +87,7 @@ def translate(folder: Path, target: Path) -> None:
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def _renamed(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """With names of the model in memory, where transformers keeps older ones in files."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
