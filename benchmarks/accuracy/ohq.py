@@ -13,6 +13,7 @@ seconds  that a search takes
 """
 
 import argparse
+import re
 import statistics
 import tempfile
 import time
@@ -154,21 +155,29 @@ def equal_bytes(task: Task, preset: str, draws: int) -> None:
 
 
 def budget(task: Task, preset: str, draws: int) -> None:
-    """On held-out data, a draw of the calibration data each."""
+    """On held-out data, a draw of the calibration data each; goes on after those in the file."""
     name = "minilm" if task.column == 1 else "vit"
     for text in BUDGETS[name]:
-        kept, sizes = 0, []
+        figure = f"{text} kept on unseen data, and bytes of W8A8's, {preset}"
+        done, kept, share = _so_far(figure, task)
         (asked,) = budgets.read(text)
-        for seed in range(draws):
+        for seed in range(done, draws):
             found = search(task, text, seed, preset, verify=True)
             chosen = found.point.chosen
             loss = measured(task, found.space, chosen, seed, preset, asked.metric, found.calib)
             whole = total(found.space.bytes(), found.space.uniform((8, 8)))
-            kept += loss <= asked.limit
-            sizes.append(found.point.bytes / whole)
-            print(seed, text, loss, loss <= asked.limit, sizes[-1], flush=True)
-            mean = f"{kept} of {seed + 1}, {statistics.mean(sizes):.2f}x bytes"
-            keep(f"{text} kept on unseen data, and bytes of W8A8's, {preset}", task, mean)
+            size = found.point.bytes / whole
+            kept, share = kept + (loss <= asked.limit), share + (size - share) / (seed + 1)
+            print(seed, text, loss, loss <= asked.limit, size, flush=True)
+            keep(figure, task, f"{kept} of {seed + 1}, {share:.3f}x bytes")
+
+
+def _so_far(figure: str, task: Task) -> tuple[int, int, float]:
+    """Draws of a budget in the file, those that kept it, and their mean share of bytes."""
+    rows = {row[0]: row for row in read("ohq").get("rows", [])}
+    cell = rows.get(figure, ["-"] * len(COLUMNS))[task.column]
+    told = re.fullmatch(r"(\d+) of (\d+), (.+)x bytes", cell)
+    return (int(told[2]), int(told[1]), float(told[3])) if told else (0, 0, 0.0)
 
 
 def seconds(task: Task, preset: str, draws: int) -> None:
