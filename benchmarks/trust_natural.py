@@ -3,7 +3,7 @@
 python -m benchmarks.trust_natural --folder FOLDER
 
 Figures go to benchmarks/results/trust_natural.json as they are measured, the contact sheet to
-benchmarks/results/naturalness.png. FOLDER keeps assessors and patches.
+FOLDER/naturalness.png. FOLDER keeps assessors and patches.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import qtk
 from benchmarks import data
-from benchmarks.result import RESULTS, read, result, write
+from benchmarks.result import read, result, write
 from benchmarks.trust_robust import CALIBRATION, NORMALIZE, pixels
 from qtk.physical import naturalness as dpa
 from qtk.physical import ratings
@@ -133,7 +133,7 @@ def patches(found: Table, models: list[dpa.Assessor], folder: Path, seed: int) -
         column = "float" if f.reader == "float" else "W4A4"
         note(found, head, column, f"{f.volume:.4f} ({f.low:+.4f} to {f.high:+.4f})")
     if seed == 0:
-        seen.contact_sheet(RESULTS / "naturalness.png")
+        seen.contact_sheet(folder / "naturalness.png")
     keep(found)
 
 
