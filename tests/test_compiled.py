@@ -1,5 +1,6 @@
 """qtk.compile: packages of native code serve a model, which stays what it was."""
 
+import contextlib
 import copy
 import inspect
 import json
@@ -7,6 +8,7 @@ import logging
 import pickle
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import qtk
+from qtk.compiler.program import WithoutStatistics
 from qtk.demo.sentences import sentences
 from qtk.packages import bundle, package
 from qtk.packages.package import Signature
@@ -93,6 +96,14 @@ def test_a_compiled_model_is_the_model(pair: Any, calls: list[Any]) -> None:
     assert same(qmodel, served, **batch) and calls == [SIZE]
     a, b = served(*batch.values(), return_dict=False), qmodel(**batch, return_dict=False)
     assert isinstance(a, tuple) and len(a) == len(b) and len(calls) == 2
+
+
+def test_statistics_of_the_compiler_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.redirect_stderr(WithoutStatistics(sys.stderr)):
+        sys.stderr.write("Autotune Choices Stats:\n{}\n")
+        print("an error", file=sys.stderr)
+        sys.stderr.flush()
+    assert capsys.readouterr().err == "an error\n"
 
 
 @pytest.mark.parametrize("rows, tokens", [(1, 8), (2, 5), (1, 1)])

@@ -1,7 +1,8 @@
 """A model as programs of tensors, and what AOTInductor makes of them."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,27 @@ def compile_package(program: Any, path: Path, tune: bool) -> None:
         "autotune_num_choices_displayed": 0,
     }  # fmt: skip
     try:
-        with torch.no_grad(), Quietly():
+        with torch.no_grad(), Quietly(), redirect_stderr(WithoutStatistics(sys.stderr)):
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs=options
             )
     except Exception as error:
         raise BackendError(f"AOTInductor failed: {str(error)[:500]}") from error
+
+
+class WithoutStatistics:
+    """A stream but for what Inductor writes to it after each choice, whatever it is told."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if text.startswith("Autotune Choices Stats:"):
+            return len(text)
+        return int(self._stream.write(text))
 
 
 def check_compiler() -> None:
