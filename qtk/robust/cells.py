@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from qtk import integrity
 from qtk.errors import CheckpointError
@@ -42,12 +41,6 @@ class Cells:
     def within(self, name: str) -> "Cells":
         """For a study of its own, beside this one."""
         return Cells(self.folder, {**self.facts, "within": name})
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Of the tensors that a model answers with."""
-    sums = {name: integrity.checksum(tensor) for name, tensor in model.state_dict().items()}
-    return integrity.digest(sums)
 
 
 def _read(file: Path) -> Found:

@@ -14,10 +14,10 @@ from qtk.errors import SchemeError
 from qtk.fidelity.compare import check_pair
 from qtk.integrations.sentence_transformers import unwrap
 from qtk.integrations.transformers import open_model
-from qtk.integrity import checksum, digest
+from qtk.integrity import checksum, digest, fingerprint
 from qtk.modules.linear import QuantLinear
 from qtk.robust import images, sanity, texts
-from qtk.robust.cells import Cells, fingerprint
+from qtk.robust.cells import Cells
 from qtk.robust.corruptions import SEVERITIES, check, contact_sheet
 from qtk.robust.images import Normalize, Pixels, frozen
 from qtk.robust.precision import Expected, RandomPrecision
