@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -241,6 +242,14 @@ def test_a_search_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     again = qtk.search(model, "0.8x bytes", sentences(), verify=False, resume=path, **FAST)
     rest = len(calls) - first
     np.testing.assert_array_equal(again.sensitivity.effects, whole.sensitivity.effects)
+    qtk.search(model, "0.8x bytes", sentences(), verify=False, resume=path, **FAST)
+    of = Judge.of
+
+    def noisy(*args):
+        judge = of(*args)
+        return replace(judge, answers=tuple(1.0001 * answer for answer in judge.answers))
+
+    monkeypatch.setattr(Judge, "of", noisy)  # as a library answers that adds in another order
     qtk.search(model, "0.8x bytes", sentences(), verify=False, resume=path, **FAST)
     assert len(calls) == first + rest  # nothing is measured twice
     with pytest.raises(CheckpointError, match="another model"):
