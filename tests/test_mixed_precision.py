@@ -224,6 +224,31 @@ def test_masks_quantize_what_they_say_and_leave_the_model_as_it_was():
     assert (effects[:, 2] > 0).all() and len(found.interactions) == 10
 
 
+@pytest.mark.parametrize("family", ["BertModel", "OPTForCausalLM", "ViTForImageClassification"])
+def test_blocks_before_a_mask_are_computed_once(family, monkeypatch):
+    """Bit for bit what whole passes give, in fewer calls of the first block."""
+    model, batch = zoo.build(family)
+    batches, blocks, calls = [dict(batch), dict(batch)], describe(model), []
+    searched, judge = space_of(model), Judge.of(model, batches)
+    kind = type(model.get_submodule(blocks[0].name))
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+
+    def effects():
+        calls.clear()
+        return sensitivity.measure(
+            model, blocks, batches, judge, searched, seed=0, backend="auto", randoms=5
+        ).effects, len(calls)  # fmt: skip
+
+    found, few = effects()
+    monkeypatch.setattr(sensitivity._Before, "chained", property(lambda _: False, lambda *_: None),
+                        raising=False)  # fmt: skip
+    whole, all_of_them = effects()
+    np.testing.assert_array_equal(found, whole)
+    singles = len(sensitivity.singles(searched))  # half of them in the second of two blocks
+    assert all_of_them - few >= 2 * (singles // 2 - 1)
+
+
 def test_a_search_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     path, model = tmp_path / "losses", encoder()
     whole = qtk.search(model, "0.8x bytes", sentences(), verify=False, **FAST)
