@@ -31,7 +31,9 @@ CHECKS: dict[str, Callable[[random.Random, str], None]] = {
     **{op: partial(linears.integer_linear, op) for op in ("W8A8", "W4A8", "W4A4")},
     "fp8": linears.fp8,
     "weight_only": linears.weight_only,
+    "heads": quantizers.heads,
     "attention": attention.attention,
+    "sequences": attention.sequences,
 }
 
 
