@@ -134,10 +134,10 @@ def slack(args: tuple[Tensor, ...], options: dict[str, Any], kind: dict[str, Any
     return y.transpose(1, 2).flatten(2) + 1e-6
 
 
-def operand_and_kind(rng: random.Random, device: str) -> tuple[str, dict[str, Any]]:
-    """What a device multiplies, and a softmax that goes with it."""
-    old = device == "cuda" and torch.cuda.get_device_capability() < (8, 9)  # has no e4m3
-    operand, kind = rng.choice(OPERANDS[:3] if old else OPERANDS), rng.choice(KINDS)
+def operand_and_kind(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """What a card multiplies, and a softmax that goes with it."""
+    known = OPERANDS if cases.multiplies_fp8() else OPERANDS[:3]
+    operand, kind = rng.choice(known), rng.choice(KINDS)
     if operand == "fp8" and not takes_fp8(kind):
         kind = {"softmax": "code", "steps": rng.choice([1, 2, 4])}
     return operand, kind
@@ -145,7 +145,7 @@ def operand_and_kind(rng: random.Random, device: str) -> tuple[str, dict[str, An
 
 def attention(rng: random.Random, device: str) -> None:
     """Any operands, kinds of softmax, masks and lengths, in views as a model makes them."""
-    operand, kind = operand_and_kind(rng, device)
+    operand, kind = operand_and_kind(rng)
     Tq, Tk = (rng.choice([1, 2, 17, 64, 65, rng.randint(1, cases.LONGEST)]) for _ in range(2))
     D = rng.choice(cases.HEADS)
     B, H = rng.choice([(1, 1), (2, 1), (1, 3), (2, 2)])
@@ -166,7 +166,7 @@ def attention(rng: random.Random, device: str) -> None:
 
 def sequences(rng: random.Random, device: str) -> None:
     """Sentences one after another: some without a token, some that end before the longest."""
-    operand, kind = operand_and_kind(rng, device)
+    operand, kind = operand_and_kind(rng)
     T = rng.choice([1, 17, 64, 65, rng.randint(1, cases.LONGEST)])
     H, D, causal = rng.choice([1, 2, 3]), rng.choice(cases.HEADS), rng.random() < 0.4
     spans = [
