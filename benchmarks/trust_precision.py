@@ -1,18 +1,20 @@
 """Random precision: what switching costs, and whether drawn bits are harder to attack.
 
     python -m benchmarks.trust_precision cost | vit | trained ... [--images N] [--trained N]
-                                         [--epochs E] [--width W] [--folder FOLDER]
+                                         [--epochs E] [--width W] [--bits BITS ...]
+                                         [--folder FOLDER]
 
 writes benchmarks/results/trust_precision.json, whose other figures stay.
 
 cost     CPU time of a batch at drawn bits over one at 8, and bytes held over those at 8
 vit      the small ViT, quantized after training: who attacks, who answers
-trained  a PreActResNet trained under attack at fixed and at random bits, by random_precision.py
+trained  PreActResNets of random_precision.py, trained under attack at fixed and at random bits:
+         each of --bits is a network, such as 8 or 4,6,8
 """
 
 import argparse
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ NOTES = (
 Rows = list[list[str]]
 
 
-def cost(args: argparse.Namespace) -> Rows:
+def cost(args: argparse.Namespace) -> Iterator[Rows]:
     model: Any = quantized(8, args.folder)
     random = qtk.random_precision(model, draw="batch")
     rows = []
@@ -54,31 +56,29 @@ def cost(args: argparse.Namespace) -> Rows:
     at_eight = _bytes(random)
     random.switch(4)
     rows.append(["cost: bytes held at 4 bits over those at 8", f"{_bytes(random) / at_eight:.2f}"])
-    return rows
+    yield rows
 
 
-def vit(args: argparse.Namespace) -> Rows:
+def vit(args: argparse.Namespace) -> Iterator[Rows]:
     model: Any = quantized(8, args.folder)
     random = qtk.random_precision(model, bits=(4, 8))
     found = precision_transfer(
         random, *pixels("test", args.images), normalize=NORMALIZE, budget=0.5 / 255, steps=10
     )
     print(found.table(), flush=True)
-    return _told(f"ViT, {args.images} images, .5/255, PGD-10", found)
+    yield _told(f"ViT, {args.images} images, .5/255, PGD-10", found)
 
 
-def trained(args: argparse.Namespace) -> Rows:
-    rows: Rows = []
-    images, labels = pixels("train", args.trained)
-    choices = {"fixed 8 bits": (8,), "fixed 4 bits": (4,), "random 4, 6 or 8 bits": (4, 6, 8)}
-    found = random_precision.compare(
-        images, labels, epochs=args.epochs, width=args.width, choices=choices, tested=args.images
-    )
-    for name, transfer in found.items():
-        print(name, transfer.table(), sep="\n", flush=True)
-        what = f"PreActResNet, {args.trained * 4 // 5} images, {args.epochs} epochs, {name}"
-        rows += _told(f"{what}, 8/255, PGD-20, {transfer.samples} images", transfer)
-    return rows
+def trained(args: argparse.Namespace) -> Iterator[Rows]:
+    train, test = pixels("train", args.trained), pixels("test", args.images)
+    for text in args.bits:
+        bits = tuple(int(b) for b in text.split(","))
+        found = random_precision.attacked(train, test, bits, epochs=args.epochs, width=args.width)
+        print(text, found.table(), sep="\n", flush=True)
+        yield _told(
+            f"PreActResNet trained at {text} bits, {args.trained} images, {args.epochs} epochs, "
+            f"8/255, PGD-20, {args.images} images", found,
+        )  # fmt: skip
 
 
 def _told(what: str, found: Transfer) -> Rows:
@@ -125,18 +125,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--trained", type=int, default=5000)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--trained", type=int, default=8000)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--bits", nargs="+", default=["8", "4", "4,6,8"])
     parser.add_argument("--folder", type=Path, default=Path("trust-out"))
     args = parser.parse_args()
     for part in args.parts:
-        made = PARTS[part](args)
-        kept = read("trust_precision")
-        known = {row[0]: row for row in kept.get("rows", [])}
-        known |= {row[0]: row for row in made}
-        found = result("Random precision", COLUMNS, list(known.values()), NOTES, kept=kept)
-        write("trust_precision", found)
+        for made in PARTS[part](args):
+            kept = read("trust_precision")
+            known = {row[0]: row for row in [*kept.get("rows", []), *made]}
+            found = result("Random precision", COLUMNS, list(known.values()), NOTES, kept=kept)
+            write("trust_precision", found)
 
 
 if __name__ == "__main__":

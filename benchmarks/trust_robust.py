@@ -40,10 +40,11 @@ NOTES = (
 
 
 def pixels(split: str, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1] and their labels."""
+    """Images in [0, 1] and their labels, in an order that is drawn: the archive's is by class."""
     normalized, labels = data.cifar10(split, n, seed)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMALIZE)
-    return ((normalized * std + mean) * 255).round().clamp(0, 255) / 255, labels
+    return (((normalized * std + mean) * 255).round().clamp(0, 255) / 255)[order], labels[order]
 
 
 def quantized(bits: int, folder: Path, seed: int = 0) -> nn.Module:

@@ -231,6 +231,15 @@ def test_a_vit_trains_too_and_repeats_itself():
     assert not any(isinstance(m, training.FakeQuantized) for m in model.modules())  # a copy
 
 
+@pytest.mark.parametrize("total", [1, 4, 5, 6, 100])
+def test_the_rate_rises_over_a_fifth_and_falls_to_zero(total):
+    shares = [training.share_of_rate(step, total) for step in range(total + 1)]
+    assert max(shares) == 1 and min(shares[:-1]) > 0
+    assert shares[-1] == 0 or total == 1  # a step's rate is set before it, the last one is not used
+    peak = shares.index(1)
+    assert peak <= total / 5 and shares[peak:] == sorted(shares[peak:], reverse=True)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
