@@ -6,7 +6,7 @@
 
 writes benchmarks/results/trust_precision.json, whose other figures stay.
 
-cost     CPU time of a batch at drawn bits over one at 8, and bytes held over those at 8
+cost     CPU time of a switch over that of a batch at 8 bits, and bytes held over the model's
 vit      the small ViT, quantized after training: who attacks, who answers
 trained  PreActResNets of random_precision.py, trained under attack at fixed and at random bits:
          each of --bits is a network, such as 8 or 4,6,8
@@ -26,6 +26,7 @@ import qtk
 from benchmarks import random_precision
 from benchmarks.result import read, result, write
 from benchmarks.trust_robust import NORMALIZE, pixels, quantized
+from qtk.assembly import fused_blocks
 from qtk.modules.linear import QuantLinear
 from qtk.robust import RandomPrecision, Transfer, precision_transfer
 
@@ -42,21 +43,21 @@ Rows = list[list[str]]
 
 def cost(args: argparse.Namespace) -> Iterator[Rows]:
     model: Any = quantized(8, args.folder)
-    random = qtk.random_precision(model, draw="batch")
-    rows = []
-    for batch in BATCHES:
-        x = torch.randn(batch, 3, 32, 32)
-        fixed, drawn = _least(partial(random.at, 8, pixel_values=x)), 0.0
-        for bits in random.bits[:-1]:  # each turn comes from 8 and pays a switch
-            run = partial(random.at, bits, pixel_values=x)
-            drawn = max(drawn, _least(run, partial(random.switch, 8)) - _least(run))
-        told = f"{1000 * drawn:.0f} ms, {100 * drawn / fixed:.1f} % of {1000 * fixed:.0f} ms"
-        rows.append([f"cost: the dearest switch, beside a batch of {batch} at 8 bits", told])
-    random.switch(8)
-    at_eight = _bytes(random)
-    random.switch(4)
-    rows.append(["cost: bytes held at 4 bits over those at 8", f"{_bytes(random) / at_eight:.2f}"])
-    yield rows
+    fixed = _bytes(model, [])
+    for keep in (False, True):
+        random = qtk.random_precision(model, draw="batch", keep=keep)
+        what = f"cost, {'every precision kept' if keep else 'prepared at each switch'}"
+        rows = []
+        for batch in BATCHES:
+            switch, alone = _dearest(random, torch.randn(batch, 3, 32, 32))
+            told = f"{1000 * switch:.1f} ms, {100 * switch / alone:.1f} % of {1000 * alone:.0f} ms"
+            rows.append([f"{what}: the dearest switch, beside a batch of {batch} at 8 bits", told])
+        held = _bytes(random.model, random.tensors())
+        rows.append(
+            [f"{what}: bytes held over those of the model at 8 bits", f"{held / fixed:.2f}"]
+        )
+        random.switch(8)
+        yield rows
 
 
 def vit(args: argparse.Namespace) -> Iterator[Rows]:
@@ -94,6 +95,15 @@ def _told(what: str, found: Transfer) -> Rows:
     return [*rows, [f"{what}: best fixed", f"{found.best_fixed} bits"]]
 
 
+def _dearest(random: RandomPrecision, x: Tensor) -> tuple[float, float]:
+    """Seconds of the dearest switch from 8 bits, and of a batch at 8 bits."""
+    alone, switch = _least(partial(random.at, 8, pixel_values=x)), 0.0
+    for bits in random.bits[:-1]:
+        back, there = partial(random.switch, 8), partial(random.switch, bits)
+        switch = max(switch, _least(there, back))
+    return switch, alone
+
+
 @torch.no_grad()
 def _least(run: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
     """Seconds of CPU."""
@@ -107,15 +117,21 @@ def _least(run: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> 
     return min(found)
 
 
-def _bytes(random: RandomPrecision) -> int:
-    """Of every tensor that is held, each storage once."""
-    layers = [m for m in random.modules() if isinstance(m, QuantLinear)]
-    held: Iterable[Tensor] = [
-        *random.parameters(), *random.tensors(), *(t for layer in layers for t in layer.tensors()),
-        *(t for block in random.blocks for t in block.tensors()),
-    ]  # fmt: skip
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-    return sum(storages.values())
+def _bytes(model: Any, others: Iterable[Tensor]) -> int:
+    """Of every tensor that a model and its fused blocks hold, and of others, each storage once."""
+    parts: list[Any] = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    parts += fused_blocks(model).values()
+    held = [*model.parameters(), *model.buffers(), *others]
+    held += [tensor for part in parts for tensor in part.tensors()]
+    return sum({_place(t): _size(t) for t in held}.values())
+
+
+def _place(t: Tensor) -> int:
+    return id(t) if t.is_mkldnn else t.untyped_storage().data_ptr()
+
+
+def _size(t: Tensor) -> int:
+    return t.numel() * t.element_size() if t.is_mkldnn else t.untyped_storage().nbytes()
 
 
 PARTS = {"cost": cost, "vit": vit, "trained": trained}

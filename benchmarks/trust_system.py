@@ -47,7 +47,8 @@ def study(args: argparse.Namespace, suite: list[str], bits: int) -> Robustness:
     return qtk.robustness(
         data.vit(), quantized(bits, args.folder), files(args.images), suite,
         str(data.SHARED / "models" / "vit-cifar10"), normalize=NORMALIZE,
-        second=quantized(bits, args.folder, seed=1), severities=args.severities, resume=args.folder / "cells", progress=False,
+        second=quantized(bits, args.folder, seed=1), severities=args.severities,
+        resume=args.folder / "cells", progress=False,
         sheet=args.folder / "sheet.png" if "corruptions" in suite else None,
     )  # fmt: skip
 
