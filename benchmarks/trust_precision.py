@@ -62,7 +62,7 @@ def cost(args: argparse.Namespace) -> Iterator[Rows]:
 
 def vit(args: argparse.Namespace) -> Iterator[Rows]:
     model: Any = quantized(8, args.folder)
-    random = qtk.random_precision(model, bits=(4, 8))
+    random = qtk.random_precision(model, bits=(4, 6, 8), keep=True)
     found = precision_transfer(
         random, *pixels("test", args.images), normalize=NORMALIZE, budget=0.5 / 255, steps=10
     )
