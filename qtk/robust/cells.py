@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,11 @@ class Cells:
         text = json.dumps({name: bits.tolist() for name, bits in found.items()})
         integrity.write_text(file, text)
         return found
+
+    def of(self, role: str) -> "Cells":
+        """For what depends on one of the models alone."""
+        models: Any = self.facts.get("models", {})
+        return Cells(self.folder, {**self.facts, "models": models.get(role)})
 
     def within(self, name: str) -> "Cells":
         """For a study of its own, beside this one."""
