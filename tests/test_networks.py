@@ -188,13 +188,14 @@ def test_a_summary_says_which_convolutions_compute_in_floating_point(tmp_path):
     assert lines["blocks.0.conv1"].recipe == "none, nearest, minmax"
 
 
-def test_weights_alone_of_a_sequential_are_quantized_with_one_batch():
+@pytest.mark.parametrize("rounding", ["nearest", "flipped"])
+def test_weights_alone_of_a_sequential_are_quantized_with_one_batch(rounding):
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)
     )
     x = images()[0]
     qnet = qtk.quantize(
-        net, w=4, a=16, method="none", ranges="minmax", rounding="nearest", skip=[], calib=[x],
+        net, w=4, a=16, method="none", ranges="minmax", rounding=rounding, skip=[], calib=[x],
         progress=False,
     )  # fmt: skip
     assert [layer.scheme for layer in qtk.summary(qnet).layers] == ["W4A16", "W4A16"]

@@ -76,6 +76,14 @@ def test_weights_that_lie_nearest_to_a_tie_are_turned_first():
     assert turned[error > 0.45].float().mean() > turned[error < 0.2].float().mean() + 0.2
 
 
+def test_flipping_does_not_depend_on_the_units_of_weights_and_inputs():
+    given = problem()
+    small = replace(
+        given, weight=given.weight / 64, inputs=given.inputs / 8, wanted=given.wanted / 512
+    )
+    assert torch.equal(flipped.find(small).codes, flipped.find(given).codes)
+
+
 @pytest.mark.parametrize("rounder", [flipped, adaround])
 def test_rounders_stay_on_the_grid_that_they_are_given(rounder):
     given, victim = problem(), MinMax(4, "tensor")
