@@ -24,8 +24,8 @@ from benchmarks import data
 from benchmarks.result import read, result, write
 from qtk.timing import race
 
-TRAIN, TEST, CALIB = 30_000, 5_000, 256
-SIDES = (16, 16, 16, 16, 32)  # of the images, an epoch each
+TRAIN, TEST, CALIB = 30_000, 2_000, 256
+SIDES = (16, 16, 16, 32)  # of the images, an epoch each
 BATCH, RATE, DECAY = 128, 0.2, 5e-4
 CASES: dict[str, dict[str, Any]] = {
     "W8A8": {"w": 8, "a": 8},
