@@ -316,11 +316,13 @@ def test_an_audit_reads_models_of_tokens():
 
 def test_quantize_says_what_an_audit_found(planted, clean, caplog):
     images = Pictures(128, seed=2).images
-    for net, told in ((planted, "suspicious at 4 bits"), (clean, "no backdoor found")):
+    for net, told, level in (
+        (planted, "suspicious at 4 bits", "WARNING"), (clean, "no backdoor found", "INFO"),
+    ):  # fmt: skip
         with caplog.at_level("INFO", logger="qtk"):
             caplog.clear()
             qtk.quantize(net, w=4, calib=images, audit=True, preset="fast", progress=False)
-        assert told in caplog.text
+        assert [r.levelname for r in caplog.records if told in r.getMessage()] == [level]
     with pytest.raises(qtk.SchemeError, match="audit=True"):
         qtk.quantize(clean, w="fp8", a="fp8", calib=images, audit=True)
 
