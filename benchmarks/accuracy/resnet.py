@@ -170,8 +170,8 @@ def accuracy(path: Path) -> None:
             ["network", "top-1 %", "to float", "minutes of a core"],
             [rows[n] for n in ("float32", *CASES) if n in rows],
             f"11 million parameters, trained on {TRAIN:,} images for {len(EPOCHS)} short epochs; "
-            f"{CALIB} of the training split calibrate. +- is the standard error of the difference on the same "
-            "images. Minutes: quantizing, by one thread. The head stays in floating point",
+            f"{CALIB} of the training split calibrate. +- is the standard error of the difference "
+            "on the same images. Minutes: quantizing, by one thread. The head stays in floating point",
             kept=old,
         ))  # fmt: skip
 
