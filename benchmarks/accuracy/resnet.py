@@ -171,7 +171,7 @@ def accuracy(path: Path) -> None:
             [rows[n] for n in ("float32", *CASES) if n in rows],
             f"11 million parameters, trained on {TRAIN:,} images for {len(EPOCHS)} short epochs; "
             f"{CALIB} of the training split calibrate. +- is the standard error of the difference "
-            "on the same images. Minutes: quantizing, by one thread. The head stays in floating point",
+            "on the same images. Minutes: quantizing, by one thread. The head stays a float one",
             kept=old,
         ))  # fmt: skip
 
