@@ -1,16 +1,19 @@
-"""A ResNet-18 for CIFAR-10: trained on one core, quantized, rounded by EFRAP, and raced.
+"""ResNet-18 for CIFAR-10: trained on one core, quantized, rounded by EFRAP, and raced.
 
-    python -m benchmarks.accuracy.resnet WEIGHTS train      goes on from WEIGHTS, if it is there
-    python -m benchmarks.accuracy.resnet WEIGHTS accuracy
-    python -m benchmarks.accuracy.resnet WEIGHTS speed
+    python -m benchmarks.accuracy.resnet train WEIGHTS [width]   goes on from such a file
+    python -m benchmarks.accuracy.resnet accuracy WEIGHTS
+    python -m benchmarks.accuracy.resnet minutes
+    python -m benchmarks.accuracy.resnet speed
 
-Training is short, as a core allows, and most of it sees images of half the size: what counts is the
-difference to the quantized networks. `accuracy` writes resnet.json after every row and goes on from
-it; `speed` writes resnet_speed.json.
+Training is short, as a core allows, and most of it sees images of half the size: what counts is
+the difference to the quantized networks. `accuracy` adds rows to resnet.json, `minutes` what EFRAP
+takes at full width; `speed` writes resnet_speed.json. Neither of these two needs trained weights.
 """
 
-import argparse
+import copy
+import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,12 @@ from torch.nn import functional as F
 
 import qtk
 from benchmarks import data
-from benchmarks.result import read, result, write
+from benchmarks.result import Row, read, result, write
 from qtk.timing import race
 
 TRAIN, TEST, CALIB = 25_000, 2_000, 256
-EPOCHS = ((16, TRAIN), (16, TRAIN), (16, TRAIN), (32, 10_000))  # side of the images, how many
+SIDES = (16, 16, 16, 32)  # of the images, an epoch each
+WIDTH = 64  # channels of the first stage
 BATCH, RATE, DECAY = 128, 0.2, 5e-4
 CASES: dict[str, dict[str, Any]] = {
     "W8A8": {"w": 8, "a": 8},
@@ -60,7 +64,7 @@ class Block(nn.Module):
 class ResNet18(nn.Module):
     """With a 3 x 3 stem and no pooling after it, as usual for images of 32 pixels."""
 
-    def __init__(self, classes: int = 10, width: int = 64) -> None:
+    def __init__(self, width: int = WIDTH, classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.norm = nn.BatchNorm2d(width)
@@ -78,14 +82,16 @@ class ResNet18(nn.Module):
         return self.head(y.mean((2, 3)))
 
 
-def train(path: Path) -> None:
+def train(weights: str, width: int | str = WIDTH) -> None:
     """By SGD under one cycle of the rate, in bfloat16; a file is written after every epoch."""
+    path = Path(weights)
     pixels, labels = data.cifar10("train", TRAIN)
     torch.manual_seed(0)
-    net = ResNet18().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    width = int(width)
+    net = ResNet18(width).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(net.parameters(), RATE, 0.9, weight_decay=DECAY, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, total_steps=sum(n // BATCH for _, n in EPOCHS)
+        optimizer, RATE, total_steps=len(SIDES) * (TRAIN // BATCH)
     )
     parts = {"net": net, "optimizer": optimizer, "schedule": schedule}
     done = 0
@@ -94,11 +100,11 @@ def train(path: Path) -> None:
         done = held["epochs"]
         for name, part in parts.items():
             part.load_state_dict(held[name])
-    for epoch, (side, n) in enumerate(EPOCHS[done:], done):
+    for epoch in range(done, len(SIDES)):
         generator = torch.Generator().manual_seed(epoch)
-        order = torch.randperm(TRAIN, generator=generator)[: n // BATCH * BATCH]
+        order = torch.randperm(TRAIN, generator=generator)[: TRAIN // BATCH * BATCH]
         for i, chosen in enumerate(order.view(-1, BATCH)):
-            x = augmented(pixels[chosen], side, generator)
+            x = augmented(pixels[chosen], SIDES[epoch], generator)
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
                 logits = net(x)
@@ -107,9 +113,9 @@ def train(path: Path) -> None:
             optimizer.step()
             schedule.step()
             if i % 50 == 0:
-                print(epoch, i, f"{float(loss):.3f}", flush=True)
+                print(epoch, i, f"{loss.item():.3f}", flush=True)
         held = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({**held, "epochs": epoch + 1}, path)
+        torch.save({**held, "epochs": epoch + 1, "width": width}, path)
 
 
 def augmented(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
@@ -125,15 +131,11 @@ def augmented(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def loaded(path: Path) -> nn.Module:
-    net = ResNet18()
-    net.load_state_dict(torch.load(path, weights_only=True)["net"])
+def loaded(path: str) -> "ResNet18":
+    held = torch.load(path, weights_only=True)
+    net = ResNet18(held["width"])
+    net.load_state_dict(held["net"])
     return net.eval().requires_grad_(False)
-
-
-def calibration() -> list[Tensor]:
-    """Training images, without their classes."""
-    return [*data.cifar10("train", CALIB, seed=1)[0].split(64)]
 
 
 @torch.no_grad()
@@ -146,45 +148,60 @@ def right(net: nn.Module) -> Tensor:
     return torch.cat(found)
 
 
-def accuracy(path: Path) -> None:
-    net, old = loaded(path), read("resnet")
-    rows = {row[0]: row for row in old.get("rows", ())}
-    base = right(net)
-    rows["float32"] = ["float32", f"{share(base):.2f}", "", ""]
+def accuracy(path: str) -> None:
+    """Of the float network and of every case, after quantizing."""
+    net = loaded(path)
+    base, width = right(net), str(net.stem.out_channels)
+    _keep([width, "float32", f"{share(base):.2f}", "", ""])
     for name, options in CASES.items():
-        if name in rows:
-            continue
-        calib, start, cpu = calibration(), time.perf_counter(), time.process_time()
-        qnet = qtk.quantize(net, calib=calib, progress=False, **options)
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        qnet, minutes = quantized(net, options)
         found = right(qnet)
         lost = (found.float() - base.float()) * 100
         error = float(lost.std() / len(lost) ** 0.5)
-        rows[name] = [
-            name, f"{share(found):.2f}", f"{float(lost.mean()):+.2f} +- {error:.2f}",
-            f"{cpu / 60:.1f}",
-        ]  # fmt: skip
-        print(rows[name], f"{seconds:.0f} s", flush=True)
-        write("resnet", result(
-            f"ResNet-18 for CIFAR-10 (JPEG), {TEST:,} test images",
-            ["network", "top-1 %", "to float", "minutes of a core"],
-            [rows[n] for n in ("float32", *CASES) if n in rows],
-            f"11 million parameters, trained on {TRAIN:,} images for {len(EPOCHS)} short epochs; "
-            f"{CALIB} of the training split calibrate. +- is the standard error of the difference "
-            "on the same images. Minutes: quantizing, by one thread. The head stays a float one",
-            kept=old,
-        ))  # fmt: skip
+        change = f"{float(lost.mean()):+.2f} +- {error:.2f}"
+        _keep([width, name, f"{share(found):.2f}", change, f"{minutes:.1f}"])
+
+
+def minutes() -> None:
+    """What EFRAP takes for the whole width; the weights do not matter."""
+    torch.manual_seed(0)
+    net = ResNet18().eval().requires_grad_(False)
+    _, found = quantized(net, CASES["W4A16, flipped"])
+    _keep([str(WIDTH), "W4A16, flipped, untrained", "", "", f"{found:.1f}"])
+
+
+def quantized(net: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, float]:
+    """The quantized network and minutes of processor time."""
+    calib, start = [*data.cifar10("train", CALIB, seed=1)[0].split(64)], time.process_time()
+    qnet = qtk.quantize(net, calib=calib, progress=False, **options)
+    return qnet, (time.process_time() - start) / 60
+
+
+def _keep(row: Row) -> None:
+    """In the place of the row of the same network, or as a new one."""
+    print(row, flush=True)
+    old = read("resnet")
+    rows = {tuple(kept[:2]): kept for kept in [*old.get("rows", ()), row]}
+    write("resnet", result(
+        f"ResNet-18 for CIFAR-10 (JPEG), {TEST:,} test images",
+        ["width", "network", "top-1 %", "to float", "minutes of a core"], [*rows.values()],
+        f"{WIDTH} channels in the first stage are the usual ones, 11 million parameters. Trained "
+        f"for {len(SIDES)} epochs on {TRAIN:,} images; {CALIB} of the training split calibrate. "
+        "+- is the standard error of the difference on the same images. Minutes: quantizing, by "
+        "one thread. The head stays a float one",
+        kept=old,
+    ))  # fmt: skip
 
 
 def share(found: Tensor) -> float:
     return 100 * float(found.float().mean())
 
 
-def speed(path: Path) -> None:
-    """Of the float network as it is, channels last and compiled, and of its W8A8."""
-    net = loaded(path)
-    qnet = qtk.quantize(net, w=8, a=8, preset="fast", calib=calibration()[:1], progress=False)
-    last = loaded(path).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def speed() -> None:
+    """Of a float network as it is, channels last and compiled, and of its W8A8."""
+    net: Any = ResNet18().eval().requires_grad_(False)
+    qnet, _ = quantized(net, {"w": 8, "a": 8, "preset": "fast"})
+    last = copy.deepcopy(net).to(memory_format=torch.channels_last)
     nets = {"float32": net, "channels last": last, "compiled": torch.compile(last), "W8A8": qnet}
     rows = []
     for B in BATCHES:
@@ -203,20 +220,14 @@ def speed(path: Path) -> None:
         "ResNet-18, images of 32 pixels: milliseconds a batch",
         ["images", *nets, "W8A8 against the best float"], rows,
         "Medians, raced in one process. Compiled: torch.compile of the channels-last network; W8A8 "
-        "reads channels last, too",
+        "reads channels last, too. Untrained: the weights do not matter",
     ))  # fmt: skip
 
 
-PARTS = {"train": train, "accuracy": accuracy, "speed": speed}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("part", choices=PARTS)
-    given = parser.parse_args()
-    PARTS[given.part](given.weights)
-
+PARTS: dict[str, Callable[..., None]] = {
+    "train": train, "accuracy": accuracy, "minutes": minutes, "speed": speed,
+}  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    part, *given = sys.argv[1:]
+    PARTS[part](*given)
