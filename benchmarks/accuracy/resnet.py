@@ -93,7 +93,7 @@ def train(weights: str, width: int | str = WIDTH) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, RATE, total_steps=len(SIDES) * (TRAIN // BATCH)
     )
-    parts = {"net": net, "optimizer": optimizer, "schedule": schedule}
+    parts: dict[str, Any] = {"net": net, "optimizer": optimizer, "schedule": schedule}
     done = 0
     if path.exists():
         held = torch.load(path, weights_only=True)
@@ -188,7 +188,7 @@ def _keep(row: Row) -> None:
         f"{WIDTH} channels in the first stage are the usual ones, 11 million parameters. Trained "
         f"for {len(SIDES)} epochs on {TRAIN:,} images; {CALIB} of the training split calibrate. "
         "+- is the standard error of the difference on the same images. Minutes: quantizing, by "
-        "one thread. The head stays a float one",
+        "one thread",
         kept=old,
     ))  # fmt: skip
 
