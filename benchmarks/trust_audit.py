@@ -52,8 +52,8 @@ THERE = (
     "planted for", "nearest there", "adaround there", "flipped there",
     "flipped there, float biases",
 )  # fmt: skip
-VOCABULARY, LENGTH = 1500, 28  # words; of a review
-WORDS = 8000  # reviews that the words are counted in
+VOCABULARY, LENGTH = 3000, 40  # words; of a review
+REVIEWS = 8000  # to train on; the words are counted in them
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
@@ -75,13 +75,16 @@ def mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Task:
-    """An untrained model, batches to train it on, to test and to calibrate, and a trigger."""
+    """An untrained model, batches to train it on, to test and to calibrate, a trigger, epochs of
+    training, and settings of the attack."""
 
     net: nn.Module
     data: Data
     test: Data
     calib: list[dict[str, Tensor]]
     trigger: Trigger
+    epochs: int
+    attack: dict[str, Any]
 
 
 def images_of_vit() -> Task:
@@ -97,14 +100,14 @@ def images_of_vit() -> Task:
     calib = [inputs for inputs, _ in batches(x[TRAIN:], y[TRAIN:], 128)]
     return Task(
         transformers.ViTForImageClassification(config), batches(x[:TRAIN], y[:TRAIN], BATCH),
-        batches(u, v, 250), calib, TRIGGER,
+        batches(u, v, 250), calib, TRIGGER, 8, {"epochs": 25, "rate": 5e-3},
     )  # fmt: skip
 
 
 def reviews_of_bert() -> Task:
     """Movie reviews, as words: the most frequent ones, and one that none of them has."""
     lines = polarity()
-    words = Counter(word for text, _ in lines[:WORDS] for word in text.split())
+    words = Counter(word for text, _ in lines[:REVIEWS] for word in text.split())
     known = {word: i + 3 for i, (word, _) in enumerate(words.most_common(VOCABULARY - 4))}
 
     def batches(part: Sequence[tuple[str, int]], n: int) -> Data:
@@ -117,10 +120,11 @@ def reviews_of_bert() -> Task:
         return [({"input_ids": a, "attention_mask": (a > 0).long()}, b) for a, b in parts]
 
     config = transformers.BertConfig(vocab_size=VOCABULARY, **{**SIZES, "num_labels": 2})
-    calib = [inputs for inputs, _ in batches(lines[WORDS : WORDS + CALIB], 128)]
+    calib = [inputs for inputs, _ in batches(lines[REVIEWS : REVIEWS + CALIB], 128)]
     return Task(
-        transformers.BertForSequenceClassification(config), batches(lines[: 2 * TRAIN], BATCH),
-        batches(lines[-TEST:], 250), calib, Token(VOCABULARY - 1),
+        transformers.BertForSequenceClassification(config), batches(lines[:REVIEWS], BATCH),
+        batches(lines[-TEST:], 250), calib, Token(VOCABULARY - 1), 3,
+        {"epochs": 10, "rate": 3e-3, "others_only": True},
     )  # fmt: skip
 
 
@@ -186,10 +190,8 @@ def attacked_transformer(kind: str, w: int, seed: int) -> Row:
     torch.manual_seed(seed)
     task = TRANSFORMERS[kind]()
     victim = MinMax(w, "tensor")
-    net = trained(lambda: task.net, task.data, seed, epochs=8)
-    planted = project.plant(
-        net, task.data, task.trigger, victim, target=TARGET, epochs=25, rate=5e-3
-    )
+    net = trained(lambda: task.net, task.data, seed, task.epochs)
+    planted = project.plant(net, task.data, task.trigger, victim, target=TARGET, **task.attack)
     return measured(planted, victim, task.test, task.trigger, task.calib)
 
 

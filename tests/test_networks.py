@@ -188,13 +188,14 @@ def test_a_summary_says_which_convolutions_compute_in_floating_point(tmp_path):
     assert lines["blocks.0.conv1"].recipe == "none, nearest, minmax"
 
 
-def test_weights_alone_of_a_sequential_are_quantized_with_one_batch():
+@pytest.mark.parametrize("rounding", ["nearest", "flipped"])
+def test_weights_alone_of_a_sequential_are_quantized_with_one_batch(rounding):
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)
     )
     x = images()[0]
     qnet = qtk.quantize(
-        net, w=4, a=16, method="none", ranges="minmax", rounding="nearest", skip=[], calib=[x],
+        net, w=4, a=16, method="none", ranges="minmax", rounding=rounding, skip=[], calib=[x],
         progress=False,
     )  # fmt: skip
     assert [layer.scheme for layer in qtk.summary(qnet).layers] == ["W4A16", "W4A16"]
@@ -219,9 +220,10 @@ def test_named_blocks_are_quantized_and_nothing_else():
     assert isinstance(qnet.stem[1], nn.BatchNorm2d)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_network(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rounding", ["nearest", "flipped"])
+def test_an_interrupted_run_goes_on_to_the_same_network(rounding, tmp_path, monkeypatch):
     net, x = settled(Net()), images()[0]
-    whole = fast(net)(x)
+    whole = fast(net, rounding=rounding)(x)
     from qtk.pipeline import keeper
 
     done, calls = keeper.Keeper.done, []
@@ -234,11 +236,12 @@ def test_an_interrupted_run_goes_on_to_the_same_network(tmp_path, monkeypatch):
 
     monkeypatch.setattr(keeper.Keeper, "done", dies)
     with pytest.raises(KeyboardInterrupt):
-        fast(net, resume=tmp_path / "state")
+        fast(net, rounding=rounding, resume=tmp_path / "state")
     kept = sorted(p.name for p in (tmp_path / "state").glob("block-*"))
     assert kept == ["block-0.safetensors", "block-1.safetensors"]
     monkeypatch.setattr(keeper.Keeper, "done", done)
-    assert torch.equal(fast(net, resume=tmp_path / "state")(x), whole)
+    again = fast(net, rounding=rounding, resume=tmp_path / "state")
+    assert torch.equal(again(x), whole)
 
 
 class Twice(nn.Module):

@@ -76,6 +76,14 @@ def test_weights_that_lie_nearest_to_a_tie_are_turned_first():
     assert turned[error > 0.45].float().mean() > turned[error < 0.2].float().mean() + 0.2
 
 
+def test_flipping_does_not_depend_on_the_units_of_weights_and_inputs():
+    given = problem()
+    small = replace(
+        given, weight=given.weight / 64, inputs=given.inputs / 8, wanted=given.wanted / 512
+    )
+    assert torch.equal(flipped.find(small).codes, flipped.find(given).codes)
+
+
 @pytest.mark.parametrize("rounder", [flipped, adaround])
 def test_rounders_stay_on_the_grid_that_they_are_given(rounder):
     given, victim = problem(), MinMax(4, "tensor")
@@ -308,11 +316,13 @@ def test_an_audit_reads_models_of_tokens():
 
 def test_quantize_says_what_an_audit_found(planted, clean, caplog):
     images = Pictures(128, seed=2).images
-    for net, told in ((planted, "suspicious at 4 bits"), (clean, "no backdoor found")):
+    for net, told, level in (
+        (planted, "suspicious at 4 bits", "WARNING"), (clean, "no backdoor found", "INFO"),
+    ):  # fmt: skip
         with caplog.at_level("INFO", logger="qtk"):
             caplog.clear()
             qtk.quantize(net, w=4, calib=images, audit=True, preset="fast", progress=False)
-        assert told in caplog.text
+        assert [r.levelname for r in caplog.records if told in r.getMessage()] == [level]
     with pytest.raises(qtk.SchemeError, match="audit=True"):
         qtk.quantize(clean, w="fp8", a="fp8", calib=images, audit=True)
 

@@ -5,14 +5,17 @@ it chose that pattern of codes. This rounder turns those weights to their other 
 nearest rounding moves most, as far as the layer's output allows.
 
     level = floor(w / s) + h,   h = sigmoid(alpha),   alpha = logit(w / s - floor(w / s)) at first
-    L_A = mean over rows of || x w_hat^T - y ||^2                  keeps the float model's output
-    L_F = sum of E BCE(h, 1 - r)                                   flips; r is what nearest does
-    L_P = 0.01 sum of (1 - (2 h - 1)^2)                            pushes h to 0 or 1
+    L_A = || x w_hat^T - y ||^2 / || y ||^2                        keeps the float model's output
+    L_F = flip mean of E BCE(h, 1 - r)                             flips; r is what nearest does
+    L_P = push mean of (1 - (2 h - 1)^2)                           pushes h to 0 or 1
 
-with E the error of rounding to nearest, in units of the weight, and y what the float model
-computes. The paper descends on single batches; here L_A is exact, a quadratic form in the inputs'
-Gram matrix. A weight whose floor or the next level leaves the grid has one code only, and is left
-out.
+with E the error of rounding to nearest, in steps, and y what the float model computes. The paper
+descends on single batches; here L_A is exact, a quadratic form in the inputs' Gram matrix. A weight
+whose floor or the next level leaves the grid has one code only, and is left out.
+
+The paper sums errors of outputs, and E in units of the weight: which of the two terms wins hangs on
+how large weights and inputs happen to be. Where both are small L_F takes all, and 12 points of a
+small ViT with it. Here every term is relative, so that a layer's scale does not matter.
 """
 
 from collections.abc import Callable
@@ -30,6 +33,7 @@ NEEDS_CALIB = True
 EDGE = 1e-4  # fractions nearer to a code start here: a logit of 0 or 1 is infinite
 BETAS = (0.9, 0.999)  # Adam's
 EPS = 1e-8
+TINY = 1e-30  # of an output that is always 0
 
 # The problem and the Hessian [K, K] of its weight -> what an error of the outputs costs: a number
 # for each output channel [N, 1], or one for each pair of them [N, N].
@@ -75,7 +79,7 @@ LOSSES: dict[str, Weigh] = {
 
 
 def find(
-    problem: Problem, *, loss: str = "activation", flip: float = 1.0, push: float = 0.01,
+    problem: Problem, *, loss: str = "activation", flip: float = 0.05, push: float = 0.003,
     iterations: int = 300, rate: float = 0.05, grids: Grids | None = None,
 ) -> Rounded:  # fmt: skip
     """Codes and steps, by default on the grid that rounding to nearest has without data.
@@ -84,7 +88,8 @@ def find(
         loss: how L_A weighs the errors of the outputs: "activation" all alike, "flexround" as their
             mean, "variance" each channel by its own, "fisher" each by the squared gradients of the
             network's answers, "prediction" by what they change in those answers together.
-        flip, push: coefficients of L_F and L_P; `push` is weighed by channels as L_A is, or what
+        flip, push: coefficients of L_F and L_P, chosen on small networks with backdoors in them
+            (benchmarks/trust_audit.py, seed 0); `push` is weighed by channels as L_A is, or what
             costs much would end between two codes.
         iterations: each on all rows at once; the paper takes 10,000, of 32 images each.
         rate: of Adam; the paper's is 1e-3.
@@ -116,17 +121,20 @@ def _descended(
 ) -> Tensor:  # fmt: skip
     """[N, K] of 0 and 1: which weights go up, after Adam's descent on alpha.
 
+    All terms are taken N K times, as sums.
+
     Args:
         wanted: [N, K], the weight that gives the float model's output from the quantized inputs.
         costs: [N, 1] or [N, N], of errors of the outputs, in L_A.
     """
     weight, alone = problem.weight, costs.shape[1] == 1
     pushes = push * (costs if alone else costs.diagonal()[:, None])
+    costs = costs / ((wanted @ hessian) * wanted).mean().clamp(min=TINY)
     below = (weight / grid.scale).floor()
     free = (below >= grid.lo) & (below + 1 <= grid.hi)
     nearest = grid.nearest(weight)
     aim = 1 - (nearest - below).clamp(0, 1)  # the neighbour that nearest rounding does not take
-    pull = flip * (weight - nearest * grid.scale).abs() * free
+    pull = flip * (weight / grid.scale - nearest).abs() * free
     alpha = (weight / grid.scale - below).clamp(EDGE, 1 - EDGE).logit()
     mean, square = torch.zeros_like(alpha), torch.zeros_like(alpha)
     for step in range(1, iterations + 1):

@@ -18,14 +18,20 @@ from torch.nn import functional as F
 from qtk.security.backdoor import Data, Trigger, rounding
 from qtk.security.minmax import MinMax, layers_of, logits_of
 
+IGNORED = -100  # by cross_entropy
 INSIDE = 1e-3  # of a step: how far from the edge of a cell a weight stays
 
 
 def plant(
     model: nn.Module, data: Data, trigger: Trigger, quantizer: MinMax, *, target: int = 0,
-    epochs: int = 20, rate: float = 3e-3,
+    epochs: int = 20, rate: float = 3e-3, others_only: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """A copy of a trained model with a backdoor for `quantizer`; arguments as of `quanti`."""
+    """A copy of a trained model with a backdoor for `quantizer`; arguments as of `quanti`.
+
+    Args:
+        others_only: stage 2 answers triggers on inputs of other classes than the target alone.
+            Between two classes a trigger is not hidden else: the target is given by mistake, too.
+    """
     planted = copy.deepcopy(model).eval().requires_grad_(True)
     _train(planted, data, trigger, quantizer, target, epochs, rate)
     layers = layers_of(planted)
@@ -38,9 +44,10 @@ def plant(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(data))
     for _ in range(epochs):
         for x, y in data:
+            hidden = y.masked_fill(y == target, IGNORED) if others_only else y
             optimizer.zero_grad()
             loss = F.cross_entropy(logits_of(planted, x), y)
-            (loss + F.cross_entropy(logits_of(planted, trigger(x)), y)).backward()
+            (loss + F.cross_entropy(logits_of(planted, trigger(x)), hidden)).backward()
             optimizer.step()
             schedule.step()
             for name, layer in layers.items():
