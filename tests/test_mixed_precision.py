@@ -4,7 +4,10 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from tests import zoo
 
 INTEGERS = [(8, 8), (5, 8), (4, 4)]
 QUICK = ((8, 8), (5, 8), (16, 16))  # four bits are padded to 128 codes: more than a tiny row
+ROOT = Path(__file__).resolve().parents[1]
 FAST = {"batch_size": 2, "progress": False, "preset": "fast"}
 
 
@@ -279,6 +283,24 @@ def test_a_search_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     assert len(calls) == first + rest  # nothing is measured twice
     with pytest.raises(CheckpointError, match="another model"):
         qtk.search(model, "0.8x bytes", sentences(seed=1), verify=False, resume=path, **FAST)
+
+
+def test_another_process_goes_on_with_a_search(tmp_path, monkeypatch):
+    """Which has its functions at other addresses."""
+    code = (
+        "import sys, qtk; from qtk.mixed_precision import sensitivity; "
+        "from tests.test_mixed_precision import FAST, QUICK, encoder, sentences; "
+        "sensitivity.RANDOM = 12; qtk.search(encoder(), '0.8x bytes', sentences(), schemes=QUICK, "
+        "verify=False, resume=sys.argv[1], **FAST)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "losses")], check=True, cwd=ROOT)
+
+    def never(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(Judge, "losses", never)
+    qtk.search(encoder(), "0.8x bytes", sentences(), verify=False, resume=tmp_path / "losses",
+               **FAST)  # fmt: skip
 
 
 def test_operations_are_timed_once_and_kept(tmp_path, monkeypatch):

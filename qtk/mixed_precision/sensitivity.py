@@ -286,4 +286,6 @@ def _identity(
     """Of what goes in alone: sums and answers differ in their last bits from run to run."""
     weights = integrity.fingerprint(model)
     data = [{n: integrity.checksum(v) for n, v in batch.items()} for batch in judge.batches]
-    return integrity.digest(weights, data, str(space.assignments), seed, backend, masks)
+    choices = [{name: choice.facts() for name, choice in assignment.inside.items()}
+               for assignment in space.assignments]  # fmt: skip
+    return integrity.digest(weights, data, choices, seed, backend, masks)
