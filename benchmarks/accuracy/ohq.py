@@ -11,7 +11,7 @@ bytes    held-out loss at equal bytes: found, one scheme for all, random, by ran
 budget   how often an accuracy budget holds on unseen data, of the same source and of a test split
 latency  predicted against measured latency
 seconds  that a search takes
-faster   points and latency of what is found for .85 of W8A8's latency, where fewer bits are faster
+faster   points and latency of what is found for .85 of W8A8's latency and no more bytes
 """
 
 import argparse
@@ -268,10 +268,10 @@ def faster(task: Task, preset: str, draws: int) -> None:
     assert task.points is not None, "needs a model with weights that were learned"
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA")
     where = f", oneDNN capped at {cap}" if cap else ""
-    figure = f"0.85x latency, {preset}{where}: points and latency beside W8A8's"
+    figure = f"0.85x latency, 1x bytes, {preset}{where}: points and latency beside W8A8's"
     calib = task.calibration(0)
     try:
-        found = search(task, "0.85x latency", 0, preset, verify=True)
+        found = search(task, "0.85x latency, 1x bytes", 0, preset, verify=True)
     except SchemeError as error:  # nothing is so much faster here
         keep(figure, task, str(error))
         return
