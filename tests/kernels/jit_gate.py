@@ -35,7 +35,7 @@ SPILLS: dict[int, dict[str, int]] = {
     86: {"quantized_attention_kernel": 160, "_weight_only_linear_kernel": 16},
     100: {
         **{f"_{op}_linear_kernel": 24 for op in ("int8", "int4", "fp8")},
-        "quantized_attention_kernel": 24,
+        "quantized_attention_kernel": 64,
     },
 }
 FP8_FROM = 89  # what multiplies e4m3
