@@ -81,7 +81,7 @@ def weight_only(rng: random.Random, device: str) -> None:
         weight_only_linear, x, pack_int4(w_q) if bits <= 4 else w_q, w_scale, bias,
         w_zero_point=zero, bits=bits, in_features=K, group_size=size,
     )  # fmt: skip
-    widest = (w_q.abs().double() + (0 if zero is None else zero.abs().amax(1, keepdim=True))).mul(
+    widest = (w_q.double().abs() + (0 if zero is None else zero.abs().amax(1, keepdim=True))).mul(
         w_scale.amax(1, keepdim=True)
     )
     magnitude = x.double().abs() @ widest.T + bias.abs()
