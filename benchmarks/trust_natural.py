@@ -17,9 +17,10 @@ import qtk
 from benchmarks import data
 from benchmarks.result import read, result, write
 from benchmarks.trust_robust import CALIBRATION, NORMALIZE, pixels
+from qtk.intervals import Figure
 from qtk.physical import naturalness as dpa
 from qtk.physical import ratings
-from qtk.physical.assessment import Figure, assess, looked, map_correlation, spearman
+from qtk.physical.assessment import assess, looked, map_correlation, spearman
 
 SEEDS = (0, 1, 2)
 WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}

@@ -1,18 +1,20 @@
 """Random precision: what switching costs, and whether drawn bits are harder to attack.
 
     python -m benchmarks.trust_precision cost | vit | trained ... [--images N] [--trained N]
-                                         [--epochs E] [--width W] [--folder FOLDER]
+                                         [--epochs E] [--width W] [--bits BITS ...]
+                                         [--folder FOLDER]
 
 writes benchmarks/results/trust_precision.json, whose other figures stay.
 
-cost     CPU time of a batch at drawn bits over one at 8, and bytes held over those at 8
+cost     CPU time of a switch over that of a batch at 8 bits, and bytes held over the model's
 vit      the small ViT, quantized after training: who attacks, who answers
-trained  a PreActResNet trained under attack at fixed and at random bits, by random_precision.py
+trained  PreActResNets of random_precision.py, trained under attack at fixed and at random bits:
+         each of --bits is a network, such as 8 or 4,6,8
 """
 
 import argparse
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import qtk
 from benchmarks import random_precision
 from benchmarks.result import read, result, write
 from benchmarks.trust_robust import NORMALIZE, pixels, quantized
+from qtk.assembly import fused_blocks
 from qtk.modules.linear import QuantLinear
 from qtk.robust import RandomPrecision, Transfer, precision_transfer
 
@@ -38,47 +41,45 @@ NOTES = (
 Rows = list[list[str]]
 
 
-def cost(args: argparse.Namespace) -> Rows:
+def cost(args: argparse.Namespace) -> Iterator[Rows]:
     model: Any = quantized(8, args.folder)
-    random = qtk.random_precision(model, draw="batch")
-    rows = []
-    for batch in BATCHES:
-        x = torch.randn(batch, 3, 32, 32)
-        fixed, drawn = _least(partial(random.at, 8, pixel_values=x)), 0.0
-        for bits in random.bits[:-1]:  # each turn comes from 8 and pays a switch
-            run = partial(random.at, bits, pixel_values=x)
-            drawn = max(drawn, _least(run, partial(random.switch, 8)) - _least(run))
-        told = f"{1000 * drawn:.0f} ms, {100 * drawn / fixed:.1f} % of {1000 * fixed:.0f} ms"
-        rows.append([f"cost: the dearest switch, beside a batch of {batch} at 8 bits", told])
-    random.switch(8)
-    at_eight = _bytes(random)
-    random.switch(4)
-    rows.append(["cost: bytes held at 4 bits over those at 8", f"{_bytes(random) / at_eight:.2f}"])
-    return rows
+    fixed = _bytes(model, [])
+    for keep in (False, True):
+        random = qtk.random_precision(model, draw="batch", keep=keep)
+        what = f"cost, {'every precision kept' if keep else 'prepared at each switch'}"
+        rows = []
+        for batch in BATCHES:
+            switch, alone = _dearest(random, torch.randn(batch, 3, 32, 32))
+            told = f"{1000 * switch:.1f} ms, {100 * switch / alone:.1f} % of {1000 * alone:.0f} ms"
+            rows.append([f"{what}: the dearest switch, beside a batch of {batch} at 8 bits", told])
+        held = _bytes(random.model, random.tensors())
+        rows.append(
+            [f"{what}: bytes held over those of the model at 8 bits", f"{held / fixed:.2f}"]
+        )
+        random.switch(8)
+        yield rows
 
 
-def vit(args: argparse.Namespace) -> Rows:
+def vit(args: argparse.Namespace) -> Iterator[Rows]:
     model: Any = quantized(8, args.folder)
-    random = qtk.random_precision(model, bits=(4, 8))
+    random = qtk.random_precision(model, bits=(4, 6, 8), keep=True)
     found = precision_transfer(
         random, *pixels("test", args.images), normalize=NORMALIZE, budget=0.5 / 255, steps=10
     )
     print(found.table(), flush=True)
-    return _told(f"ViT, {args.images} images, .5/255, PGD-10", found)
+    yield _told(f"ViT, {args.images} images, .5/255, PGD-10", found)
 
 
-def trained(args: argparse.Namespace) -> Rows:
-    rows: Rows = []
-    images, labels = pixels("train", args.trained)
-    choices = {"fixed 8 bits": (8,), "fixed 4 bits": (4,), "random 4, 6 or 8 bits": (4, 6, 8)}
-    found = random_precision.compare(
-        images, labels, epochs=args.epochs, width=args.width, choices=choices, tested=args.images
-    )
-    for name, transfer in found.items():
-        print(name, transfer.table(), sep="\n", flush=True)
-        what = f"PreActResNet, {args.trained * 4 // 5} images, {args.epochs} epochs, {name}"
-        rows += _told(f"{what}, 8/255, PGD-20, {transfer.samples} images", transfer)
-    return rows
+def trained(args: argparse.Namespace) -> Iterator[Rows]:
+    train, test = pixels("train", args.trained), pixels("test", args.images)
+    for text in args.bits:
+        bits = tuple(int(b) for b in text.split(","))
+        found = random_precision.attacked(train, test, bits, epochs=args.epochs, width=args.width)
+        print(text, found.table(), sep="\n", flush=True)
+        yield _told(
+            f"PreActResNet trained at {text} bits, {args.trained} images, {args.epochs} epochs, "
+            f"8/255, PGD-20, {args.images} images", found,
+        )  # fmt: skip
 
 
 def _told(what: str, found: Transfer) -> Rows:
@@ -94,6 +95,15 @@ def _told(what: str, found: Transfer) -> Rows:
     return [*rows, [f"{what}: best fixed", f"{found.best_fixed} bits"]]
 
 
+def _dearest(random: RandomPrecision, x: Tensor) -> tuple[float, float]:
+    """Seconds of the dearest switch from 8 bits, and of a batch at 8 bits."""
+    alone, switch = _least(partial(random.at, 8, pixel_values=x)), 0.0
+    for bits in random.bits[:-1]:
+        back, there = partial(random.switch, 8), partial(random.switch, bits)
+        switch = max(switch, _least(there, back))
+    return switch, alone
+
+
 @torch.no_grad()
 def _least(run: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
     """Seconds of CPU."""
@@ -107,15 +117,21 @@ def _least(run: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> 
     return min(found)
 
 
-def _bytes(random: RandomPrecision) -> int:
-    """Of every tensor that is held, each storage once."""
-    layers = [m for m in random.modules() if isinstance(m, QuantLinear)]
-    held: Iterable[Tensor] = [
-        *random.parameters(), *random.tensors(), *(t for layer in layers for t in layer.tensors()),
-        *(t for block in random.blocks for t in block.tensors()),
-    ]  # fmt: skip
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-    return sum(storages.values())
+def _bytes(model: Any, others: Iterable[Tensor]) -> int:
+    """Of every tensor that a model and its fused blocks hold, and of others, each storage once."""
+    parts: list[Any] = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    parts += fused_blocks(model).values()
+    held = [*model.parameters(), *model.buffers(), *others]
+    held += [tensor for part in parts for tensor in part.tensors()]
+    return sum({_place(t): _size(t) for t in held}.values())
+
+
+def _place(t: Tensor) -> int:
+    return id(t) if t.is_mkldnn else t.untyped_storage().data_ptr()
+
+
+def _size(t: Tensor) -> int:
+    return t.numel() * t.element_size() if t.is_mkldnn else t.untyped_storage().nbytes()
 
 
 PARTS = {"cost": cost, "vit": vit, "trained": trained}
@@ -125,18 +141,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--trained", type=int, default=5000)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--trained", type=int, default=8000)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--bits", nargs="+", default=["8", "4", "4,6,8"])
     parser.add_argument("--folder", type=Path, default=Path("trust-out"))
     args = parser.parse_args()
     for part in args.parts:
-        made = PARTS[part](args)
-        kept = read("trust_precision")
-        known = {row[0]: row for row in kept.get("rows", [])}
-        known |= {row[0]: row for row in made}
-        found = result("Random precision", COLUMNS, list(known.values()), NOTES, kept=kept)
-        write("trust_precision", found)
+        for made in PARTS[part](args):
+            kept = read("trust_precision")
+            known = {row[0]: row for row in [*kept.get("rows", []), *made]}
+            found = result("Random precision", COLUMNS, list(known.values()), NOTES, kept=kept)
+            write("trust_precision", found)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtk.errors import CheckpointError
 
@@ -34,6 +34,12 @@ def checksum(tensor: Tensor) -> str:
     found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     found.update(held.numpy().data)
     return found.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of the tensors that a model answers with."""
+    held = model.state_dict().items()
+    return digest({name: checksum(t) for name, t in held if isinstance(t, Tensor)})
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

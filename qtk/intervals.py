@@ -1,7 +1,8 @@
-"""How sure a count is: intervals and exact tests for shares and for differences of shares."""
+"""How sure a figure is: intervals and exact tests for shares and for differences of shares."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,39 @@ Z = 1.959963984540054  # of 95 %
 DRAWS = 1000
 Counts = NDArray[np.int64]
 Statistic = Callable[[NDArray[np.floating]], NDArray[np.floating]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of float and quantized model, on the same samples.
+
+    Attributes:
+        name, attribute: "accuracy", "SROCC", "SPD", ...; the protected attribute it is about,
+            "" for none.
+        on_float, on_quantized: its values.
+        difference: quantized less float; `low` and `high` are its 95 % interval, by a paired
+            bootstrap over samples.
+        floor: how far a second quantized model, with another calibration seed, is from this one;
+            None where there is no second.
+    """
+
+    name: str
+    on_float: float
+    on_quantized: float
+    low: float
+    high: float
+    floor: float | None = None
+    attribute: str = ""
+
+    @property
+    def difference(self) -> float:
+        return self.on_quantized - self.on_float
+
+    @property
+    def is_difference(self) -> bool:
+        """More than the calibration seed alone makes, and more than chance in the samples."""
+        above = self.floor is None or abs(self.difference) > self.floor
+        return above and not self.low <= 0 <= self.high
 
 
 def wilson(hits: int, samples: int) -> tuple[float, float]:

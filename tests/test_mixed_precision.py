@@ -4,6 +4,10 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ from tests import zoo
 
 INTEGERS = [(8, 8), (5, 8), (4, 4)]
 QUICK = ((8, 8), (5, 8), (16, 16))  # four bits are padded to 128 codes: more than a tiny row
+ROOT = Path(__file__).resolve().parents[1]
 FAST = {"batch_size": 2, "progress": False, "preset": "fast"}
 
 
@@ -223,6 +228,31 @@ def test_masks_quantize_what_they_say_and_leave_the_model_as_it_was():
     assert (effects[:, 2] > 0).all() and len(found.interactions) == 10
 
 
+@pytest.mark.parametrize("family", ["BertModel", "OPTForCausalLM", "ViTForImageClassification"])
+def test_blocks_before_a_mask_are_computed_once(family, monkeypatch):
+    """Bit for bit what whole passes give, in fewer calls of the first block."""
+    model, batch = zoo.build(family)
+    batches, blocks, calls = [dict(batch), dict(batch)], describe(model), []
+    searched, judge = space_of(model), Judge.of(model, batches)
+    kind = type(model.get_submodule(blocks[0].name))
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+
+    def effects():
+        calls.clear()
+        return sensitivity.measure(
+            model, blocks, batches, judge, searched, seed=0, backend="auto", randoms=5
+        ).effects, len(calls)  # fmt: skip
+
+    found, few = effects()
+    monkeypatch.setattr(sensitivity._Before, "chained", property(lambda _: False, lambda *_: None),
+                        raising=False)  # fmt: skip
+    whole, all_of_them = effects()
+    np.testing.assert_array_equal(found, whole)
+    singles = len(sensitivity.singles(searched))  # half of them in the second of two blocks
+    assert all_of_them - few >= 2 * (singles // 2 - 1)
+
+
 def test_a_search_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     path, model = tmp_path / "losses", encoder()
     whole = qtk.search(model, "0.8x bytes", sentences(), verify=False, **FAST)
@@ -242,9 +272,35 @@ def test_a_search_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     rest = len(calls) - first
     np.testing.assert_array_equal(again.sensitivity.effects, whole.sensitivity.effects)
     qtk.search(model, "0.8x bytes", sentences(), verify=False, resume=path, **FAST)
+    of = Judge.of
+
+    def noisy(*args):
+        judge = of(*args)
+        return replace(judge, answers=tuple(1.0001 * answer for answer in judge.answers))
+
+    monkeypatch.setattr(Judge, "of", noisy)  # as a library answers that adds in another order
+    qtk.search(model, "0.8x bytes", sentences(), verify=False, resume=path, **FAST)
     assert len(calls) == first + rest  # nothing is measured twice
     with pytest.raises(CheckpointError, match="another model"):
         qtk.search(model, "0.8x bytes", sentences(seed=1), verify=False, resume=path, **FAST)
+
+
+def test_another_process_goes_on_with_a_search(tmp_path, monkeypatch):
+    """Which has its functions at other addresses."""
+    code = (
+        "import sys, qtk; from qtk.mixed_precision import sensitivity; "
+        "from tests.test_mixed_precision import FAST, QUICK, encoder, sentences; "
+        "sensitivity.RANDOM = 12; qtk.search(encoder(), '0.8x bytes', sentences(), schemes=QUICK, "
+        "verify=False, resume=sys.argv[1], **FAST)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "losses")], check=True, cwd=ROOT)
+
+    def never(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(Judge, "losses", never)
+    qtk.search(encoder(), "0.8x bytes", sentences(), verify=False, resume=tmp_path / "losses",
+               **FAST)  # fmt: skip
 
 
 def test_operations_are_timed_once_and_kept(tmp_path, monkeypatch):

@@ -1,24 +1,27 @@
 """Whether bits chosen by `qtk.search` are worth their search: MiniLM and the small ViT.
 
-    python -m benchmarks.accuracy.ohq rank | bytes | budget | latency | seconds ...
+    python -m benchmarks.accuracy.ohq rank | bytes | budget | latency | seconds | faster ...
                                       [--model minilm | vit] [--preset PRESET] [--draws N]
+                                      [--folder FOLDER]
 
 writes benchmarks/results/ohq.json, whose other figures stay.
 
 rank     predicted against measured loss of 30 random assignments
 bytes    held-out loss at equal bytes: found, one scheme for all, random, by rank
-budget   how often an accuracy budget holds on data that nobody saw
+budget   how often an accuracy budget holds on unseen data, of the same source and of a test split
 latency  predicted against measured latency
 seconds  that a search takes
+faster   points and latency of what is found for .85 of W8A8's latency and no more bytes
 """
 
 import argparse
+import os
 import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from torch import nn
 import qtk
 from benchmarks import data
 from benchmarks.result import read, result, write
+from qtk.errors import SchemeError
 from qtk.mixed_precision import budget as budgets
 from qtk.mixed_precision.allocate import SLACK, total
 from qtk.mixed_precision.data import Data, full_rows
@@ -47,6 +51,7 @@ SEEDS = (0, 1, 2)
 ASSIGNMENTS = 30
 CALIBRATION = 256  # samples, of which half are held back
 HELD_OUT = {"minilm": 512, "vit": 256}  # samples of the test split
+ACCURACY_IMAGES = 1000  # that points of the ViT are measured on
 LEVELS: list[tuple[Pair, float]] = [((6, 8), 0.5), ((5, 8), 0.25)]  # with auto's share at W4A8
 BUDGETS = {"minilm": ["cosine 0.99", "cosine 0.98"], "vit": ["kl 0.01", "drop 4 %"]}
 COLUMNS = ["figure", "MiniLM", "small ViT", "BERT-base width, 2 layers"]
@@ -54,7 +59,8 @@ NOTES = (
     "the search draws 256 samples of the training split and holds back half; random assignments "
     "and those at equal bytes are quantized on 64 others, the latter on three draws, after one "
     "search; held-out loss is 1 - cosine (MiniLM, 512 sentences of STS-B test) or KL in nats "
-    "(ViT, 256 test images); the machine had other work while it was measured"
+    "(ViT, 256 test images); points are Spearman on STS-B test or accuracy on 1,000 test images; "
+    "the machine had other work while it was measured"
 )
 
 
@@ -66,6 +72,9 @@ class Task:
     model: nn.Module
     calibration: Callable[[int], list[Batch]]
     judge: Judge
+    alike: Callable[[int], Judge]  # on other samples of the split that a seed's calibration is of
+    points: Callable[[nn.Module], float] | None = None
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp()))  # what searches keep
 
 
 def minilm() -> Task:
@@ -77,7 +86,16 @@ def minilm() -> Task:
     def calibration(seed: int) -> list[Batch]:
         return prepare(model, data.stsb_calibration(seed), tokenizer)
 
-    return Task(1, model, calibration, judge)
+    def alike(seed: int) -> Judge:
+        seen = {*data.stsb_calibration(seed)}
+        others = data.stsb_sentences("train", 1000 + seed, HELD_OUT["minilm"])
+        return Judge.of(model, prepare(model, [s for s in others if s not in seen], tokenizer))
+
+    def points(quantized: nn.Module) -> float:
+        pairs = data.stsb_test(tokenizer)
+        return pairs.spearman(pairs.embeddings(quantized))
+
+    return Task(1, model, calibration, judge, alike, points)
 
 
 def vit() -> Task:
@@ -91,7 +109,13 @@ def vit() -> Task:
     def calibration(seed: int) -> list[Batch]:
         return images("train", CALIBRATION, seed)
 
-    return Task(2, model, calibration, Judge.of(model, images("test", HELD_OUT["vit"], 0)))
+    def points(quantized: nn.Module) -> float:
+        pixels, labels = data.cifar10("test", ACCURACY_IMAGES, 1)
+        answers = torch.cat([quantized(part).logits.argmax(-1) for part in pixels.split(64)])
+        return 100 * float((answers == labels).double().mean())
+
+    test = Judge.of(model, images("test", HELD_OUT["vit"], 0))
+    return Task(2, model, calibration, test, lambda seed: test, points)  # splits drawn from one set
 
 
 def bert() -> Task:
@@ -101,7 +125,8 @@ def bert() -> Task:
     model = BertModel(BertConfig(num_hidden_layers=2, vocab_size=1000)).eval()
     ids = torch.randint(1000, (32, 64), generator=torch.Generator().manual_seed(0))
     batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return Task(3, model, lambda seed: [batch], Judge.of(model, [batch]))
+    judge = Judge.of(model, [batch])
+    return Task(3, model, lambda seed: [batch], judge, lambda seed: judge)
 
 
 TASKS = {"minilm": minilm, "vit": vit, "bert": bert}
@@ -155,29 +180,39 @@ def equal_bytes(task: Task, preset: str, draws: int) -> None:
 
 
 def budget(task: Task, preset: str, draws: int) -> None:
-    """On held-out data, a draw of the calibration data each; goes on after those in the file."""
+    """A draw of the calibration data each; goes on after those in the file."""
     name = "minilm" if task.column == 1 else "vit"
-    for text in BUDGETS[name]:
-        figure = f"{text} kept on unseen data, and bytes of W8A8's, {preset}"
-        done, kept, share = _so_far(figure, task)
-        (asked,) = budgets.read(text)
-        for seed in range(done, draws):
+    texts = {text: f"{text} kept on unseen data, and bytes of W8A8's, {preset}"
+             for text in BUDGETS[name]}  # fmt: skip
+    first = min(_so_far(figure, task)[0] for figure in texts.values())
+    for seed in range(first, draws):  # both budgets of a draw: they share its losses
+        for text, figure in texts.items():
+            done, kept, share, elsewhere = _so_far(figure, task)
+            if done > seed:
+                continue
+            (asked,) = budgets.read(text)
             found = search(task, text, seed, preset, verify=True)
-            chosen = found.point.chosen
-            loss = measured(task, found.space, chosen, seed, preset, asked.metric, found.calib)
-            whole = total(found.space.bytes(), found.space.uniform((8, 8)))
-            size = found.point.bytes / whole
-            kept, share = kept + (loss <= asked.limit), share + (size - share) / (seed + 1)
-            print(seed, text, loss, loss <= asked.limit, size, flush=True)
-            keep(figure, task, f"{kept} of {seed + 1}, {share:.3f}x bytes")
+            model = quantized(task, found.space, found.point.chosen, found.calib, preset)
+            loss, other = (
+                float(judge.losses(model, asked.metric).mean())
+                for judge in (task.alike(seed), task.judge)
+            )
+            size = found.point.bytes / total(found.space.bytes(), found.space.uniform((8, 8)))
+            kept, elsewhere = kept + (loss <= asked.limit), elsewhere + (other <= asked.limit)
+            share += (size - share) / (seed + 1)
+            print(seed, text, found.point.measured, loss, other, size, flush=True)
+            cell = f"{kept} of {seed + 1}, {share:.3f}x bytes"
+            keep(figure, task, cell if name == "vit" else f"{cell} ({elsewhere} on the test split)")
 
 
-def _so_far(figure: str, task: Task) -> tuple[int, int, float]:
-    """Draws of a budget in the file, those that kept it, and their mean share of bytes."""
+def _so_far(figure: str, task: Task) -> tuple[int, int, float, int]:
+    """Draws in the file, those that kept the budget, mean share of bytes; kept on a test split."""
     rows = {row[0]: row for row in read("ohq").get("rows", [])}
     cell = rows.get(figure, ["-"] * len(COLUMNS))[task.column]
-    told = re.fullmatch(r"(\d+) of (\d+), (.+)x bytes", cell)
-    return (int(told[2]), int(told[1]), float(told[3])) if told else (0, 0, 0.0)
+    told = re.fullmatch(r"(\d+) of (\d+), (.+)x bytes(?: \((\d+) .*\))?", cell)
+    if not told:
+        return 0, 0, 0.0, 0
+    return int(told[2]), int(told[1]), float(told[3]), int(told[4] or told[1])
 
 
 def seconds(task: Task, preset: str, draws: int) -> None:
@@ -227,8 +262,41 @@ def latency(task: Task, preset: str, draws: int) -> None:
     print(found.table())
 
 
+@torch.no_grad()
+def faster(task: Task, preset: str, draws: int) -> None:
+    """Both models quantized on the same data and timed beside each other, batches of 16."""
+    assert task.points is not None, "needs a model with weights that were learned"
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    where = f", oneDNN capped at {cap}" if cap else ""
+    figure = f"0.85x latency, 1x bytes, {preset}{where}: points and latency beside W8A8's"
+    calib = task.calibration(0)
+    try:
+        found = search(task, "0.85x latency, 1x bytes", 0, preset, verify=True)
+    except SchemeError as error:  # nothing is so much faster here
+        keep(figure, task, str(error))
+        return
+    print(found.table(), flush=True)
+    models: dict[str, Any] = {
+        name: qtk.quantize(task.model, calib=calib, bits=bits, preset=preset, progress=False)
+        for name, bits in (
+            ("found", found.bits), ("W8A8", found.space.bits(found.space.uniform((8, 8)))),
+        )
+    }  # fmt: skip
+    batch = full_rows(Data.of(task.model, calib, None, 0, ()).seen[-1], 16)
+    calls = {name: partial(lambda m: m(**batch), model) for name, model in models.items()}
+    times = race(calls, 60, limit=60.0)
+    points = {name: task.points(model) for name, model in models.items()}
+    print(points, times)
+    cell = (
+        f"{points['found'] - points['W8A8']:+.2f} ({points['found']:.2f}, "
+        f"{points['W8A8']:.2f}), {100 * (times['found'] / times['W8A8'] - 1):+.0f} %"
+    )
+    keep(figure, task, cell)
+
+
 PARTS = {
     "rank": rank, "bytes": equal_bytes, "budget": budget, "latency": latency, "seconds": seconds,
+    "faster": faster,
 }  # fmt: skip
 
 
@@ -236,28 +304,28 @@ PARTS = {
 def search(task: Task, text: str, seed: int, preset: str, verify: bool | int = False) -> Search:
     return qtk.search(
         task.model, text, task.calibration(seed), schemes=SCHEMES, seed=seed, preset=preset,
-        verify=verify, latencies=kept_in() / "latencies.json",
-        resume=kept_in() / f"{task.column}-{seed}-{preset}", progress=False,
+        verify=verify, latencies=task.folder / "latencies.json",
+        resume=task.folder / f"{task.column}-{seed}-{preset}", progress=False,
     )  # fmt: skip
-
-
-@cache
-def kept_in() -> Path:
-    """Of this run: an operation is timed once, a draw's losses serve all budgets."""
-    return Path(tempfile.mkdtemp())
 
 
 @torch.no_grad()
 def measured(
-    task: Task, space: Space, chosen: Chosen, seed: int, preset: str, metric: str | None = None,
-    calib: Sequence[Batch] | None = None,
+    task: Task, space: Space, chosen: Chosen, seed: int, preset: str
 ) -> float:  # fmt: skip
-    """The held-out loss of an assignment, quantized as a user would."""
-    calib = task.calibration(seed + 100)[3::4] if calib is None else calib  # two batches, long ones
-    qmodel = qtk.quantize(
+    """The held-out loss of an assignment."""
+    calib = task.calibration(seed + 100)[3::4]  # two batches, long ones
+    return float(task.judge.losses(quantized(task, space, chosen, calib, preset)).mean())
+
+
+def quantized(
+    task: Task, space: Space, chosen: Chosen, calib: Sequence[Batch] | None, preset: str
+) -> nn.Module:
+    """As a user would."""
+    made: nn.Module = qtk.quantize(
         task.model, calib=calib, bits=space.bits(chosen), preset=preset, progress=False
     )
-    return float(task.judge.losses(qmodel, metric).mean())
+    return made
 
 
 def anything(space: Space, rng: Any) -> Chosen:
@@ -306,8 +374,12 @@ def main() -> None:
     parser.add_argument("--model", choices=list(TASKS), default="minilm")
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--draws", type=int, default=ASSIGNMENTS)
+    parser.add_argument("--folder", type=Path, help="keeps losses and latencies between runs")
     options = parser.parse_args()
     task = TASKS[options.model]()
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        task = replace(task, folder=options.folder)
     for part in options.parts:
         PARTS[part](task, options.preset, options.draws)
 

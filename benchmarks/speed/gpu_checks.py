@@ -28,7 +28,7 @@ from benchmarks.speed.gpu_device import RUN, file_of, has_gpu, head, same_head, 
 
 OPS = (
     "shift_scale", "activation", "layer_norm", "hadamard", "W8A8", "W4A8", "W4A4", "fp8",
-    "weight_only", "attention",
+    "weight_only", "heads", "attention", "sequences",
 )  # fmt: skip
 SANITIZED = ("memcheck", "racecheck")
 

@@ -3,8 +3,9 @@
     python -m benchmarks.speed.gpu_dry FOLDER MODULE [arguments of MODULE]
 
 Launches are compiled for sm_90 by Triton's own JIT and not run; the clock says five microseconds
-after one call; tensors are shapes without memory, but in whole models. Results are written to
-FOLDER and mean nothing.
+after one call; tensors are shapes without memory, but in whole models. Tests are collected, not
+run; the sanitizer runs what it is given, and finds nothing. Results are written to FOLDER and mean
+nothing.
 """
 
 import importlib
@@ -61,6 +62,7 @@ def shapes_only(module: Any) -> None:
     kernels: Any = importlib.import_module("benchmarks.speed.gpu_kernels")
     kernels.DEVICE = "meta"
     module.DEVICE = "meta"
+    kernels.find_spec = lambda name: True  # packages: what we measure beside them is still ours
     if hasattr(module, "error_of"):
         module.error_of = lambda y, qkv, causal: 0.0
     if hasattr(module, "_tma"):  # planned as on a Hopper
@@ -96,6 +98,30 @@ def small_models(module: Any) -> None:
     module.time_of = compiled
 
 
+SANITIZER = """#!/bin/sh
+shift 6  # its own arguments
+"$@"
+status=$?
+echo "========= ERROR SUMMARY: 0 errors, imagined"
+exit $status
+"""
+
+
+def with_sanitizer(module: Any) -> None:
+    """A compute-sanitizer for who looks for one."""
+    shapes_only(module)
+    tool = result.RESULTS / "bin" / "compute-sanitizer"
+    tool.parent.mkdir(exist_ok=True)
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
+    os.environ["PATH"] = f"{tool.parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def collected_only(module: Any) -> None:
+    """What a test computes on a GPU needs one; that its file can be read does not."""
+    sys.argv += ["--collect-only", "-q"]
+
+
 class Compiled(Exception):
     """Ends a check where a GPU would compare."""
 
@@ -123,15 +149,20 @@ def checks_only(module: Any) -> None:
     module.check = compiled
 
 
-DRY = {"tests.gpu.check": checks_only, "benchmarks.speed.gpu_models": small_models}
+DRY: dict[str, Callable[[Any], None]] = {
+    "tests.gpu.check": checks_only,
+    "benchmarks.speed.gpu_models": small_models,
+    "benchmarks.speed.gpu_checks": with_sanitizer,
+    "pytest": collected_only,
+}
 
 
 def main() -> int:
     folder, name, *arguments = sys.argv[1:]
     imagine(Path(folder))
     module = importlib.import_module(name)
-    DRY.get(name, shapes_only)(module)
     sys.argv = [name, *arguments]
+    DRY.get(name, shapes_only)(module)
     jit.triton.knobs.compilation.always_compile = False
     with jit.compiling(ARCH):
         return int(module.main())

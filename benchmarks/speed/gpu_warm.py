@@ -44,22 +44,26 @@ def jobs(cases: int) -> list[Job]:
 def check(op: str, seed: int) -> None:
     from tests.gpu import check
 
-    check.check(op, seed, "cpu")
+    if op in check.runnable():
+        check.check(op, seed, "cpu")
 
 
 def bench(name: str, shape: tuple[int, ...]) -> None:
     from benchmarks.speed import gpu_kernels
+    from tests.gpu.cases import multiplies_fp8
 
-    gpu_kernels.calls_of(name, shape)[0]()
+    if "fp8" not in name or multiplies_fp8():
+        gpu_kernels.calls_of(name, shape)[0]()
 
 
 def attention(T: int, causal: bool) -> None:
     from benchmarks.speed import gpu_attention
+    from tests.gpu.cases import multiplies_fp8
 
     shape = (max(gpu_attention.TOKENS // T, 1), T, 3, gpu_attention.HEADS, gpu_attention.HEAD)
     buffer = torch.empty(shape, device="meta", dtype=torch.bfloat16)
     for name, make in gpu_attention.CONTENDERS.items():
-        if name.startswith("qtk"):
+        if name.startswith("qtk") and ("fp8" not in name or multiplies_fp8()):
             make(buffer, causal)()
 
 

@@ -6,7 +6,7 @@ reference  the definition of the op: exact, slow, on any device, and what the te
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
@@ -19,7 +19,28 @@ BACKENDS = ("triton", "cpu", "reference")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _CPU = torch.cpu.get_capabilities()
-HAS_INT8 = any(_CPU.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
+def int8_units(capabilities: Mapping[str, object], capped: str) -> bool:
+    """Whether oneDNN has an instruction for sums of four u8 x s8 products.
+
+    Args:
+        capabilities: as `torch.cpu.get_capabilities()`.
+        capped: the set of instructions oneDNN keeps to, by ONEDNN_MAX_CPU_ISA; "" for all.
+    """
+    cap = capped.upper()
+    if cap in ("SSE41", "AVX", "AVX2", "AVX512_CORE"):
+        return False
+    names = ("avx_vnni",) if "AVX2" in cap else ("avx512_vnni", "avx_vnni", "amx_int8")
+    return any(capabilities.get(name) for name in names)
+
+
+def _capped() -> str:
+    """oneDNN's cap, which has an older name too."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+
+
+HAS_INT8 = int8_units(_CPU, _capped())
 EXACT_BITS = 15 if _CPU.get("avx2") else 0  # of both operands, where there is no such instruction
 
 # a plain global, not a ContextVar: torch.compile can trace a read of it

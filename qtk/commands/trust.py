@@ -47,6 +47,9 @@ def robust(
     severity: Annotated[
         list[int] | None, typer.Option(help="Of corruptions, 1 to 5; may be repeated.")
     ] = None,
+    thorough: Annotated[
+        bool, typer.Option("--thorough/--spare", help="Spare what APGD has wrong other attacks.")
+    ] = True,
     batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 64,
     out: Annotated[Path | None, typer.Option(help="Folder for report.html, .md and .json.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of answers to go on from.")] = None,
@@ -64,8 +67,8 @@ def robust(
         studies[_distinct(folder, studies)] = qtk.robustness(
             model, qtk.load(folder), given, suite or ["attacks"], tokenizer,
             second=second if place == 0 else None, samples=samples, budgets=budget or LEVELS[:2],
-            steps=steps, severities=severity or (1, 2, 3, 4, 5), batch_size=batch_size,
-            resume=resume, seed=seed, progress=not as_json,
+            steps=steps, severities=severity or (1, 2, 3, 4, 5), thorough=thorough,
+            batch_size=batch_size, resume=resume, seed=seed, progress=not as_json,
         )  # fmt: skip
     files = [] if out is None else [str(file) for file in write_report(studies, out)]
     if as_json:

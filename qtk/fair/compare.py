@@ -17,8 +17,9 @@ from qtk.fair.answer import Answer, check_head, check_labels, decide, ties
 from qtk.fair.decoder import Decoder
 from qtk.fair.domain import Attribute, Domain
 from qtk.fair.groups import METRICS, UNLABELLED
-from qtk.fair.result import Churn, Disparity, Fairness, Figure, Instances
+from qtk.fair.result import Churn, Disparity, Fairness, Instances
 from qtk.fair.sides import Sides
+from qtk.intervals import Figure
 from qtk.pipeline.progress import Bar, progress_bar
 
 ENUMERABLE = 200_000

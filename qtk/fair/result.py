@@ -4,42 +4,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from qtk.intervals import Figure
 from qtk.report import page
 from qtk.table import finite, markdown, ruled
 
 Rows = list[list[str]]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One metric of both models.
-
-    Attributes:
-        name: "accuracy", "IF_o", "SPD", ...; `attribute` it is about, "" for none.
-        on_float, on_quantized: its values.
-        difference: quantized less float; `low` and `high` are its 95 % interval, by a paired
-            bootstrap over rows.
-        floor: how far a second quantized model, with another calibration seed, is from this one;
-            None where there is no second.
-    """
-
-    attribute: str
-    name: str
-    on_float: float
-    on_quantized: float
-    low: float
-    high: float
-    floor: float | None = None
-
-    @property
-    def difference(self) -> float:
-        return self.on_quantized - self.on_float
-
-    @property
-    def is_difference(self) -> bool:
-        """More than the calibration seed alone makes, and more than chance in the rows."""
-        above = self.floor is None or abs(self.difference) > self.floor
-        return above and not self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qtk import intervals
 from qtk.fair.groups import METRICS, cells
-from qtk.fair.result import Churn, Disparity, Figure
+from qtk.fair.result import Churn, Disparity
+from qtk.intervals import Figure
 
 Array = NDArray[np.floating]
 
@@ -44,7 +45,7 @@ class Sides:
             return (yes_q - yes) / counts.sum((-1, -2))
 
         low, high = intervals.bootstrap(cells(*sides[:2]), difference, self.seed)
-        return Figure(attribute, name, values[0], values[1], low, high, floor_of(values))
+        return Figure(name, values[0], values[1], low, high, floor_of(values), attribute)
 
     def metric(self, attribute: str, name: str, group: Tensor, labels: Tensor | None) -> Figure:
         """A group metric; without labels all rows count as of the unfavourable one."""
@@ -57,7 +58,7 @@ class Sides:
 
         counts = cells(group, good, *self.good[:2])
         low, high = intervals.bootstrap(counts, difference, self.seed)
-        return Figure(attribute, name, values[0], values[1], low, high, floor_of(values))
+        return Figure(name, values[0], values[1], low, high, floor_of(values), attribute)
 
     def churn(self, attribute: str, group: str, where: str, own: Tensor) -> Churn:
         """Of the rows for which `own` [N] is true."""

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qtk.errors import CalibrationError, SchemeError
 from qtk.fair.answer import Answer, check_labels, decide, ties
-from qtk.fair.result import Fairness, Figure
+from qtk.fair.result import Fairness
 from qtk.fair.sides import Sides, floor_of
+from qtk.intervals import Figure
 from qtk.observe.tokens import encode, find_tokenizer
 
 # Word -> counterpart. "her" answers to "his" and to "him": sentences with it are left out.
@@ -141,8 +142,8 @@ def _shift(
     difference = moved[1] - moved[0]
     half = 1.96 * float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
     center = values[1] - values[0]
-    return Figure(name, "mean |dp|", values[0], values[1], center - half, center + half,
-                  floor_of(values))  # fmt: skip
+    return Figure("mean |dp|", values[0], values[1], center - half, center + half,
+                  floor_of(values), name)  # fmt: skip
 
 
 def _ask(answer: Answer, sentences: Sequence[str], tokenizer: Any) -> Tensor:

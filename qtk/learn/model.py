@@ -51,7 +51,8 @@ def learn_model(
         task = Task(list(linears.values()), loss, len(batches), seed, report)
         if path is not None:
             start = [
-                (n, float(m.codes.sum()), float(m.scale.double().sum())) for n, m in linears.items()
+                (n, integrity.checksum(m.codes), integrity.checksum(m.scale))
+                for n, m in linears.items()
             ]
             run = integrity.digest(start, len(batches), seed, steps, astuple(rates))
             task.state = resume.read(path, run)

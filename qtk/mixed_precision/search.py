@@ -62,7 +62,8 @@ def search(
     it; both together the fewest bytes that keep all.
 
     Half of `calib` is held back: what is measured to verify was seen by no step before. An accuracy
-    budget is kept by a bound that holds in 99 of 100 draws of such data.
+    budget is kept by a bound that holds in 99 of 100 draws of such data; of data of another kind it
+    says nothing.
 
     Args:
         model: in floating point, or the path or hub name of one.

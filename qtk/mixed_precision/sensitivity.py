@@ -14,10 +14,12 @@ from 0 on. What the sum leaves over for the most sensitive pairs is told as inte
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,8 +101,12 @@ def measure(
         )
         layers = _made(sites, space, backend, report)
 
+    before = _Before(blocks, space, len(judge.batches))
+
     def loss(mask: Mask) -> float:
-        with _masked(student, layers, mask):
+        chosen = [layers[u][s] for u, s in enumerate(mask) if s != ALONE]
+        swapped = {name: layer for found in chosen for name, layer in found.items()}
+        with before.known(student, mask) as given, _swapped(student, {**given, **swapped}):
             return float(judge.losses(student).mean())
 
     measured = losses.of(masks, loss)
@@ -194,24 +200,62 @@ def _made(sites: Iterator, space: Space, backend: str, report: Report) -> Layers
     return layers
 
 
-class _masked:
-    """A model whose units compute as a mask says, for a while."""
+@contextmanager
+def _swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """A model with other modules, for a while."""
+    kept = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in kept.items():
+            model.set_submodule(name, module)
 
-    def __init__(self, model: nn.Module, layers: Layers, mask: Mask) -> None:
-        self.model = model
-        chosen = [layers[u][s] for u, s in enumerate(mask) if s != ALONE]
-        self.layers = {name: layer for found in chosen for name, layer in found.items()}
 
-    def __enter__(self) -> None:
-        self.kept = {name: self.model.get_submodule(name) for name in self.layers}
-        self._set(self.layers)
+class _Before:
+    """What blocks before the first that a mask rounds give: masks in a row compute it once."""
 
-    def __exit__(self, *_: object) -> None:
-        self._set(self.kept)
+    def __init__(self, blocks: Sequence[Block], space: Space, batches: int) -> None:
+        self.batches = batches
+        self.names = [block.name for block in blocks]
+        self.chained = all(block.follows for block in blocks[1:])
+        self.block_of = [
+            next(i for i, name in enumerate(self.names) if unit.linears[0].startswith(f"{name}."))
+            for unit in space.units
+        ]  # fmt: skip
+        self.depth = 0
+        self.outputs: list[Any] = []  # of block depth - 1, a batch each
 
-    def _set(self, layers: dict[str, nn.Module]) -> None:
-        for name, layer in layers.items():
-            self.model.set_submodule(name, layer)
+    @contextmanager
+    def known(self, model: nn.Module, mask: Mask) -> Iterator[dict[str, nn.Module]]:
+        """Modules that stand for these blocks; none while what they give is being recorded."""
+        depth = min(self.block_of[u] for u, s in enumerate(mask) if s != ALONE)
+        if not depth or not self.chained:
+            yield {}
+        elif depth == self.depth:
+            yield {name: _Given(self.outputs) for name in self.names[:depth]}
+        else:
+            outputs: list[Any] = []
+            self.depth, self.outputs = 0, outputs
+            last = model.get_submodule(self.names[depth - 1])
+            hook = last.register_forward_hook(lambda *call: outputs.append(call[2]))
+            try:
+                yield {}
+            finally:
+                hook.remove()
+            self.depth = depth if len(outputs) == self.batches else 0  # 0: a block called twice
+
+
+class _Given(nn.Module):
+    """Answers with what was recorded, batch by batch."""
+
+    def __init__(self, outputs: Sequence[Any]) -> None:
+        super().__init__()
+        self.outputs = iter(outputs)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return next(self.outputs)
 
 
 class _Losses:
@@ -239,6 +283,9 @@ class _Losses:
 def _identity(
     model: nn.Module, judge: Judge, space: Space, seed: int, backend: str, masks: list[Mask]
 ) -> str:
-    sums = [float(p.double().sum()) for p in model.parameters()]
-    data = [float(answer.double().square().sum()) for answer in judge.answers]
-    return integrity.digest(sums, data, str(space.assignments), seed, backend, masks)
+    """Of what goes in alone: sums and answers differ in their last bits from run to run."""
+    weights = integrity.fingerprint(model)
+    data = [{n: integrity.checksum(v) for n, v in batch.items()} for batch in judge.batches]
+    choices = [{name: choice.facts() for name, choice in assignment.inside.items()}
+               for assignment in space.assignments]  # fmt: skip
+    return integrity.digest(weights, data, choices, seed, backend, masks)

@@ -12,7 +12,7 @@ from qtk.mixed_precision.allocate import SLACK, allocate, total
 from qtk.mixed_precision.budget import Budget
 from qtk.mixed_precision.costs import Costs
 from qtk.mixed_precision.data import Data, full_rows
-from qtk.mixed_precision.loss import Judge, bound
+from qtk.mixed_precision.loss import TRIES, Judge, bound
 from qtk.mixed_precision.result import Measured, Point
 from qtk.mixed_precision.space import FLOATS, W8A8, Chosen, Matrix, name_of
 from qtk.observe import Batch
@@ -21,7 +21,7 @@ from qtk.pipeline.progress import Bar
 from qtk.pipeline.request import Request
 from qtk.timing import race
 
-CHECKS = 5  # models that are quantized to find what keeps an accuracy budget
+CHECKS = TRIES - 1  # models that are quantized to find what keeps an accuracy budget
 AIM = 0.9  # of an accuracy budget, for the next try
 NEAR = 0.75  # of an accuracy budget, from which on no smaller model is looked for
 ROUNDS = 15

@@ -41,6 +41,9 @@ class Runtime:
     rows: slice | None = None
 
 
+Snapshot = tuple[Scheme, tuple[Tensor | None, Tensor, Tensor | None, Tensor | None], Runtime | None]
+
+
 class QuantLinear(Quantized):
     """A linear layer on integers. N output channels, K input channels, G groups.
 
@@ -210,6 +213,18 @@ class QuantLinear(Quantized):
             self.input_scale = own(scale).reshape(())
             self.input_zero_point = own(zero_point).to(torch.int32).reshape(())
         self._run_with(spec.codes)
+
+    def snapshot(self) -> Snapshot:
+        """What `become` changes, prepared as it is, for `restore`."""
+        buffers = (self.weight, self.weight_scale, self.input_scale, self.input_zero_point)
+        return self.scheme, buffers, self._runtime
+
+    def restore(self, found: Snapshot) -> None:
+        """The layer as it was: nothing is prepared anew."""
+        self.scheme, buffers, self._runtime = found
+        assert self.scheme.w is not None
+        self.w = self.scheme.w
+        self.weight, self.weight_scale, self.input_scale, self.input_zero_point = buffers
 
     def codes(self) -> Tensor:
         """[N, K] int8."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qtk.errors import CalibrationError
-from qtk.intervals import DRAWS
+from qtk.intervals import DRAWS, Figure
 from qtk.physical.scores import attention, score
 from qtk.report import page
 from qtk.table import finite, markdown, ruled
@@ -17,23 +17,6 @@ from qtk.table import finite, markdown, ruled
 HEAD = ["figure", "float", "quantized", "difference", "95 %", "floor"]
 BATCH = 250
 Scores = np.ndarray  # [N]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of both assessors; `low` and `high` are of the difference, by a paired bootstrap
-    over images, and `floor` is how far a second quantized assessor is from the first."""
-
-    name: str
-    on_float: float
-    on_quantized: float
-    low: float
-    high: float
-    floor: float | None = None
-
-    @property
-    def difference(self) -> float:
-        return self.on_quantized - self.on_float
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from qtk import integrity
 
@@ -32,9 +32,3 @@ class Kept:
         made = make()
         integrity.write(file, made, {})
         return made
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Of the tensors that a model answers with."""
-    held = model.state_dict().items()
-    return integrity.digest({k: integrity.checksum(v) for k, v in held if isinstance(v, Tensor)})

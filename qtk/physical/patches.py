@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from qtk.errors import CalibrationError, SchemeError
 from qtk.fidelity.compare import check_pair
-from qtk.integrity import checksum
+from qtk.integrity import checksum, fingerprint
 from qtk.intervals import DRAWS
 from qtk.physical import ratings
 from qtk.physical.assessment import scored
 from qtk.physical.front import CONTROLS, Front, Naturalness, Point, hypervolume
-from qtk.physical.kept import Kept, fingerprint
+from qtk.physical.kept import Kept
 from qtk.physical.scores import score
 from qtk.pipeline.progress import progress_bar
 from qtk.robust.attack import patch as square

@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 from qtk.errors import CalibrationError, SchemeError
 from qtk.fidelity.compare import class_logits
-from qtk.integrity import checksum
+from qtk.integrity import checksum, fingerprint
 from qtk.physical import place
 from qtk.physical.colour import colour, material_of
 from qtk.physical.exposure import Exposed, XRay, exposure
-from qtk.physical.kept import Kept, fingerprint
+from qtk.physical.kept import Kept
 from qtk.physical.mesh import Mesh, ball
 from qtk.physical.scene import Scenes
 from qtk.physical.thickness import thickness

@@ -14,7 +14,7 @@ from qtk import ranks
 from qtk.assembly import base_name, check_float, finish
 from qtk.errors import ModelError
 from qtk.integrations.transformers import attach, load_float, refuse_saving
-from qtk.integrity import checksum
+from qtk.integrity import checksum, fingerprint
 from qtk.models import Block, describe, fold_scales
 from qtk.modules.base import resolve_backend
 from qtk.observe import Batch, Site, imagine, walk
@@ -28,7 +28,7 @@ from qtk.pipeline.learning import Learning, say_who_disagrees
 from qtk.pipeline.progress import Bar, progress_bar
 from qtk.pipeline.request import Request
 from qtk.pipeline.site import quantize_outside, quantize_site
-from qtk.pipeline.state import State, identity, weights_of
+from qtk.pipeline.state import State, identity
 from qtk.record import Record
 
 logger = logging.getLogger("qtk")
@@ -146,7 +146,7 @@ def _state(
     """What was finished before, if that is kept."""
     if folder is None:
         return None
-    return State.open(folder, identity(weights_of(source), request, batches, backend))
+    return State.open(folder, identity(fingerprint(source), request, batches, backend))
 
 
 def _copies(source: Model, request: Request, inplace: bool) -> tuple[Model, Model]:

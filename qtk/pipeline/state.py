@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from qtk import integrity, ranks
 from qtk.errors import CheckpointError, SchemeError
@@ -133,11 +133,6 @@ def identity(weights: Any, request: Request, batches: Sequence[Batch] | None, ba
     data = [{n: integrity.checksum(v) for n, v in batch.items()} for batch in batches or ()]
     attention = request.attention and request.attention.to_dict()
     return integrity.digest(weights, data, request.facts(), attention, request.seed, backend)
-
-
-def weights_of(model: nn.Module) -> dict[str, str]:
-    """A checksum of every tensor of a model."""
-    return {name: integrity.checksum(value) for name, value in model.state_dict().items()}
 
 
 def _claim(folder: Path, run: str) -> None:

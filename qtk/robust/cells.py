@@ -3,9 +3,9 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import nn
 
 from qtk import integrity
 from qtk.errors import CheckpointError
@@ -39,15 +39,14 @@ class Cells:
         integrity.write_text(file, text)
         return found
 
+    def of(self, role: str) -> "Cells":
+        """For what depends on one of the models alone."""
+        models: Any = self.facts.get("models", {})
+        return Cells(self.folder, {**self.facts, "models": models.get(role)})
+
     def within(self, name: str) -> "Cells":
         """For a study of its own, beside this one."""
         return Cells(self.folder, {**self.facts, "within": name})
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Of the tensors that a model answers with."""
-    sums = {name: integrity.checksum(tensor) for name, tensor in model.state_dict().items()}
-    return integrity.digest(sums)
 
 
 def _read(file: Path) -> Found:

@@ -92,12 +92,9 @@ def contact_sheet(
 
 def _answers(study: Study, name: str, severity: int) -> Found:
     study.say(f"{name} {severity or ''}")
-
-    def compute() -> Found:
-        pixels = corrupted(study.images.pixels, name, severity, study.seed)
-        return {role: study.right(role, pixels) for role in study.roles}
-
-    return study.cells.get({"part": name, "severity": severity}, compute)
+    made = cache(lambda: corrupted(study.images.pixels, name, severity, study.seed))
+    facts = {"part": name, "severity": severity}
+    return study.heard(facts, lambda role: study.right(role, made()))
 
 
 @cache

@@ -14,10 +14,10 @@ from qtk.errors import SchemeError
 from qtk.fidelity.compare import check_pair
 from qtk.integrations.sentence_transformers import unwrap
 from qtk.integrations.transformers import open_model
-from qtk.integrity import checksum, digest
+from qtk.integrity import checksum, digest, fingerprint
 from qtk.modules.linear import QuantLinear
 from qtk.robust import images, sanity, texts
-from qtk.robust.cells import Cells, fingerprint
+from qtk.robust.cells import Cells
 from qtk.robust.corruptions import SEVERITIES, check, contact_sheet
 from qtk.robust.images import Normalize, Pixels, frozen
 from qtk.robust.precision import Expected, RandomPrecision
@@ -45,6 +45,7 @@ def robustness(
     budgets: Budgets = ("small", "mid"),
     steps: int = 10,
     severities: Sequence[int] = SEVERITIES,
+    thorough: bool = True,
     sheet: Place | None = None,
     batch_size: int = 64,
     resume: Place | None = None,
@@ -72,6 +73,9 @@ def robustness(
             (RobustART's); or {"linf": [...], "l2": [...], ...}.
         steps: of the attacks that go step by step; Square has ten queries for each.
         severities: of corruptions, 1 to 5.
+        thorough: False spares an image the other attacks of a level once APGD on the cross entropy
+            has it wrong, rounded and not, whoever answers: their rows are of both attacks, and the
+            worst case, which has no use for more, comes sooner.
         sheet: a PNG to write, that shows every corruption at every severity.
         batch_size: images at once.
         resume: a folder that keeps what was found, and is gone on from.
@@ -111,10 +115,10 @@ def robustness(
                 readers[ADAPTIVE] = Pixels(Expected(random), seen.mean, seen.std)
             study = Study(seen, readers, cells, **told)
             parts = parts_of(asked.attacks, budgets, seen.pixels[0].numel())
-            rows, floor, crafted = attacked(study, parts, seed)
+            rows, floor, crafted = attacked(study, parts, seed, thorough)
             checks = sanity.checks(study, parts, crafted) if parts else []
             more, apart = disturbed(study, models, asked, chosen, seed)
-            rows, floor, notes = [*rows, *more], floor | apart, notes_on(seen, asked)
+            rows, floor, notes = [*rows, *more], floor | apart, notes_on(seen, asked, thorough)
             if sheet is not None:
                 contact_sheet(seen.pixels, asked.corruptions, chosen, seed, sheet)
     gradients = any(part.module.GRADIENTS for part in parts)

@@ -1,6 +1,7 @@
 """What a model answers where decoding, resizing, colours or arithmetic are not as in training."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -66,7 +67,7 @@ def _answers(
     study.say(f"{cause} {variant}")
     run = _preprocessed if part.STAGE == "pixels" else _in_arithmetic
     function = part.VARIANTS[variant]
-    return study.cells.get(facts, lambda: {r: run(study, models[r], function) for r in study.roles})
+    return study.heard(facts, lambda role: run(study, models[role], function))
 
 
 def _heard(
@@ -74,12 +75,8 @@ def _heard(
 ) -> Found:
     """Every model on the images that `prepare` makes."""
     study.say(f"{facts['part']} {', '.join(names)}")
-
-    def compute() -> Found:
-        pixels = prepare(study.images, *names)
-        return {role: study.right(role, pixels) for role in study.roles}
-
-    return study.cells.get(facts, compute)
+    made = cache(lambda: prepare(study.images, *names))
+    return study.heard(facts, lambda role: study.right(role, made()))
 
 
 def _decoded(images: Images, decoder: str) -> Tensor:

@@ -13,6 +13,7 @@ from qtk.robust.result import NOISES, Robustness
 from qtk.table import finite
 
 OVERVIEW = ["model", "clean", "worst case", "corruptions", "system noise", "checks"]
+FOUND = ["claim of RobustMQ", "here", "figures"]
 TITLE = "Robustness"
 LEAD = (
     "The same attacks, corruptions and noises on the float model and on what was quantized from "
@@ -37,9 +38,9 @@ def write_report(studies: Mapping[str, Robustness], folder: Where) -> list[Path]
     files = [out / f"report.{ending}" for ending in ("html", "md", "json")]
     page.write(files[0], html(studies))
     integrity.write_text(files[1], markdown(studies))
-    told = {"models": {name: study.to_dict() for name, study in studies.items()},
-            "findings": [vars(finding) for finding in findings(studies)]}  # fmt: skip
-    integrity.write_text(files[2], json.dumps(finite(told), indent=1))
+    facts = {"models": {name: study.to_dict() for name, study in studies.items()},
+             "findings": [vars(finding) for finding in findings(studies)]}  # fmt: skip
+    integrity.write_text(files[2], json.dumps(finite(facts), indent=1))
     return files
 
 
@@ -49,7 +50,7 @@ def html(studies: Mapping[str, Robustness]) -> str:
         page.section("Bit widths", page.table(OVERVIEW, overview(studies))),
         page.section(
             "What RobustMQ found, here",
-            page.table(["claim", "here", "figures"], [_told(f) for f in findings(studies)]),
+            page.table(FOUND, [told(f) for f in findings(studies)]),
             page.paragraph(
                 "RobustMQ speaks of networks trained in few bits; these were quantized after "
                 "training. A difference below the floor of two calibration seeds does not count."
@@ -64,8 +65,7 @@ def html(studies: Mapping[str, Robustness]) -> str:
 def markdown(studies: Mapping[str, Robustness]) -> str:
     """The same tables, without the rows of single attacks."""
     lines = [f"# {TITLE}", "", LEAD, "", *table.markdown(OVERVIEW, overview(studies)), ""]
-    lines += table.markdown(["claim of RobustMQ", "here", "figures"],
-                    [_told(finding) for finding in findings(studies)])  # fmt: skip
+    lines += table.markdown(FOUND, [told(finding) for finding in findings(studies)])
     for name, study in studies.items():
         lines += ["", f"## {name}", "", study.markdown()]
     return "\n".join(lines).rstrip() + "\n"
@@ -101,6 +101,7 @@ def _verdict(study: Robustness) -> str:
     return "passed" if study.is_conclusive else "no conclusion"
 
 
-def _told(finding: Finding) -> list[str]:
+def told(finding: Finding) -> list[str]:
+    """The columns of FOUND."""
     marks = {True: "holds", False: "does not hold", None: "open"}
     return [finding.claim, marks[finding.holds], finding.told]

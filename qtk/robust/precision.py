@@ -28,8 +28,9 @@ DRAWS = ("sample", "batch")
 
 
 def random_precision(
-    qmodel: nn.Module, bits: Iterable[int] = range(4, 9), draw: str = "sample", seed: int = 0
-) -> "RandomPrecision":
+    qmodel: nn.Module, bits: Iterable[int] = range(4, 9), draw: str = "sample", seed: int = 0,
+    keep: bool = False,
+) -> "RandomPrecision":  # fmt: skip
     """The same model, answering each sample with bits drawn uniformly from `bits`.
 
     Args:
@@ -37,6 +38,8 @@ def random_precision(
         bits: of weights and activations, 4 to 8.
         draw: "sample", each row of a batch by itself, or "batch", one for all rows.
         seed: of the draws.
+        keep: every precision stays prepared once it was in use: switches are free, and memory holds
+            a copy of the codes for each.
 
     Raises:
         SchemeError: bits that the model has not stored, or none.
@@ -53,7 +56,7 @@ def random_precision(
         w, a = layer.scheme.w, layer.scheme.a
         if w is None or a is None or (w.bits, a.bits, w.kind, w.symmetric) != (8, 8, "int", True):
             raise SchemeError(f"{name} is {layer.scheme.name}: quantize it with w=8 and a=8")
-    return RandomPrecision(qmodel, chosen, draw, seed)
+    return RandomPrecision(qmodel, chosen, draw, seed, keep)
 
 
 def lowered(spec: LinearSpec, bits: int) -> LinearSpec:
@@ -85,13 +88,17 @@ class RandomPrecision(nn.Module):
         bits: what is drawn from.
     """
 
-    def __init__(self, model: nn.Module, bits: tuple[int, ...], draw: str, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, bits: tuple[int, ...], draw: str, seed: int, keep: bool = False
+    ) -> None:
         super().__init__()
-        self.model, self.bits, self.draw = model, bits, draw
+        self.model, self.bits, self.draw, self.keep = model, bits, draw, keep
         layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
         self._stored = [(layer, layer.spec()) for layer in layers]
         self.blocks = list(fused_blocks(model).values())
+        self._parts: list[Any] = [*layers, *self.blocks]
         self._now = 8
+        self._kept: dict[int, list[Any]] = {}
         self.reseed(seed)
         self.eval()
 
@@ -111,11 +118,22 @@ class RandomPrecision(nn.Module):
         """Every layer to so many bits of weights and activations; nothing where it has them."""
         if bits == self._now:
             return
-        for layer, spec in self._stored:
-            layer.become(lowered(spec, bits))
-        for block in self.blocks:
-            block.prepare()
+        if self.keep:
+            self._kept[self._now] = [part.snapshot() for part in self._parts]
+        if bits in self._kept:
+            for part, found in zip(self._parts, self._kept[bits], strict=True):
+                part.restore(found)
+        else:
+            for layer, spec in self._stored:
+                layer.become(lowered(spec, bits))
+            for block in self.blocks:
+                block.prepare()
         self._now = bits
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RandomPrecision":
+        self._kept.clear()  # it is where the model was
+        super()._apply(fn, recurse)
+        return self
 
     def at(self, bits: int, **batch: Any) -> Tensor:
         """Logits of the batch at so many bits."""
@@ -139,8 +157,13 @@ class RandomPrecision(nn.Module):
         return SimpleNamespace(logits=torch.cat(found)[back.to(found[0].device)])
 
     def tensors(self) -> list[Tensor]:
-        """What it holds beside the model: the stored codes, where a layer has others now."""
-        return [spec.codes for _, spec in self._stored]
+        """What it holds beside the model: the stored codes, and what of other bits is kept."""
+        now, found = self._now, [spec.codes for _, spec in self._stored]
+        for bits in list(self._kept):
+            self.switch(bits)
+            found += [tensor for part in self._parts for tensor in part.tensors()]
+        self.switch(now)
+        return found
 
 
 class Expected(nn.Module):

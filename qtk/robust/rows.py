@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,25 +13,26 @@ from qtk.robust.cells import UNSEEN, Bits, Found
 from qtk.robust.images import Images
 from qtk.robust.result import UNROUNDED, Row, compare, worst_of
 from qtk.robust.study import ADAPTIVE, FLOAT, QUANTIZED, SECOND, Study, makers
-from qtk.robust.suite import Part, Suite
+from qtk.robust.suite import FIRST, Part, Suite
 
 Crafted = dict[tuple[str, str, str], Found]  # attack, level, maker
 Pair = tuple[Bits, Bits]
 
 
 def attacked(
-    study: Any, parts: Sequence[Part], seed: int
+    study: Any, parts: Sequence[Part], seed: int, thorough: bool = True
 ) -> tuple[list[Row], dict[str, float], Crafted]:
     """Rows on clean data and under every attack, what two calibration seeds differ by, and who was
     right on what.
 
     Budgets below one step of 1/255 vanish when images are rounded: their rows are of unrounded
     images. All other levels have rows of both.
+
+    Args:
+        study: a `Study` or `TextStudy`.
+        thorough: attacks every image with everything, also what FIRST has wrong already.
     """
-    crafted = {
-        (part.name, level, maker): study.attack(part, level, maker)
-        for part in parts for level in part.budgets for maker in makers(study.models)
-    }  # fmt: skip
+    crafted = _crafted(study, parts, thorough)
     clean = study.clean()
     base = clean[FLOAT], clean[QUANTIZED]
     rows, floors = [compare("clean", "clean", "", None, base, base, seed)], {"clean": 0.0}
@@ -39,7 +41,7 @@ def attacked(
     for prefix in _prefixes(parts):
         for part in parts:
             for level, budget in part.budgets.items():
-                if prefix == "" and _vanishes(part, budget):
+                if prefix == "" and part.vanishes(level):
                     continue
                 found = {m: crafted[part.name, level, m] for m in makers(study.models)}
                 for kind, name, bits in _pairs(part, found, prefix):
@@ -55,6 +57,18 @@ def attacked(
     if "attack" in floors:
         floors |= dict.fromkeys(("transfer", "worst"), floors["attack"])
     return [replace(row, floor=floors.get(row.kind)) for row in rows], floors, crafted
+
+
+def _crafted(study: Any, parts: Sequence[Part], thorough: bool) -> Crafted:
+    found: Crafted = {}
+    for part in sorted(parts, key=lambda part: part.name != FIRST):
+        for level, maker in product(part.budgets, makers(study.models)):
+            after = found.get((FIRST, level, maker))
+            if thorough or after is None or _kind(part) == "noise" or part.is_universal:
+                found[part.name, level, maker] = study.attack(part, level, maker)
+            else:
+                found[part.name, level, maker] = study.attack(part, level, maker, after=after)
+    return found
 
 
 def disturbed(
@@ -76,9 +90,14 @@ def disturbed(
     return [replace(row, floor=floors.get(row.kind)) for row in rows], floors
 
 
-def notes_on(images: Images, suite: Suite) -> tuple[str, ...]:
-    """What was done to the images before anything was done to them."""
+def notes_on(images: Images, suite: Suite, thorough: bool) -> tuple[str, ...]:
+    """What was done to the images before anything was done to them, and what was not."""
     factor, notes = corruptions.factor_of(images.pixels), []
+    if not thorough and FIRST in suite.attacks:
+        notes.append(
+            f"rows of the other attacks are of {FIRST} and of them: what it has wrong, rounded and "
+            "not and whoever answers, was spared"
+        )
     if suite.corruptions and factor > 1:
         notes.append(
             f"corrupted at {factor} times their size (bicubic) and averaged back: ImageNet-C's "
@@ -118,7 +137,7 @@ def _worst(
             bits = [
                 found[prefix + role]
                 for part in usual if level in part.budgets
-                if prefix or not _vanishes(part, part.budgets[level])
+                if prefix or not part.vanishes(level)
                 for (name, at, _), found in crafted.items()
                 if (name, at) == (part.name, level) and prefix + role in found
             ]  # fmt: skip
@@ -133,10 +152,6 @@ def _worst(
 def _prefixes(parts: Sequence[Part]) -> tuple[str, ...]:
     """Rounded and unrounded; what is not of pixels has one row."""
     return ("", UNROUNDED) if any(part.module.INPUT == "pixels" for part in parts) else ("",)
-
-
-def _vanishes(part: Part, budget: float) -> bool:
-    return part.norm == "linf" and budget < 1 / 255
 
 
 def _kind(part: Part) -> str:

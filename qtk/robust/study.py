@@ -6,13 +6,14 @@ off by the maker and by those that it is to transfer to.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
 from qtk import integrity
-from qtk.robust.cells import UNSEEN, Bits, Cells, Found
+from qtk.robust.cells import RIGHT, UNSEEN, Bits, Cells, Found
 from qtk.robust.images import Images
 from qtk.robust.result import UNROUNDED
 from qtk.robust.suite import Part
@@ -22,6 +23,7 @@ HEARERS = {  # who answers what was crafted on whom
     FLOAT: (FLOAT, QUANTIZED, SECOND), QUANTIZED: (QUANTIZED, FLOAT), SECOND: (SECOND,),
     ADAPTIVE: (QUANTIZED,),
 }  # fmt: skip
+ALONE = "alone"  # the answers of one model, whatever its role
 SLACK = 1e-4  # of 1/255: float32 knows no budget exactly
 
 
@@ -67,33 +69,54 @@ class Study:
     def clean(self) -> Found:
         """Every role on clean images."""
         self.say("clean images")
-        return self.cells.get(
-            {"part": "clean"}, lambda: {r: self.right(r, self.images.pixels) for r in self.roles}
-        )
+        return self.heard({"part": "clean"}, lambda role: self.right(role, self.images.pixels))
 
-    def attack(self, part: Part, level: str, maker: str, steps: int | None = None) -> Found:
+    def heard(self, facts: Mapping[str, object], answers: Callable[[str], Bits]) -> Found:
+        """What each role answers, kept by model: studies of one float model share its answers."""
+
+        def alone(role: str) -> Found:
+            return {ALONE: answers(role)}
+
+        return {r: self.cells.of(r).get(facts, partial(alone, r))[ALONE] for r in self.roles}
+
+    def attack(
+        self, part: Part, level: str, maker: str, steps: int | None = None,
+        after: Found | None = None,
+    ) -> Found:  # fmt: skip
         """Who is right on what `part` crafts on `maker`, by who answers, rounded and not.
 
         Images that no model has right on clean data are not attacked: they count as wrong anyway.
+
+        Args:
+            after: of an attack before this one; what it has wrong in every answer is spared, and
+                what it has wrong is wrong here, too.
         """
         steps = self.steps if steps is None else steps
         reseed(self.models[maker], self.seed, "attacker")
         budget = part.budgets[level]
         facts = {"part": part.name, "budget": budget, "maker": maker, "steps": steps}
         self.say(f"{part.name} {level} on {maker}")
-        craft = self._universal if part.is_universal else self._single
-        return self.cells.get(facts, lambda: craft(part, budget, maker, steps))
+        if part.is_universal:
+            return self.cells.get(facts, lambda: self._universal(part, budget, maker, steps))
+        standing = _standing(self.clean())
+        if after is not None:
+            facts["after"] = True
+            unrounded = {k: v for k, v in after.items() if k.startswith(UNROUNDED)}
+            standing &= _standing(unrounded if part.vanishes(level) else after)
+        chosen = np.flatnonzero(standing)
+        found = self.cells.get(facts, lambda: self._single(part, budget, maker, steps, chosen))
+        return found if after is None else {key: bits & after[key] for key, bits in found.items()}
 
-    def _single(self, part: Part, budget: float, maker: str, steps: int) -> Found:
-        clean = self.clean()
-        chosen = np.flatnonzero(np.stack([clean[r] for r in clean]).max(0) == 1)
+    def _single(
+        self, part: Part, budget: float, maker: str, steps: int, chosen: np.ndarray
+    ) -> Found:
         x, y = self.images.pixels[chosen], self.images.labels[chosen]
         generator = drawn(self.seed, part.name, budget)
         found = [
             part.module.perturb(self.models[maker], a, b, budget, generator, steps)
             for a, b in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True)
         ] if len(x) else [x]  # fmt: skip
-        return self._heard(maker, torch.cat(found), x, y, chosen, clean)
+        return self._heard(maker, torch.cat(found), x, y, chosen, self.clean())
 
     def _universal(self, part: Part, budget: float, maker: str, steps: int) -> Found:
         """Learned on the first half of the images, judged on the second."""
@@ -118,9 +141,16 @@ class Study:
             for role in HEARERS[maker]:
                 if role in self.models:
                     bits = np.zeros(len(self.images.labels), np.int8)
-                    bits[chosen] = self.right(role, pixels, y)
+                    unmoved = torch.equal(pixels, x)
+                    bits[chosen] = 1 if unmoved else self.right(role, pixels, y)
                     found[prefix + role] = bits & clean[role]
         return found
+
+
+def _standing(found: Found) -> np.ndarray:
+    """[N] bool: what some model has right."""
+    standing: np.ndarray = np.stack(list(found.values())).max(0) == RIGHT
+    return standing
 
 
 @torch.no_grad()

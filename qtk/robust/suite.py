@@ -13,6 +13,7 @@ ATTACK, SYSTEM = "robust.attack", "robust.system"
 STANDARD = ("noise", "fgsm", "pgd_linf", "pgd_l2", "pgd_l1", "mim", "ddn", "apgd_ce", "apgd_dlr",
             "square")  # fmt: skip
 TEXT = ("embedding_pgd", "character_noise", "word_noise")
+FIRST = "apgd_ce"  # what it has wrong the other attacks may spare
 GRID = "grid"  # decoders, resizers and colours in every combination
 GROUPS = ("attacks", "text", "corruptions", "system", GRID)
 LEVELS = ("small", "mid", "large")
@@ -44,6 +45,10 @@ class Part:
     @property
     def is_universal(self) -> bool:
         return bool(getattr(self.module, "UNIVERSAL", False))
+
+    def vanishes(self, level: str) -> bool:
+        """Whether nothing is left of it in images of whole steps of 1/255."""
+        return self.norm == "linf" and self.budgets[level] < 1 / 255
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ inputs per tensor, gradients straight through; norms are switched, the largest b
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,8 +63,8 @@ def random_precision_training(
     reader = _Normalized(net, mean, std)
     optimizer = torch.optim.SGD(net.parameters(), rate, momentum=0.9, weight_decay=5e-4)
     batches = -(-len(pixels) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=epochs * batches, pct_start=0.2
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, partial(share_of_rate, total=epochs * batches)
     )
     generator = Generator().manual_seed(seed)
     for epoch in range(epochs):
@@ -83,6 +84,12 @@ def random_precision_training(
             total += float(loss.detach()) * len(rows)
         say(epoch + 1, epochs, total / len(pixels))
     return net.eval()
+
+
+def share_of_rate(step: int, total: int) -> float:
+    """Rises over the first fifth of the steps, then falls to zero, both in a straight line."""
+    peak = max(1, total // 5)
+    return (step + 1) / peak if step < peak else (total - step) / max(1, total - peak)
 
 
 class SwitchablePrecision(nn.Module):

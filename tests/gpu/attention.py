@@ -11,6 +11,7 @@ from qtk_kernels.quantized_attention import attention_weights, pack_heads, quant
 from tests.gpu import cases
 from tests.gpu.compare import ULP, both, near
 
+Case = tuple[tuple[Tensor, ...], dict[str, Any]]  # q, k and v, and options
 OPERANDS = ("float", "int8", "int4", "fp8")
 KINDS: list[dict[str, Any]] = [
     {"softmax": "float"},
@@ -46,6 +47,47 @@ def operands(
         return (q, k, v.to(torch.float8_e4m3fn)), scales
     v, v_scale = codes(v.transpose(2, 3), bits)
     return (q, k, v.transpose(2, 3)), {**scales, "v_scale": v_scale}
+
+
+def sentences(
+    spans: list[tuple[int, int]], T: int, H: int, D: int, operand: str, causal: bool,
+    device: str = "cpu", dtype: torch.dtype = torch.float32,
+) -> tuple[Case, Case, Tensor]:  # fmt: skip
+    """Sentences padded to T places with a mask, the same one after another, and where those were.
+
+    Args:
+        spans: the places of each that are tokens, first and past the last.
+    """
+    (q, k, v), scales = operands(len(spans), H, T, T, D, operand, device)
+    if operand == "float":
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    place = torch.arange(T, device=device)
+    there = torch.stack([(place >= first) & (place < end) for first, end in spans])
+    rows = there.flatten().nonzero()[:, 0]
+
+    def pack(x: Tensor) -> Tensor:
+        """[S, H, T, ...] to [1, H, N, ...], as views of a model's tensors are."""
+        bytes_ = x.view(torch.uint8) if x.itemsize == 1 else x
+        flat = bytes_.transpose(1, 2).flatten(0, 1)[rows]
+        return flat.transpose(0, 1)[None].view(x.dtype)
+
+    starts, row = [], 0
+    for first, end in spans:
+        starts.append([row, first, end])
+        row += end - first
+    of_tokens: dict[str, Any] = {n: scales[n] for n in ("q_scale", "k_scale") if n in scales}
+    fixed = {"v_scale": scales["v_scale"].amax(0, keepdim=True)} if "v_scale" in scales else {}
+    mask = there[:, None, None]
+    if causal:
+        mask = mask & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    sequences = torch.tensor(starts, dtype=torch.int32, device=device)
+    return (
+        ((q, k, v), {**of_tokens, **fixed, "mask": mask}),
+        ((pack(q), pack(k), pack(v)),
+         {**{name: pack(x) for name, x in of_tokens.items()}, **fixed, "sequences": sequences,
+          "longest": T, "causal": causal}),
+        rows,
+    )  # fmt: skip
 
 
 def step_of(kind: str, H: int, device: str = "cpu") -> dict[str, Tensor]:
@@ -92,12 +134,18 @@ def slack(args: tuple[Tensor, ...], options: dict[str, Any], kind: dict[str, Any
     return y.transpose(1, 2).flatten(2) + 1e-6
 
 
-def attention(rng: random.Random, device: str) -> None:
-    """Any operands, kinds of softmax, masks and lengths, in views as a model makes them."""
-    old = device == "cuda" and torch.cuda.get_device_capability() < (8, 9)  # has no e4m3
-    operand, kind = rng.choice(OPERANDS[:3] if old else OPERANDS), rng.choice(KINDS)
+def operand_and_kind(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """What a card multiplies, and a softmax that goes with it."""
+    known = OPERANDS if cases.multiplies_fp8() else OPERANDS[:3]
+    operand, kind = rng.choice(known), rng.choice(KINDS)
     if operand == "fp8" and not takes_fp8(kind):
         kind = {"softmax": "code", "steps": rng.choice([1, 2, 4])}
+    return operand, kind
+
+
+def attention(rng: random.Random, device: str) -> None:
+    """Any operands, kinds of softmax, masks and lengths, in views as a model makes them."""
+    operand, kind = operand_and_kind(rng)
     Tq, Tk = (rng.choice([1, 2, 17, 64, 65, rng.randint(1, cases.LONGEST)]) for _ in range(2))
     D = rng.choice(cases.HEADS)
     B, H = rng.choice([(1, 1), (2, 1), (1, 3), (2, 2)])
@@ -114,6 +162,24 @@ def attention(rng: random.Random, device: str) -> None:
         args = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in args)
     got, want = both(quantized_attention, *args, **options)
     near(got, want, slack(args, options, kind).double())
+
+
+def sequences(rng: random.Random, device: str) -> None:
+    """Sentences one after another: some without a token, some that end before the longest."""
+    operand, kind = operand_and_kind(rng)
+    T = rng.choice([1, 17, 64, 65, rng.randint(1, cases.LONGEST)])
+    H, D, causal = rng.choice([1, 2, 3]), rng.choice(cases.HEADS), rng.random() < 0.4
+    spans = [
+        (first, rng.randint(first, T)) for first in rng.choices(range(T + 1), k=rng.randint(1, 4))
+    ]
+    spans.append((0, rng.randint(1, T)))
+    (args, padded), (packed, options), rows = sentences(
+        spans, T, H, D, operand, causal, device, rng.choice(cases.DOTS)
+    )
+    kind = {**kind, **step_of(kind["softmax"], H, device)}
+    got, want = both(quantized_attention, *packed, **options, **kind)
+    bound = slack(args, {**padded, **kind}, kind).flatten(0, 1)[rows]
+    near(got[0], want[0], bound.double())
 
 
 def takes_fp8(kind: dict[str, Any]) -> bool:

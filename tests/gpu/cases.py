@@ -23,6 +23,11 @@ if not torch.cuda.is_available():  # the interpreter takes a second for each til
 FEW = SIZES[:8] if torch.cuda.is_available() else (1, 2, 3, 5)  # rows of a quantizer
 
 
+def multiplies_fp8() -> bool:
+    """Whether the card at hand has instructions for e4m3; the interpreter has."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
+
+
 def sizes(rng: random.Random) -> tuple[int, int, int]:
     """M, N and K."""
     if LARGE and rng.random() < 0.1:

@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.gpu import attention, linears, quantizers
+from tests.gpu.cases import multiplies_fp8
 from tests.gpu.compare import answers
 
 LOST = 3  # exit status where the device is lost to this process: another may go on behind the case
@@ -31,7 +32,9 @@ CHECKS: dict[str, Callable[[random.Random, str], None]] = {
     **{op: partial(linears.integer_linear, op) for op in ("W8A8", "W4A8", "W4A4")},
     "fp8": linears.fp8,
     "weight_only": linears.weight_only,
+    "heads": quantizers.heads,
     "attention": attention.attention,
+    "sequences": attention.sequences,
 }
 
 
@@ -41,10 +44,9 @@ def check(name: str, seed: int, device: str) -> None:
     CHECKS[name](random.Random(seed), device)
 
 
-def runnable(device: str) -> list[str]:
-    """The ops that this device has instructions for."""
-    old = device == "cuda" and torch.cuda.get_device_capability() < (8, 9)
-    return [name for name in CHECKS if not (old and name == "fp8")]
+def runnable() -> list[str]:
+    """The ops that the card at hand has instructions for."""
+    return [name for name in CHECKS if name != "fp8" or multiplies_fp8()]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trace", action="store_true", help="names each case before it runs")
     options = parser.parse_args(arguments)
     end, failed = time.monotonic() + 60 * options.minutes, 0
-    done = dict.fromkeys([options.only] if options.only else runnable(DEVICE), 0)
+    done = dict.fromkeys([options.only] if options.only else runnable(), 0)
     for seed in range(
         options.start, options.cases
     ):  # all ops keep pace: time cuts none of them off

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from qtk_kernels.codes import Codes
 from qtk_kernels.hadamard_quantize import hadamard_quantize
+from qtk_kernels.heads_quantize import heads_quantize
 from qtk_kernels.layer_norm_quantize import layer_norm_quantize
 from qtk_kernels.packing import unpack_int4
 from qtk_kernels.shift_scale_quantize import shift_scale_quantize
+from tests.gpu import cases
 from tests.gpu.cases import DTYPES, FEW, WIDTHS, laid_out
 from tests.gpu.compare import ULP, both, near
 
@@ -55,6 +57,27 @@ def quantizer(op: str, rng: random.Random, device: str) -> None:
         top = 2 ** (bits - 1) - 1
         terms = 0 if exact else largest_term(op, x, a, b) / max(top, 1)
         near(got[1], want[1], (K + 8) * 4 * ULP * (0 if exact else 1) * (want[1] + terms))
+
+
+def heads(rng: random.Random, device: str) -> None:
+    """q, k and v of one product, with a cache's keys, or dense: equal bits."""
+    B, H, D = rng.choice([1, 2]), rng.choice([1, 2, 3]), rng.choice(cases.HEADS)
+    T, dtype = rng.choice([1, 2, 16, 33, 64, rng.randint(1, cases.LONGEST)]), rng.choice(DTYPES)
+    joined = (torch.randn(B, T, 3, H, D, device=device) * 4).to(dtype)
+    q, k, v = joined.permute(2, 0, 3, 1, 4)
+    layout = rng.choice(["joined", "cache", "dense", "channels apart"])
+    if layout == "cache":
+        q, k, v = q[:, :, -1:], k.contiguous(), v.contiguous()
+    elif layout == "dense":
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    elif layout == "channels apart":
+        k = k.transpose(2, 3).contiguous().transpose(2, 3)
+    multiplier = torch.rand(H, D, device=device) * 40
+    got, want = both(
+        heads_quantize, q, k, v, multiplier, rng.randint(2, 8), transposed=rng.random() < 0.5
+    )
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b), (B, H, T, D, dtype, layout)
 
 
 def largest_term(op: str, x: Tensor, a: Tensor, b: Tensor) -> float:

@@ -27,6 +27,17 @@ from tests.kernels.jit_reported import reported
 
 SEEDS = 8  # of each random check, others for each card
 OTHERS = ("reported", "checked")  # beside OPS
+# bytes of stack beside those of a `Case`: mma.sync holds what it multiplies in registers, of
+# attention with 256 keys all of it at once, which costs at most 0.6 instructions a score where a
+# walk would compute scores twice; sm_100 lacks a few words
+SPILLS: dict[int, dict[str, int]] = {
+    80: {"quantized_attention_kernel": 160, "_weight_only_linear_kernel": 16},
+    86: {"quantized_attention_kernel": 160, "_weight_only_linear_kernel": 16},
+    100: {
+        **{f"_{op}_linear_kernel": 24 for op in ("int8", "int4", "fp8")},
+        "quantized_attention_kernel": 64,
+    },
+}
 FP8_FROM = 89  # what multiplies e4m3
 HOPPER = 90
 
@@ -37,7 +48,8 @@ class Compiled(Exception):
 
 def checked(arch: int) -> Iterator[Case]:
     """The random cases of the GPU checks, with a GPU's sizes."""
-    torch.cuda.is_available = lambda: True  # what they draw their sizes by
+    torch.cuda.is_available = lambda: True  # what they draw their sizes and operands by
+    torch.cuda.get_device_capability = lambda device=None: divmod(arch, 10)
     from tests.gpu import attention, cases, check, linears, quantizers
 
     cases.LARGE = ()  # the same launches, in gigabytes
@@ -56,7 +68,7 @@ def checked(arch: int) -> Iterator[Case]:
             return
 
     first = list(jit.SHARED).index(arch) * SEEDS
-    for seed, name in product(range(first, first + SEEDS), check.CHECKS):
+    for seed, name in product(range(first, first + SEEDS), check.runnable()):
         yield Case(f"check {name} {seed}", lambda n=name, s=seed: run(n, s), stack=384, waits=True)
 
 
@@ -64,7 +76,7 @@ def cases(op: str, arch: int) -> list[Case]:
     if op == "reported":
         return list(reported())
     if op == "checked":
-        return [case for case in checked(arch) if arch >= FP8_FROM or "fp8" not in case.name]
+        return list(checked(arch))
     if op == "bulk" and arch != HOPPER:
         return []
     return [] if op.startswith("fp8") and arch < FP8_FROM else list(OPS[op]())
@@ -81,7 +93,8 @@ def failures(case: Case, arch: int, ones: str) -> list[str]:
     wrong = []
     for b in found:
         wrong += [f"{b.kernel}: {b.shared} bytes of shared memory"] * (b.shared > jit.SHARED[arch])
-        wrong += [f"{b.kernel}: {b.stack} bytes of stack"] * (b.stack > case.stack)
+        stack = case.stack + SPILLS.get(arch, {}).get(b.kernel, 0)
+        wrong += [f"{b.kernel}: {b.stack} bytes of stack"] * (b.stack > stack)
         wrong += [f"{b.kernel}: waits after each wgmma"] * (b.serialized and not case.waits)
     return wrong
 

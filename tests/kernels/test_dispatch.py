@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -63,6 +67,34 @@ def test_avx2_adds_two_products_of_fifteen_bits_in_sixteen(monkeypatch, w, a, ex
     assert cpu_has_int8(w, a) == exact == (2 * (2**a - 1) * 2 ** (w - 1) < 2**15)
     monkeypatch.setattr(dispatch, "EXACT_BITS", 0)
     assert not cpu_has_int8(w, a)
+
+
+@pytest.mark.parametrize("cap, has, want", [
+    ("", ["avx512_vnni"], True), ("", [], False), ("all", ["amx_int8"], True),
+    ("avx2", ["avx512_vnni", "avx_vnni"], False), ("AVX512_CORE", ["avx512_vnni"], False),
+    ("AVX512_CORE_VNNI", ["avx512_vnni"], True),
+    ("AVX2_VNNI", ["avx512_vnni"], False), ("AVX2_VNNI", ["avx512_vnni", "avx_vnni"], True),
+])  # fmt: skip
+def test_a_cap_of_onednn_hides_instructions(cap, has, want):
+    """A CPU with VNNI under ONEDNN_MAX_CPU_ISA=AVX2 saturates as one without."""
+    assert dispatch.int8_units(dict.fromkeys(has, True), cap) == want
+
+
+@pytest.mark.parametrize("cap", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
+def test_products_are_exact_under_a_cap_of_onednn(cap):
+    """In a process of its own, which oneDNN reads its cap once in; on the largest codes."""
+    code = (
+        "import torch; from qtk_kernels.int8_linear import int8_linear, prepare_int8; "
+        "x = torch.full((3, 64), 127, dtype=torch.int8); "
+        "w = prepare_int8(torch.full((8, 64), 127, dtype=torch.int8)); "
+        "y = int8_linear(x, w, torch.ones(8, 1), x_zero_point=-128); "
+        "print(set(y.int().flatten().tolist()))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "ONEDNN_MAX_CPU_ISA": cap},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said.stdout.strip() == str({255 * 127 * 64})
 
 
 class OnGpu:

@@ -46,10 +46,13 @@ def test_what_once_failed_compiles_fits_and_does_not_spill(reported, name):
     assert [line for line in said.splitlines() if line.startswith(f"sm_90 {name}: ")] == []
 
 
-@pytest.mark.slow  # minutes of compiling; `make gpu-gate` compiles all
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("arch, few", [("90", "16"), ("86", "6")])
+@pytest.mark.parametrize("arch, few", [
+    ("90", "2"),
+    *(pytest.param(arch, few, marks=pytest.mark.slow)  # minutes of compiling
+      for arch, few in (("80", "8"), ("86", "8"), ("90", "16"), ("100", "8"))),
+])  # fmt: skip
 def test_launches_compile_and_fit_the_card(tmp_path, arch, few):
-    """A sample of what `make gpu-gate` compiles."""
+    """A sample of each op of what `make gpu-gate` compiles."""
     code, said = gate(tmp_path, "--arch", arch, "--few", few)
     assert code == 0, said

@@ -15,6 +15,6 @@ from tests.gpu.check import CHECKS, check, runnable
 )  # fmt: skip
 @given(seed=st.integers(0, 2**31))
 def test_kernels_equal_their_references(name, device, seed):
-    if name not in runnable(device):
+    if name not in runnable():
         pytest.skip(f"this device has no instructions for {name}")
     check(name, seed, device)

@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, distribution, files, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from benchmarks.speed import gpu_checks, gpu_run
 from benchmarks.speed.gpu_models import MODELS
@@ -97,12 +99,61 @@ def test_a_check_goes_on_behind_the_case_that_ended_its_process(monkeypatch):
     assert commands[1][-2:] == ["--start", "2"]
 
 
-def dry(out: Path, *names: str, path: str = "", few: int = 2, limit: int = 900) -> str:
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git tracks, as it is now, where no data lie beside it."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs a checkout")
+    folder = tmp_path_factory.mktemp("fresh") / "qtk"
+    named = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in named.stdout.decode().split("\0")[:-1]:
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def closure(lines: list[str]) -> set[str]:
+    """Names of the packages that these requirements install here.
+
+    Raises:
+        PackageNotFoundError: one that is not installed.
+    """
+    wanted, found = [Requirement(line) for line in lines], set()
+    while wanted:
+        one = wanted.pop()
+        if one.name in found or (one.marker and not one.marker.evaluate({"extra": ""})):
+            continue
+        found.add(one.name)
+        assert one.specifier.contains(version(one.name), prereleases=True), one
+        wanted += map(Requirement, requires(one.name) or [])
+    return found
+
+
+@pytest.fixture(scope="module")
+def python(clone: Path) -> Path:
+    """Of an environment with what the requirements of a GPU run need, and nothing else."""
+    lines = (clone / "benchmarks" / "requirements-gpu.txt").read_text().splitlines()
+    try:
+        packages = closure([line for line in lines if line and line[0] != "#"])
+    except PackageNotFoundError as absent:
+        pytest.skip(f"needs {absent}")
+    folder = clone.parent / "venv"
+    subprocess.run([sys._base_executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for package in packages:
+        for top in {file.parts[0] for file in files(package) or ()} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(str(distribution(package).locate_file(top))))
+    return folder / "bin" / "python"
+
+
+def dry(root: Path, python: Path, out: Path, *names: str, few: int = 2, limit: int = 900) -> str:
     """Runs the script; gives what it printed."""
     drop = ("TRITON_INTERPRET", "PYTHONPATH", "QTK_BACKEND")
     env = {k: v for k, v in os.environ.items() if k not in drop}
-    env |= {"PYTHON": sys.executable, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(out / "cache")}
-    command = ["bash", str(ROOT / "benchmarks" / "run_gpu.sh"), *names, "--dry", "--few", str(few)]
+    env |= {"PYTHON": str(python), "TRITON_CACHE_DIR": str(out / "cache")}
+    command = ["bash", str(root / "benchmarks" / "run_gpu.sh"), *names, "--dry", "--few", str(few)]
     command += ["--out", str(out), "--minutes", "60"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
@@ -110,18 +161,26 @@ def dry(out: Path, *names: str, path: str = "", few: int = 2, limit: int = 900) 
 
 
 @COMPILES
-def test_a_step_runs_dry_from_the_script_to_the_table_at_home(tmp_path):
-    printed = dry(tmp_path, "bench", few=1)
-    assert "== home: gpu_kernels_imagined_gpu.csv" in printed
-    table = json.loads((tmp_path / "gpu_kernels_imagined_gpu.json").read_text())
-    assert table["rows"][0][0] == "shift_scale_quantize"
+def test_a_fresh_clone_runs_dry_with_the_packages_it_lists(clone, python, tmp_path):
+    """Steps of each kind, some cases of each: from the script to the tables at home."""
+    printed = dry(clone, python, tmp_path, "ceilings", "bench", "BERT-base:1", "tests", few=2)
+    assert "No module named" not in printed and "Error" not in printed
+    names = ("checks", "kernels", "models")
+    checks, kernels, models = (
+        json.loads((tmp_path / f"gpu_{name}_imagined_gpu.json").read_text())["rows"]
+        for name in names
+    )
+    assert [row[1] for row in checks] == ["bytes", "bf16", "int8", "fp8"]
+    assert kernels[0][0] == "shift_scale_quantize"
+    assert [row[3] for row in models if row[4]] == ["bfloat16, compiled", "qtk W8A8"]
+    assert "tests/kernels/test_int8_linear.py: " in printed  # collected
 
 
 @pytest.mark.slow  # compiles for minutes
 @COMPILES
-@pytest.mark.parametrize("call", ["call1", "call2", "call3"])
-def test_every_call_runs_dry_and_no_case_fails(tmp_path, call):
-    printed = dry(tmp_path, call, limit=1800)
-    assert "Error" not in printed
+@pytest.mark.parametrize("call", gpu_run.CALLS)
+def test_every_call_runs_dry_and_no_case_fails(clone, python, tmp_path, call):
+    printed = dry(clone, python, tmp_path, call, limit=3000)
+    assert "Error" not in printed and "not run" not in printed
     home = [path for path in tmp_path.iterdir() if path.suffix in (".csv", ".json")]
     assert 0 < len(home) <= 7

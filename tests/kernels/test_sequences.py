@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qtk_kernels.quantized_attention import quantized_attention
-from tests.gpu.attention import operands, step_of
+from tests.gpu.attention import sentences, step_of
 
 H, D, T = 2, 16, 40
 SPANS = [(0, 5), (7, 8), (0, 0), (33, 40)]  # of their places; the fourth has no token
@@ -18,44 +18,12 @@ KINDS = [
 ]
 
 
-def sentences(operand, causal):
-    """Padded operands, their options, the mask, and the same packed."""
-    (q, k, v), scales = operands(len(SPANS), H, T, T, D, operand)
-    place = torch.arange(T)
-    there = torch.stack([(place >= first) & (place < end) for first, end in SPANS])
-    rows = there.flatten().nonzero()[:, 0]
-
-    def pack(x):
-        """[S, H, T, ...] to [1, H, N, ...], as views of a model's tensors are."""
-        bytes_ = x.view(torch.uint8) if x.itemsize == 1 else x
-        flat = bytes_.transpose(1, 2).flatten(0, 1)[rows]
-        return flat.transpose(0, 1)[None].view(x.dtype)
-
-    starts, row = [], 0
-    for first, end in SPANS:
-        starts.append([row, first, end])
-        row += end - first
-    token_scales = {name: scales[name] for name in ("q_scale", "k_scale") if name in scales}
-    fixed = {"v_scale": scales["v_scale"].amax(0, keepdim=True)} if "v_scale" in scales else {}
-    packed = {name: pack(x) for name, x in token_scales.items()}
-    mask = there[:, None, None]
-    if causal:
-        mask = mask & torch.ones(T, T, dtype=torch.bool).tril()
-    return (
-        ((q, k, v), {**token_scales, **fixed, "mask": mask}),
-        (tuple(map(pack, (q, k, v))),
-         {**packed, **fixed, "sequences": torch.tensor(starts, dtype=torch.int32), "longest": T,
-          "causal": causal}),
-        rows,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("operand, kind, block_n, causal", [
     (*KINDS[0], 16, False), (*KINDS[1], None, False), (*KINDS[2], 16, True),
     (*KINDS[3], None, True), (*KINDS[4], 16, False), (*KINDS[5], None, False),
 ], ids=str)  # fmt: skip
 def test_the_bits_of_padded_sentences(operand, kind, block_n, causal):
-    (args, options), (packed, its), rows = sentences(operand, causal)
+    (args, options), (packed, its), rows = sentences(SPANS, T, H, D, operand, causal)
     kind = {**kind, **step_of(kind["softmax"], H), "block_n": block_n}
     want = quantized_attention(*args, **options, **kind, backend="triton").flatten(0, 1)[rows]
     got = quantized_attention(*packed, **its, **kind, backend="triton")
@@ -65,7 +33,7 @@ def test_the_bits_of_padded_sentences(operand, kind, block_n, causal):
 
 @pytest.mark.parametrize("operand, kind", KINDS, ids=str)
 def test_the_definition_is_that_of_padded_sentences(operand, kind):
-    (args, options), (packed, its), rows = sentences(operand, True)
+    (args, options), (packed, its), rows = sentences(SPANS, T, H, D, operand, True)
     kind = {**kind, **step_of(kind["softmax"], H)}
     want = quantized_attention(*args, **options, **kind, backend="reference").flatten(0, 1)[rows]
     assert torch.equal(quantized_attention(*packed, **its, **kind, backend="reference")[0], want)

@@ -84,6 +84,25 @@ def test_of_a_linear_model_an_l2_attack_needs_no_more_than_the_distance_to_the_b
     assert (model(found(name, model, x, y, 0.9 * needed, steps=60)).argmax(-1) == y).all()
 
 
+def test_an_l1_attack_is_no_weaker_than_a_linear_models_gradient():
+    """d = w_y - w_other: along d the margin falls by |d|_2^2 / |d|_1 of the budget; no way is
+    better than along its largest number alone."""
+    model, x = Linear(), 0.5 + torch.zeros(4, 3, 4, 4)
+    y, budget = model(x).argmax(-1), 0.3
+    moved = found("pgd_l1", model, x, y, budget, steps=40)
+    fall = square.margin(model(x), y) - square.margin(model(moved), y)
+    way = model.w[0] - model.w[1]
+    assert (fall >= 0.95 * budget * way.square().sum() / way.abs().sum()).all()
+    assert (fall <= budget * way.abs().max() * (1 + 1e-4)).all()
+
+
+def test_noise_is_the_budget_up_or_down():
+    x = torch.full((2, 3, 32, 32), 0.5)
+    moved = (found("noise", None, x, None, 0.1) - x) / 0.1
+    assert torch.allclose(moved.abs(), torch.ones_like(x), atol=1e-5)
+    assert abs(float(moved.mean())) < 4 / x.numel() ** 0.5
+
+
 def test_the_ratio_of_logits_is_the_papers():
     logits, y = torch.tensor([[5.0, 3, 1, 0], [1, 4, 2, 8]]), torch.tensor([0, 1])
     assert apgd_dlr.ratio(logits, y).tolist() == pytest.approx([-(5 - 3) / (5 - 1), -(4 - 8) / 6])

@@ -64,6 +64,29 @@ def test_switching_there_and_back_gives_the_same_bits(eight):
                 assert (layer(y) - reference).abs().max() <= bound
 
 
+def test_what_is_kept_prepared_answers_as_what_is_prepared_anew(eight):
+    """Also after gradients, for which layers give up what they share; and it is not made twice."""
+    _, qmodel, pixels, _ = eight
+    x = (2 * pixels - 1).requires_grad_()
+    plain = qtk.random_precision(copy.deepcopy(qmodel))
+    kept = qtk.random_precision(copy.deepcopy(qmodel), keep=True)
+    assert len(kept.tensors()) == len(plain.tensors())
+    for bits in (4, 8, 6, 4, 8, 6):
+        kept.at(bits, pixel_values=x).sum().backward()
+        with torch.no_grad():
+            answers = [model.at(bits, pixel_values=x) for model in (plain, kept)]
+        assert torch.equal(*answers)
+    assert len(kept.tensors()) > len(plain.tensors())
+    layer = next(m for m in kept.modules() if isinstance(m, QuantLinear))
+    kept.switch(4)
+    before = layer.snapshot()[2]
+    kept.switch(8)
+    kept.switch(4)
+    assert layer.snapshot()[2] is before
+    kept.float()  # whatever moves the model moves nothing that is kept
+    assert len(kept.tensors()) == len(plain.tensors())
+
+
 def test_each_sample_draws_its_own_bits_and_keeps_its_place(eight):
     _, qmodel, pixels, _ = eight
     x = 2 * pixels - 1
@@ -229,6 +252,15 @@ def test_a_vit_trains_too_and_repeats_itself():
         first, second = (run.at(4, pixel_values=pixels) for run in runs)
     assert torch.equal(first, second)
     assert not any(isinstance(m, training.FakeQuantized) for m in model.modules())  # a copy
+
+
+@pytest.mark.parametrize("total", [1, 4, 5, 6, 100])
+def test_the_rate_rises_over_a_fifth_and_falls_to_zero(total):
+    shares = [training.share_of_rate(step, total) for step in range(total + 1)]
+    assert max(shares) == 1 and min(shares[:-1]) > 0
+    assert shares[-1] == 0 or total == 1  # a step's rate is set before it, the last one is not used
+    peak = shares.index(1)
+    assert peak <= total / 5 and shares[peak:] == sorted(shares[peak:], reverse=True)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import qtk
 from qtk import intervals
 from qtk.models import bert
 from qtk.robust import images, pairs, sanity, study
+from qtk.robust import suite as suite_module
 from qtk.robust.cells import Cells
 from qtk.robust.images import Images
 from qtk.robust.result import compare, worst_of
@@ -81,6 +82,39 @@ def test_it_repeats_itself_and_goes_on_from_what_was_kept(pair, tmp_path, monkey
     files[1].write_text("{")
     with pytest.raises(qtk.CheckpointError, match="delete it"):
         run(pair, resume=tmp_path)
+
+
+def test_what_is_wrong_already_may_be_spared(pair, monkeypatch):
+    """Square sees what APGD left right for somebody, and its row counts the others as wrong."""
+    suite, seen = ["noise", "square", "apgd_ce"], []
+    every = run(pair, suite=suite, second=None)
+    square = suite_module.load("robust.attack", "square")
+    perturb = square.perturb
+    monkeypatch.setattr(square, "perturb", lambda *a: seen.append(len(a[1])) or perturb(*a))
+    found = run(pair, suite=suite, second=None, thorough=False)
+    for level in ("mid", "unrounded mid"):
+        for side in ("accuracy_float", "accuracy_quantized"):
+            before, after = (
+                [getattr(r, side) for r in (f.row("apgd_ce", level), f.row("worst case", level))]
+                for f in (every, found)
+            )
+            assert before[0] == after[0]  # the first attack is what it was
+            assert getattr(found.row("square", level), side) <= after[0]
+            assert after[1] <= after[0]
+    apgd = found.row("apgd_ce", "mid")
+    for accuracy, n in zip((apgd.accuracy_float, apgd.accuracy_quantized), seen, strict=True):
+        assert accuracy * 24 <= n < 24  # what either model or either rounding has right, no more
+    assert "spared" in found.notes[0] and not every.notes
+
+
+def test_studies_of_one_float_model_share_its_answers(pair, tmp_path):
+    options = {"suite": ["preprocessing"], "second": None, "resume": tmp_path}
+    first = run(pair, **options)
+    files = len([*tmp_path.iterdir()])
+    assert files == 4  # two models, clean and preprocessed
+    other = run(pair, qmodel=pair[2], **options)
+    assert len([*tmp_path.iterdir()]) == files + 2
+    assert [r.accuracy_float for r in first.rows] == [r.accuracy_float for r in other.rows]
 
 
 def test_a_float_model_is_as_robust_as_itself(pair):

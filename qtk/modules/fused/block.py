@@ -34,6 +34,7 @@ IGNORED = (
 CACHE = ("cache", "past_key_values")  # what transformers calls it from 5.24 on, and before
 
 Forward = Callable[[Tensor, Tensor | None, Any], Tensor]
+Prepared = tuple[Parts | None, dict[torch.dtype | None, Forward]]
 
 
 def dataflow(parts: Parts, seams: Seams, layer: int) -> Forward:
@@ -103,6 +104,13 @@ class FusedBlock(nn.Module):
         self._forwards = {None: flow(kernels.seams(parts))}
         if onednn.runs_here(parts):
             self._forwards[torch.float32] = flow(onednn.seams(parts))
+
+    def snapshot(self) -> Prepared:
+        """The parts, for `restore`; its linears have snapshots of their own."""
+        return self._parts, self._forwards
+
+    def restore(self, found: Prepared) -> None:
+        self._parts, self._forwards = found
 
     def unprepare(self) -> None:
         """Forgets the parts: the norms and linears inside are about to change."""
