@@ -40,7 +40,7 @@ from qtk.mixed_precision.data import Data, full_rows
 from qtk.mixed_precision.loss import Judge
 from qtk.mixed_precision.result import Search
 from qtk.mixed_precision.search import OPTIONS
-from qtk.mixed_precision.space import Chosen, Pair, Space
+from qtk.mixed_precision.space import Chosen, Pair, Space, name_of
 from qtk.models import describe
 from qtk.observe import Batch
 from qtk.observe.batches import prepare
@@ -287,9 +287,11 @@ def faster(task: Task, preset: str, draws: int) -> None:
     times = race(calls, 60, limit=60.0)
     points = {name: task.points(model) for name, model in models.items()}
     print(points, times)
+    w8a8 = next(point for point in found.references if point.name == name_of((8, 8)))
     cell = (
         f"{points['found'] - points['W8A8']:+.2f} ({points['found']:.2f}, "
-        f"{points['W8A8']:.2f}), {100 * (times['found'] / times['W8A8'] - 1):+.0f} %"
+        f"{points['W8A8']:.2f}), {100 * (times['found'] / times['W8A8'] - 1):+.0f} %, predicted "
+        f"{100 * (found.point.seconds / w8a8.seconds - 1):+.0f} %"
     )
     keep(figure, task, cell)
 

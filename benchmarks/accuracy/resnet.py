@@ -131,7 +131,7 @@ def augmented(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def loaded(path: str) -> "ResNet18":
+def loaded(path: str) -> ResNet18:
     held = torch.load(path, weights_only=True)
     net = ResNet18(held["width"])
     net.load_state_dict(held["net"])
