@@ -118,12 +118,12 @@ def _product(p, v, KIND: tl.constexpr, TOP: tl.constexpr, V_FP8: tl.constexpr):
 
 @jit
 def _total(p, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
-    """sum_j P, [BLOCK_M]; bytes are added by the tensor core."""
-    if KIND == "code":
+    """sum_j P, [BLOCK_M]; 32 bytes and more are added by the tensor core."""
+    if KIND == "code" and BLOCK_N >= 32:
         ones = tl.full([BLOCK_N, 16], 1.0, tl.float32).to(tl.float8e5)
         return tl.sum(tl.dot(p, ones), axis=1) * 0.0625
     else:
-        return tl.sum(p, axis=1)
+        return tl.sum(p.to(tl.float32), axis=1)
 
 
 @jit

@@ -70,6 +70,8 @@ def attention_tile(
     rows, warps = 128, 8  # four warps for each 64 rows, or scores would be held twice
     keys = 32 if float32 or full_mask else 128 if one_pass and D <= 64 else 64
     keys = max(min(keys, 32768 // row_bytes), 32)
+    if float32 and D > 64:
+        keys = 16
     whole = max(next_power_of_2(Tk), 32)
     most = ONE_TILE if D <= 64 and not packed else ONE_TILE // 2
     if whole <= most and whole * row_bytes <= 65536 and not (float32 or full_mask):
@@ -79,7 +81,7 @@ def attention_tile(
     if Tq <= 16 and not fp8:
         rows = 16
     elif float32 and D > 64:
-        rows = 32
+        rows, warps = 32, 8
     stages = 1 if keys * row_bytes > 32768 and whole > keys else 2
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 

@@ -47,9 +47,10 @@ class Case:
         run: makes the call.
         first: one of those to compile when time is short.
         stack: bytes of a thread's stack that are tolerated: heads of more than 128 channels have
-            any; float32, rows that do not begin on 16 bytes and a mask of every query some.
+            any; weights of float32 tokens and rows that do not begin on 16 bytes some.
         waits: tensor cores may wait after each product: with a mask of every query, and where
             heads of floats have more than 64 channels.
+        kernel: what has to be among the kernels, where another would serve too.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Case:
     first: bool = False
     stack: float = 0
     waits: bool = False
+    kernel: str = ""
 
 
 def pairwise(*axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
@@ -171,17 +173,49 @@ def float_linears() -> Iterator[Case]:
     for M, (N, K), size, bits, dtype, zero in pairwise(
         ROWS, SHAPES, GROUPS, (4, 8), FLOATS, (False, True)
     ):
-        G = 1 if size is None else -(-K // size)
-        w = u8(1, packed_width(K)) if bits == 4 else i8(1, K)
         float32, odd = dtype == torch.float32, K == 100
         yield Case(
             f"W{bits}A16 {M}x{N}x{K} groups {size} {dtype} zero point {zero}",
-            lambda M=M, N=N, K=K, G=G, w=w, b=bits, d=dtype, z=zero, s=size: weight_only_linear(
-                empty(M, K, dtype=d, unaligned=K == 100), w.expand(N, -1), empty(N, G), empty(N),
-                w_zero_point=empty(N, G) if z else None, bits=b, in_features=K, group_size=s,
-                **TRITON,
+            lambda M=M, N=N, K=K, b=bits, d=dtype, z=zero, s=size: _float_linear(
+                M, N, K, b, d, z, s, unaligned=K == 100
             ), M in (1, 64) and K == 4096,
-            384 if float32 and odd else _stack(float32 or odd),
+            384 if float32 and odd else 128 * (float32 or odd),
+        )  # fmt: skip
+
+
+def _float_linear(
+    M: int, N: int, K: int, bits: int, dtype: torch.dtype, zero_point: bool, size: int | None,
+    unaligned: bool = False,
+) -> Tensor:  # fmt: skip
+    G = 1 if size is None else -(-K // size)
+    w = u8(1, packed_width(K)) if bits == 4 else i8(1, K)
+    return weight_only_linear(
+        empty(M, K, dtype=dtype, unaligned=unaligned), w.expand(N, -1), empty(N, G), empty(N),
+        w_zero_point=empty(N, G) if zero_point else None, bits=bits, in_features=K,
+        group_size=size, **TRITON,
+    )  # fmt: skip
+
+
+def gemv() -> Iterator[Case]:
+    """One and two tokens of four-bit weights, without a tensor core."""
+    shapes, sizes = (*SHAPES, (9, 4), (24, 1028)), (None, 128, 32, 16)
+    for M, (N, K), size, dtype, zero in pairwise((1, 2), shapes, sizes, FLOATS, (False, True)):
+        yield Case(
+            f"gemv W4A16 {M}x{N}x{K} groups {size} {dtype} zero point {zero}",
+            lambda M=M, N=N, K=K, d=dtype, z=zero, s=size: _float_linear(M, N, K, 4, d, z, s),
+            K == 4096, kernel="gemv_floats_kernel",
+        )  # fmt: skip
+    scales, zero_points = ("none", "token", "group"), (0, 1, -100)
+    for M, (N, K), size, out, scale, zero_point in pairwise(
+        (1, 2), shapes, sizes, OUTPUTS, scales, zero_points
+    ):
+        G = 1 if size is None else -(-K // size)
+        x_scale = None if scale == "none" else empty(M, G if scale == "group" else 1)
+        options = {**out, "x_zero_point": zero_point, "group_size": size, "x_scale": x_scale}
+        yield Case(
+            f"gemv W4A8 {M}x{N}x{K} groups {size} {scale} zero point {zero_point} {out}",
+            lambda M=M, N=N, K=K, G=G, o=options: _integer_linear("W4A8", i8(M, K), N, K, G, o),
+            K == 4096, kernel="gemv_integers_kernel",
         )  # fmt: skip
 
 
@@ -256,7 +290,7 @@ def attention(fp8: bool) -> Iterator[Case]:
             f"attention {operand} D={D} T={T} {kind} mask {mask}",
             lambda D=D, T=T, o=operand, k=kind, m=mask: _attend(D, T, o, k, m),
             T in (197, 700) and D in (64, 128),
-            _stack(operand == "float32" or mask == "all", D),
+            _stack(D),
             mask == "all" or (D > 64 and "float" in operand),
         )  # fmt: skip
 
@@ -268,14 +302,14 @@ def sequences(fp8: bool) -> Iterator[Case]:
     for D, T, operand, kind, causal in pairwise(
         HEADS[:4], (1, 197, 512, 700), operands, kinds, (False, True)
     ):
-        wide = 400 * (D == 128 and operand in ("int8", "fp8"))  # sm_100, triton 3.9
+        wide = 400 * (D > 64 and operand == "fp8")  # sm_100, triton 3.9
         yield Case(
             f"sequences {operand} D={D} T={T} {kind} causal {causal}",
             lambda D=D, T=T, o=operand, k=kind, c=causal: _attend(
                 D, T, o, {**k, "causal": c}, "sequences"
             ),
             T in (197, 700) and D == 64,
-            max(_stack(causal, D), wide),
+            max(_stack(D), wide),
             causal or (D > 64 and "float" in operand),
         )  # fmt: skip
 
@@ -297,9 +331,8 @@ def heads() -> Iterator[Case]:
         yield Case(f"heads Tq={Tq} Tk={Tk} D={D} {dtype} {transposed}", run, Tq == 197)
 
 
-def _stack(much: bool, D: int = 0) -> float:
-    """Heads of 65 to 128 channels are held as 128."""
-    return float("inf") if D > 128 else 640 * much if D > 64 else 128 * much
+def _stack(D: int) -> float:
+    return float("inf") if D > 128 else 0
 
 
 def _attend(D: int, T: int, operand: str, kind: dict[str, Any], mask: str) -> Tensor:
@@ -332,6 +365,7 @@ OPS: dict[str, Callable[[], Iterator[Case]]] = {
     "integer_linears": integer_linears,
     "float_linears": float_linears,
     "fp8_linears": fp8_linears,
+    "gemv": gemv,
     "heads": heads,
     "bulk": bulk,  # of Hopper alone
     "attention": lambda: attention(False),

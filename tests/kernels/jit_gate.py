@@ -33,9 +33,10 @@ OTHERS = ("reported", "checked")  # beside OPS
 SPILLS: dict[int, dict[str, int]] = {
     80: {"quantized_attention_kernel": 160, "_weight_only_linear_kernel": 16},
     86: {"quantized_attention_kernel": 160, "_weight_only_linear_kernel": 16},
+    90: {"quantized_attention_kernel": 96, "_int4_linear_kernel": 8, "gemv_floats_kernel": 8},
     100: {
-        **{f"_{op}_linear_kernel": 24 for op in ("int8", "int4", "fp8")},
-        "quantized_attention_kernel": 64,
+        **{f"_{op}_linear_kernel": 40 for op in ("int8", "int4", "fp8", "weight_only")},
+        "quantized_attention_kernel": 136,
     },
 }
 FP8_FROM = 89  # what multiplies e4m3
@@ -91,6 +92,8 @@ def failures(case: Case, arch: int, ones: str) -> list[str]:
         said = [line.strip() for line in str(error).splitlines() if re.search("[a-z]", line)]
         return [f"{type(error).__name__}: {'; '.join(said[-2:])}"]
     wrong = []
+    if case.kernel and case.kernel not in {b.kernel for b in found}:
+        wrong.append(f"{case.kernel} is not what serves")
     for b in found:
         wrong += [f"{b.kernel}: {b.shared} bytes of shared memory"] * (b.shared > jit.SHARED[arch])
         stack = case.stack + SPILLS.get(arch, {}).get(b.kernel, 0)
