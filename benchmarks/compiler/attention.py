@@ -28,6 +28,7 @@ from benchmarks.compiler.flash_attention import flash_attention_kernel
 from benchmarks.compiler.variants import Variant
 from benchmarks.result import COMMIT, RESULTS
 from qtk_kernels import quantized_attention
+from qtk_kernels._launch import next_power_of_2
 from qtk_kernels._softmax import OFFSET
 
 HEAD = 64
@@ -49,48 +50,63 @@ class Row(compiler.Row):
     mufu_in_loop: int
 
 
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "i8": 1, "fp8": 1, "u8": 1}  # of a channel of q, k or v
+
+
 def variant(
     name: str, T: int, kind: str, qk: str, v: str, *, steps: int = 1, per_head: bool = True,
-    masked: bool = False,
+    masked: bool = False, head: int = HEAD,
 ) -> Variant:  # fmt: skip
-    """One kernel variant at head size 64.
+    """One kernel variant.
 
     Args:
-        qk: "bf16", "i8" or "u8" (packed int4).
-        v: "bf16", "i8" or "fp8"; bytes are stored transposed.
+        qk: "fp32", "bf16", "fp16", "i8" or "u8" (packed int4).
+        v: those floats, "i8" or "fp8"; bytes are stored transposed.
         per_head: k_scale is one per head, folded into q_scale by the caller.
         masked: a padding mask, else T keys fill the tiles.
+        head: channels of a head.
     """
     grid = kind == "code" and quantized_attention.WHOLE < T
     one_pass = grid or kind == "float"
-    packed = qk == "u8"
-    row_bytes = HEAD * (2 if v == "bf16" else 1) + (
-        HEAD // 2 if packed else HEAD * (1 + (qk == "bf16"))
-    )
+    packed, floats = qk == "u8", qk not in ("i8", "u8")
+    width = -(-head // 2) if packed else head
+    BLOCK_W, BLOCK_D = max(next_power_of_2(width), 32), max(next_power_of_2(head), 16)
     tile = quantized_attention.attention_tile(
-        T, T, HEAD, one_pass, v == "fp8", row_bytes, packed=packed
-    )
-    types = {"q_ptr": f"*{qk}", "k_ptr": f"*{qk}", "v_ptr": "*i8"}
-    if v == "bf16":
-        types["v_ptr"] = "*bf16"
-    if qk != "bf16":
+        T, T, BLOCK_D, one_pass, v == "fp8", BLOCK_W * BYTES[qk] + BLOCK_D * BYTES[v],
+        packed=packed, rounds=kind != "float",
+    )  # fmt: skip
+    types = {"q_ptr": f"*{qk}", "k_ptr": f"*{qk}", "v_ptr": f"*{v}" if floats else "*i8"}
+    if not floats:
         types |= {k: t for k, t in SCALES.items() if k != "k_scale_ptr" or not per_head}
     types["out_ptr"] = "*bf16"
     if masked:
         types["mask_ptr"] = "*u8"
-    width = HEAD // 2 if packed else HEAD
     params = {
         "KIND": kind, "STEPS": steps, "TOP": 255, "OFFSET": OFFSET.get(steps, 0.0),
-        "RENORMALIZE": False, "ONE_TILE": tile["BLOCK_N"] >= T, "GRID": grid, "CAUSAL": False,
+        "RENORMALIZE": False, "ONE_TILE": not grid and tile["BLOCK_N"] >= T, "GRID": grid,
+        "CAUSAL": False,
         "TAIL": masked or T % tile["BLOCK_N"] > 0, "KEY_MASK": masked, "PACKED": packed,
         "V_FP8": v == "fp8", "EXACT": False,
-        "BLOCK_W": max(width, 32), "BLOCK_D": HEAD, "D": HEAD, "width": width, "Tq": T, "Tk": T,
-        "stride_vt": 3 * HEAD * 12 if v == "bf16" else 1,
-        "stride_vd": 1 if v == "bf16" else T, **tile,
+        "BLOCK_W": BLOCK_W, "BLOCK_D": BLOCK_D, "D": head, "width": width, "Tq": T, "Tk": T,
+        "stride_vt": 3 * head * 12 if floats else 1,
+        "stride_vd": 1 if floats else T, **tile,
     }  # fmt: skip
-    params |= {f"stride_{x}t": 3 * HEAD * 12 for x in "qk"}  # numbers that a launch specializes on
-    params |= {f"stride_{x}{axis}": 3 * HEAD * 12 * 16 for x in "qkv" for axis in "bh"}
+    params |= {f"stride_{x}t": 3 * head * 12 for x in "qk"}  # numbers that a launch specializes on
+    params |= {f"stride_{x}{axis}": 3 * head * 12 * 16 for x in "qkv" for axis in "bh"}
     return Variant(name, quantized_attention.quantized_attention_kernel, types, params)
+
+
+def other_heads() -> list[Variant]:
+    """Every dtype at the head sizes of others; 80 channels are held as 128."""
+    kinds = (("float", "fp32", "fp32"), ("code", "fp32", "fp32"), ("float", "fp16", "fp16"),
+             ("code", "bf16", "bf16"), ("code", "i8", "i8"), ("code", "i8", "fp8"),
+             ("uniform", "i8", "i8"), ("code", "u8", "fp8"))  # fmt: skip
+    return [
+        variant(f"{kind}{'4' * (kind == 'code')} {'int4' if qk == 'u8' else qk} {v} T={T} D={head}",
+                T, kind, qk, v, steps=4 if kind == "code" else 1, head=head)
+        for head in (32, 64, 80, 128) for kind, qk, v in kinds for T in (197, 4096)
+        if head != HEAD or qk == "fp32"
+    ]  # fmt: skip
 
 
 def variants() -> list[Variant]:
@@ -119,7 +135,7 @@ def variants() -> list[Variant]:
         variant("uniform i8 i8 T=4096", 4096, "uniform", "i8", "i8"),
         variant("code4 i8 i8 T=128", 128, "code", "i8", "i8", steps=4),
     ]  # fmt: skip
-    return out
+    return out + other_heads()
 
 
 def report(variant: Variant, arch: int) -> Row:

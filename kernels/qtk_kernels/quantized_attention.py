@@ -54,7 +54,7 @@ def pack_heads(q: Tensor) -> Tensor:
 
 def attention_tile(
     Tq: int, Tk: int, D: int, one_pass: bool, fp8: bool, row_bytes: int, *, packed: bool = False,
-    full_mask: bool = False,
+    full_mask: bool = False, rounds: bool = True,
 ) -> dict[str, int]:  # fmt: skip
     """Rows, keys and warps of a program: a rule, not tuned on a GPU.
 
@@ -65,12 +65,13 @@ def attention_tile(
         row_bytes: of a key and its value together; more leave no shared memory for more keys.
         packed: q and k are int4, which take two products.
         full_mask: every query has a mask of its own, whose addresses take registers.
+        rounds: probabilities become codes, which take registers, too.
     """
     float32 = row_bytes >= 8 * D  # in three parts on tensor cores
     rows, warps = 128, 8  # four warps for each 64 rows, or scores would be held twice
     keys = 32 if float32 or full_mask else 128 if one_pass and D <= 64 else 64
     keys = max(min(keys, 32768 // row_bytes), 32)
-    if float32 and D > 64:
+    if float32 and D > 64 and (rounds or full_mask):
         keys = 16
     whole = max(next_power_of_2(Tk), 32)
     most = ONE_TILE if D <= 64 and not packed else ONE_TILE // 2
@@ -81,7 +82,7 @@ def attention_tile(
     if Tq <= 16 and not fp8:
         rows = 16
     elif float32 and D > 64:
-        rows, warps = 32, 8
+        rows = 32
     stages = 1 if keys * row_bytes > 32768 and whole > keys else 2
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
@@ -185,6 +186,7 @@ def _plan(
         Tq, Tk, BLOCK_D, one_pass, fp8, BLOCK_W * q.dtype.itemsize + BLOCK_D * v.dtype.itemsize,
         packed=q.dtype == torch.uint8,
         full_mask=seen[2] > 0 or (sentences > 0 and causal),  # as that of padded sentences
+        rounds=softmax.kind != "float",
     )  # fmt: skip
     tile["BLOCK_N"] = block_n or tile["BLOCK_N"]
     return Plan(
