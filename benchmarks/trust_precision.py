@@ -8,8 +8,8 @@ writes benchmarks/results/trust_precision.json, whose other figures stay.
 
 cost     CPU time of a switch over that of a batch at 8 bits, and bytes held over the model's
 vit      the small ViT, quantized after training: who attacks, who answers
-trained  PreActResNets of random_precision.py, trained under attack at fixed and at random bits:
-         each of --bits is a network, such as 8 or 4,6,8
+trained  PreActResNets of examples/random_precision.py, trained under attack at fixed and at random
+         bits: each of --bits is a network, such as 8 or 4,6,8
 """
 
 import argparse
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 import qtk
-from benchmarks import random_precision
 from benchmarks.result import read, result, write
 from benchmarks.trust_robust import NORMALIZE, pixels, quantized
+from examples.random_precision import attacked
 from qtk.assembly import fused_blocks
 from qtk.modules.linear import QuantLinear
 from qtk.robust import RandomPrecision, Transfer, precision_transfer
@@ -74,7 +74,7 @@ def trained(args: argparse.Namespace) -> Iterator[Rows]:
     train, test = pixels("train", args.trained), pixels("test", args.images)
     for text in args.bits:
         bits = tuple(int(b) for b in text.split(","))
-        found = random_precision.attacked(train, test, bits, epochs=args.epochs, width=args.width)
+        found = attacked(train, test, bits, epochs=args.epochs, width=args.width)
         print(text, found.table(), sep="\n", flush=True)
         yield _told(
             f"PreActResNet trained at {text} bits, {args.trained} images, {args.epochs} epochs, "

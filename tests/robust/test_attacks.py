@@ -1,10 +1,14 @@
 """Every file in robust/attack: inside its budget, deterministic, and against an oracle."""
 
+from collections import Counter
 from functools import partial
 from random import Random
+from string import ascii_lowercase
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 from torch import nn
 
 from qtk.discover import available, load
@@ -163,6 +167,39 @@ def test_a_patch_changes_one_square_and_learns_to_mislead():
     assert right[0] < right[1]
 
 
+def test_a_patch_s_first_step_follows_the_gradient_of_a_plain_loop():
+    """Adam's first step is its rate along the gradient's sign, here of finite differences."""
+    model, x, y = Linear(classes=3), torch.rand(5, 3, 4, 4, generator=generator(2)), [0, 1, 2, 0, 1]
+    w, images = model.w.double().numpy(), x.double().numpy()
+    learned = patch.learn(model, x, torch.tensor(y), 0.5, generator(), 1)
+    drawn = generator()  # again what the attack draws: pixels, images, tops, lefts
+    start = torch.rand(3, 2, 2, generator=drawn).double().numpy()
+    chosen = torch.randint(0, 5, (40,), generator=drawn).tolist()
+    tops, lefts = (torch.randint(0, 3, (8,), generator=drawn).tolist() for _ in range(2))
+
+    def loss(square: np.ndarray) -> float:
+        found = []
+        for turn, i in enumerate(chosen):
+            top, left = tops[turn % 8], lefts[turn % 8]
+            image = images[i].copy()
+            for row in range(2):
+                for column in range(2):
+                    image[:, top + row, left + column] = square[:, row, column]
+            logits = w @ image.ravel()
+            found.append(np.log(np.exp(logits - logits[y[i]]).sum()))
+        rough = abs(square[:, :, 1] - square[:, :, 0]).mean()
+        rough += abs(square[:, 1] - square[:, 0]).mean()
+        return float(patch.SMOOTH * rough - np.mean(found))
+
+    for at in np.ndindex(start.shape):
+        up, down = start.copy(), start.copy()
+        up[at] += 1e-6
+        down[at] -= 1e-6
+        slope = (loss(up) - loss(down)) / 2e-6
+        expected = np.clip(start[at] - patch.RATE * np.sign(slope), 0, 1)
+        assert abs(slope) > 1e-4 and abs(float(learned[at]) - expected) < 1e-4
+
+
 def test_every_token_stays_in_its_ball():
     x = torch.randn(2, 5, 48, generator=generator(1))
     y = torch.tensor([0, 1])
@@ -194,3 +231,49 @@ def test_noise_of_text_changes_its_share_of_words_and_repeats_itself(name):
     else:
         assert set(changed) <= set(text.split()) and abs(len(changed) - words) <= 4
     assert part.disturb("word", 0.0, Random(0)) == "word"
+
+
+def frequencies(found: Counter[str], shares: dict[str, float]) -> float:
+    """p of the chi-square test that draws have those shares; nothing else may be among them."""
+    assert set(found) <= set(shares) and sum(shares.values()) == pytest.approx(1)
+    n = found.total()
+    return float(chisquare([found[k] for k in shares], [n * v for v in shares.values()]).pvalue)
+
+
+def test_typing_errors_are_those_of_the_definition_and_as_frequent():
+    """Every error that "free" can have; p is below 1e-6 by chance once in a million."""
+    shares: Counter[str] = Counter()
+    for at in range(3):  # uniformly, never the last letter
+        lost, doubled = "free"[:at] + "free"[at + 1 :], "free"[:at] + "free"[at] + "free"[at:]
+        replaced = ["free"[:at] + c + "free"[at + 1 :] for c in ascii_lowercase if c != "free"[at]]
+        swapped = {0: "rfee", 1: "fere"}.get(at)  # two equal letters are replaced instead
+        shares[lost] += 1 / 12
+        shares[doubled] += 1 / 12
+        for word in replaced:
+            shares[word] += (1 + (swapped is None)) / 12 / 25
+        if swapped:
+            shares[swapped] += 1 / 12
+    found = Counter(
+        PARTS["character_noise"].disturb("free", 1.0, Random(seed)) for seed in range(20_000)
+    )
+    assert frequencies(found, dict(shares)) > 1e-6
+    which = Counter(
+        "".join("01"[a != b] for a, b in zip(("film", "a", "good", "true"), words, strict=True))
+        for words in (
+            PARTS["character_noise"].disturb("film a good true", 0.5, Random(seed)).split(" ")
+            for seed in range(3000)
+        )
+    )  # two of the three words that have two letters
+    assert frequencies(which, dict.fromkeys(("1010", "1001", "0011"), 1 / 3)) > 1e-6
+
+
+def test_lost_repeated_and_swapped_words_are_those_of_the_definition_and_as_frequent():
+    """Places from the last to the first, each with one of three changes, equally often."""
+    one = ["b a c", "a c b", "b c", "a c", "a a b c", "a b b c"]
+    found = Counter(PARTS["word_noise"].disturb("a b c", 0.3, Random(s)) for s in range(3000))
+    assert frequencies(found, dict.fromkeys(one, 1 / 6)) > 1e-6
+    second = {"a c b": ["c a b", "c b", "a a c b"], "a c": ["c a", "c", "a a c"],
+              "a b b c": ["b a b c", "b b c", "a a b b c"]}  # fmt: skip
+    two = [text for texts in second.values() for text in texts]
+    found = Counter(PARTS["word_noise"].disturb("a b c", 0.6, Random(s)) for s in range(3000))
+    assert frequencies(found, dict.fromkeys(two, 1 / 9)) > 1e-6
