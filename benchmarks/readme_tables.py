@@ -133,8 +133,8 @@ def attention_table(folder: Path) -> str:
     return "\n".join([
         *lines, "", f"<sub>\"code4 i8 fp8\": code softmax of 4 steps, int8 q and k, e4m3 v. triton "
         f"{rows[0]['triton']}; registers on sm_90; - : the architecture has no float8. In "
-        "[aot_attention.csv](../benchmarks/results/aot_attention.csv), with heads of 32, 80 and 128 "
-        f"channels: {_archs(rows)}.</sub>"
+        "[aot_attention.csv](../benchmarks/results/aot_attention.csv), with heads of 32, 80 and "
+        f"128 channels: {_archs(rows)}.</sub>"
     ])  # fmt: skip
 
 
