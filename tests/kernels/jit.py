@@ -34,6 +34,7 @@ class Binary:
         shared: bytes of shared memory.
         stack: bytes of a thread's stack, where registers spill.
         serialized: ptxas waits after each wgmma.
+        head: channels of a head as attention holds them, else 0.
     """
 
     kernel: str
@@ -41,6 +42,7 @@ class Binary:
     shared: int
     stack: int
     serialized: bool
+    head: int = 0
 
 
 class Imagined(DriverBase):
@@ -95,7 +97,7 @@ def compiling(arch: int, ones: str = "none") -> Iterator[list[Binary]]:
         sizes = [i for i, a in enumerate(args) if isinstance(a, int) and not isinstance(a, bool)]
         with redirect_stdout(io.StringIO()) as log:
             compiled = _launch(kernel, *args, grid=grid, warmup=True, **options)
-            found.append(_read(compiled, arch, log.getvalue()))
+            found.append(_read(compiled, arch, log.getvalue(), options.get("BLOCK_D", 0)))
             for replaced in [[i] for i in sizes] if ones == "each" else [sizes] * (ones == "all"):
                 changed = [1 if i in replaced else a for i, a in enumerate(args)]
                 _launch(kernel, *changed, grid=grid, warmup=True, **options)
@@ -107,9 +109,10 @@ def compiling(arch: int, ones: str = "none") -> Iterator[list[Binary]]:
         _card.arch, JITFunction.run = before, _launch
 
 
-def _read(compiled: Any, arch: int, log: str) -> Binary:
+def _read(compiled: Any, arch: int, log: str, head: int) -> Binary:
     """Of a launch whose like was compiled before there is no log, and nothing new to say."""
     stack = [int(n) for n in re.findall(r"(\d+) bytes stack frame", log)]
     return Binary(
-        compiled.name, arch, compiled.metadata.shared, max(stack, default=0), "serializ" in log
-    )
+        compiled.name, arch, compiled.metadata.shared, max(stack, default=0), "serializ" in log,
+        head,
+    )  # fmt: skip

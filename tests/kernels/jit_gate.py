@@ -39,6 +39,7 @@ SPILLS: dict[int, dict[str, int]] = {
         "quantized_attention_kernel": 136,
     },
 }
+WHOLE = 128  # channels of a head beyond which registers do not hold it
 FP8_FROM = 89  # what multiplies e4m3
 HOPPER = 90
 
@@ -70,7 +71,7 @@ def checked(arch: int) -> Iterator[Case]:
 
     first = list(jit.SHARED).index(arch) * SEEDS
     for seed, name in product(range(first, first + SEEDS), check.runnable()):
-        yield Case(f"check {name} {seed}", lambda n=name, s=seed: run(n, s), stack=384, waits=True)
+        yield Case(f"check {name} {seed}", lambda n=name, s=seed: run(n, s), stack=640, waits=True)
 
 
 def cases(op: str, arch: int) -> list[Case]:
@@ -97,7 +98,7 @@ def failures(case: Case, arch: int, ones: str) -> list[str]:
     for b in found:
         wrong += [f"{b.kernel}: {b.shared} bytes of shared memory"] * (b.shared > jit.SHARED[arch])
         stack = case.stack + SPILLS.get(arch, {}).get(b.kernel, 0)
-        wrong += [f"{b.kernel}: {b.stack} bytes of stack"] * (b.stack > stack)
+        wrong += [f"{b.kernel}: {b.stack} bytes of stack"] * (b.stack > stack and b.head <= WHOLE)
         wrong += [f"{b.kernel}: waits after each wgmma"] * (b.serialized and not case.waits)
     return wrong
 
