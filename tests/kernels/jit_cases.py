@@ -153,7 +153,7 @@ def integer_linears() -> Iterator[Case]:
             name,
             lambda op=op, x=x, N=N, K=K, G=G, o=options: _integer_linear(op, x, N, K, G, o),
             M == 1 and K == 4096,
-            256 if K == 100 else 16 * (op == "W4A4" and size == 32),
+            288 if K == 100 else 16 * (size == 32),
         )  # fmt: skip
 
 
