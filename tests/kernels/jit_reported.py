@@ -40,6 +40,9 @@ def reported() -> Iterator[Case]:
     yield Case("heads of 256 channels", lambda: _attend(
         197, 256, torch.bfloat16, softmax="uniform"
     ), waits=True)  # fmt: skip
+    yield Case("float32 heads of 256 channels", lambda: _attend(
+        64, 256, torch.float32, softmax="code", causal=True
+    ), waits=True)  # fmt: skip
     yield Case(
         "two channels", lambda: hadamard_quantize(empty(3, 2), None, None, Codes(8), **TRITON)
     )
