@@ -1,5 +1,5 @@
-"""Typing errors: in a share of the words two neighbouring letters swap, or one is left out,
-doubled, or replaced (Belinkov and Bisk 2018, arXiv 1711.02173)."""
+"""Typing errors: in a share of the words two neighbouring letters swap, or one that is not the last
+is left out, doubled, or replaced (Belinkov and Bisk 2018, arXiv 1711.02173)."""
 
 from random import Random
 from string import ascii_lowercase

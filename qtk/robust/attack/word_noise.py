@@ -7,14 +7,14 @@ INPUT, NORM, GRADIENTS = "text", "rate", False
 
 
 def disturb(text: str, budget: float, random: Random) -> str:
-    """`text` changed at `budget` of its words, rounded up; a single word stays."""
+    """`text` changed at up to `budget` of its words, rounded up; a single word stays."""
     words = text.split(" ")
     count = min(len(words) - 1, -int(-budget * len(words) // 1))
     for i in sorted(random.sample(range(len(words) - 1), count), reverse=True):
         kind = random.randrange(3)
         if kind == 0:
             words[i], words[i + 1] = words[i + 1], words[i]
-        elif kind == 1 and len(words) > 1:
+        elif kind == 1:
             del words[i]
         else:
             words.insert(i, words[i])
