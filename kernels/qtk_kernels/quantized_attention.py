@@ -83,7 +83,7 @@ def attention_tile(
         rows = 16
     elif float32 and D > 64:
         rows = 32
-    alone = keys * row_bytes > 32768 and whole > keys  # or the next tile leaves no shared memory
+    alone = keys * row_bytes > 32768 and whole > keys  # does not fit twice
     stages = 1 if alone or row_bytes > 1024 else 2
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
