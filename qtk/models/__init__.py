@@ -320,5 +320,5 @@ def _check(model: nn.Module, blocks: tuple[Block, ...], family: str) -> None:
         if missing:
             raise ModelError(
                 f"qtk/models/{family}.py does not fit {type(model).__name__}: no {missing}; "
-                "this transformers release names its modules differently"
+                "this transformers release names its modules differently: install the newest"
             )
